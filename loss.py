@@ -1,0 +1,127 @@
+"""
+Terminal Velocity Matching: the objective, and the samplers of its times and guidance weights.
+Zhou, Parger, Haque, Song, arXiv 2511.19797; equation numbers are the paper's.
+
+Conventions, everywhere in this project:
+    x0 data, x1 noise ~ N(0, I), x_t = (1-t) x0 + t x1, v = x1 - x0
+    t = 1 is noise, t = 0 is data, 0 <= s <= t <= 1
+    F(x, t, s, y, w)  the network; y a class (num_classes = no class), w the guidance weight
+    k = w in the scaled parameterization (config.scaled), else 1
+    f(x, t, s) = (s-t) k F(x, t, s)   displacement from time t to time s
+    u(x, s)    = k F(x, s, s)         velocity at time s
+
+The loss of one sample, with F* the target network (an EMA of the trained weights, rate 0.99):
+    terminal = || d/ds f(x_t, t, s) - k F*(x_t + f, s, s, y, w) ||^2 / w^2                      (12, 14)
+               where d/ds f = k (F + (s-t) dF/ds); zero where t = s
+    fm       = || k F(x_s', s', s', y, w) - [w v + (1-w) F*(x_s', s', s', none, 1)] ||^2 / w^2      (15)
+with || ||^2 the mean over the elements. Gradients flow through d/ds f, dF/ds included; the point
+x_t + f and everything of F* are constants.
+"""
+import torch
+from torch import nn
+
+from model import at_least_float32, widest
+
+
+def sample_times(n, device="cpu", sampler="gap*", mu=-0.8, sigma=1.0, mu_s=-0.4, sigma_s=1.0, p_equal=0.0,
+                 generator=None):
+    """Times t, s, s_fm, each (n,) float32 in [0, 1] with s <= t (Table 3, Figure 9). With LN a
+    logit-normal, and mu, sigma the parameters of the gap g (gap, gap*) or of t (trunc, clamp):
+
+    gap    g ~ LN(mu, sigma), s ~ LN(mu_s, sigma_s) truncated to s <= 1-g, t = s + g; s_fm = s
+    gap*   the same, with s_fm ~ LN(mu_s, sigma_s) drawn on its own
+    trunc  t ~ LN(mu, sigma), s ~ LN(mu_s, sigma_s) truncated to s <= t; s_fm = s
+    clamp  t ~ LN(mu, sigma), s ~ LN(mu_s, sigma_s), replaced by t where larger; s_fm = s
+
+    Then t becomes s with probability p_equal. Raises ValueError for any other sampler.
+    """
+    if sampler not in ("gap*", "gap", "trunc", "clamp"):
+        raise ValueError(f'times must be "gap*", "gap", "trunc" or "clamp", not {sampler!r}')
+    wide = widest(device)
+    normal = lambda: torch.randn(n, dtype=wide, device=device, generator=generator)
+    uniform = lambda: torch.rand(n, dtype=wide, device=device, generator=generator)
+
+    first = torch.sigmoid(mu + sigma * normal())                        # g or t
+    if sampler == "clamp":
+        t, s = first, torch.minimum(first, torch.sigmoid(mu_s + sigma_s * normal()))
+    else:
+        top = first if sampler == "trunc" else 1 - first
+        below = torch.special.ndtr((torch.logit(top) - mu_s) / sigma_s)         # P(LN <= top)
+        s = torch.sigmoid(mu_s + sigma_s * torch.special.ndtri(uniform() * below))
+        s = torch.minimum(s, top)                                       # where rounding went above it
+        t = first if sampler == "trunc" else (s + first).clamp(max=1)
+    s_fm = torch.sigmoid(mu_s + sigma_s * normal()) if sampler == "gap*" else s
+    t = torch.where(uniform() < p_equal, s, t)
+    return t.float(), s.float(), s_fm.float()
+
+
+def sample_guidance(n, device="cpu", sampler="constant", w=1.0, w_min=1.0, w_max=1.0, generator=None):
+    """Guidance weights (n,) float32: "constant" w; "inverse", 1/w uniform on [1/w_max, 1/w_min] (the
+    paper); or "uniform" on [w_min, w_max] (the authors' release). Raises ValueError for any other."""
+    if sampler == "constant":
+        return torch.full((n,), float(w), device=device)
+    if sampler not in ("inverse", "uniform"):
+        raise ValueError(f'guidance must be "constant", "inverse" or "uniform", not {sampler!r}')
+    r = torch.rand(n, device=device, generator=generator)
+    if sampler == "inverse":
+        return 1 / (1 / w_max + r * (1 / w_min - 1 / w_max))
+    return w_min + r * (w_max - w_min)
+
+
+def tvm_loss(model, target, x0, noise, y, w, t, s, s_fm, detach_jvp=False):
+    """The two terms of each sample, {"terminal": (B,), "fm": (B,)}, a function of its arguments alone.
+
+    model and target: __call__ and jvp as DiT's, config.scaled and config.num_classes. x0, noise
+    (B, C, H, W); y (B,) int64; w, t, s, s_fm (B,). detach_jvp cuts the gradient of dF/ds: faster, biased.
+    """
+    column = lambda a: a.view(-1, 1, 1, 1)
+    k = w if model.config.scaled else torch.ones_like(w)
+    v = noise - x0
+    x_t = x0 + column(t) * v                                            # one noise for both points
+    x_fm = x0 + column(s_fm) * v
+
+    F, dF = map(at_least_float32, model.jvp(x_t, t, s, y, w, ds=torch.ones_like(s)))
+    dF = dF.detach() if detach_jvp else dF
+    df = column(k) * (F + column(s - t) * dF)                           # d/ds f
+    F_fm = at_least_float32(model(x_fm, s_fm, s_fm, y, w))
+
+    with torch.no_grad():                                               # the target, at both points at once
+        x_s = x_t + column((s - t) * k) * F
+        times, one = torch.cat([s, s_fm]), torch.ones_like(w)
+        none = torch.full_like(y, model.config.num_classes)
+        F_target = target(torch.cat([x_s, x_fm]), times, times, torch.cat([y, none]), torch.cat([w, one]))
+        F_s, F_none = at_least_float32(F_target).chunk(2)
+        u_s, u_fm = column(k) * F_s, column(w) * v + column(1 - w) * F_none
+
+    square = lambda x: x.square().mean((1, 2, 3)) / w.square()
+    return {"terminal": square(df - u_s) * (t != s), "fm": square(column(k) * F_fm - u_fm)}
+
+
+class TVM(nn.Module):
+    """The whole training loss as one module, which is what DistributedDataParallel wraps: its forward
+    draws noise, times, guidance and label dropout for the global batch and keeps the rows it is given,
+    so that the numbers depend on the seed and a sample's place in the batch, not on the ranks."""
+
+    def __init__(self, model, target, times={}, guidance={}, label_dropout=0.1, detach_jvp=False):
+        """times and guidance: keyword arguments of sample_times and sample_guidance."""
+        super().__init__()
+        self.model, self.target = model, target
+        self.times, self.guidance = times, guidance
+        self.label_dropout, self.detach_jvp = label_dropout, detach_jvp
+
+    def forward(self, x0, y, seed, first=0, total=None):
+        """x0 (B, C, H, W), y (B,): rows first to first + B of a global batch of `total` (default B).
+        Returns {"loss": the mean of terminal + fm, "terminal", "fm", "t", "s_fm": (B,), detached}."""
+        B, total = len(x0), len(x0) if total is None else total
+        g = torch.Generator(x0.device).manual_seed(seed)
+        rows = lambda a: a[first:first + B]
+        options = dict(device=x0.device, generator=g)
+        noise = rows(torch.randn(total, *x0.shape[1:], **options))
+        t, s, s_fm = map(rows, sample_times(total, **self.times, **options))
+        w = rows(sample_guidance(total, **self.guidance, **options))
+        drop = rows(torch.rand(total, **options)) < self.label_dropout
+        y, w = y.masked_fill(drop, self.model.config.num_classes), w.masked_fill(drop, 1.0)
+
+        terms = tvm_loss(self.model, self.target, x0, noise, y, w, t, s, s_fm, self.detach_jvp)
+        loss = (terms["terminal"] + terms["fm"]).mean()
+        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}, "t": t, "s_fm": s_fm}

@@ -1,0 +1,317 @@
+"""
+Raw images -> data/NAME/, the memory-mapped arrays that train.py reads.
+
+    python prepare.py digits                          # 1,797 real 8x8 scans, in this repository
+    python prepare.py shapes [--size 32] [--n 60000]  # drawn here: 10 classes of coloured shapes
+    python prepare.py folder SRC --size 64            # JPEG or PNG, one folder a class (or flat: no labels)
+    python prepare.py cifar10 cifar-10-binary.tar.gz  # the binary version, from its authors' page
+
+Common options: --name NAME (data/NAME), --seed N. A folder of data holds
+    header.json                             what it is and how it was made
+    train_images.npy, test_images.npy       (N, C, H, W) uint8
+    train_labels.npy, test_labels.npy       (N,) int64; all 0 where there are no classes
+and a network's input is (image - mean) / std with the header's mean and std, one a channel.
+"""
+import argparse
+import json
+import os
+import shutil
+import sys
+import tarfile
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+
+import numpy as np
+from numpy.lib.format import open_memmap
+from PIL import Image
+from tqdm import tqdm
+
+FORMAT = "tvm-data-1"
+HERE = os.path.dirname(os.path.abspath(__file__))
+SHAPES = ("disk", "ring", "half disk", "crescent", "square", "bar", "triangle", "star", "cross", "arrow")
+
+
+class DataError(Exception):
+    """Something about the data, in one line for the user."""
+
+
+# ---- the format ----------------------------------------------------------------------------------
+
+def load_dataset(path):
+    """The folder that this file wrote -> (header, {"train_images": ..., ...}), images memory-mapped.
+    Raises DataError where the folder is missing, incomplete or not what its header says."""
+    try:
+        with open(os.path.join(path, "header.json")) as f:
+            header = json.load(f)
+    except FileNotFoundError:
+        raise DataError(f"no data in {path}: python prepare.py makes it (see the top of prepare.py)") from None
+    except ValueError as error:
+        raise DataError(f"{path}/header.json is not JSON: {error}") from None
+    if header.get("format") != FORMAT:
+        raise DataError(f"{path}/header.json: format {header.get('format')!r}, not {FORMAT!r}")
+    arrays = {}
+    for split in ("train", "test"):
+        expected = {"images": (header["count"][split], *header["shape"]), "labels": (header["count"][split],)}
+        for kind, shape in expected.items():
+            name = f"{split}_{kind}"
+            file = os.path.join(path, name + ".npy")
+            try:
+                a = np.load(file, mmap_mode="r" if kind == "images" else None, allow_pickle=False)
+            except (OSError, ValueError, EOFError) as error:
+                raise DataError(f"cannot read {file}: {error}") from None
+            dtype = header["dtype"] if kind == "images" else "int64"
+            if a.shape != shape or a.dtype != dtype:
+                raise DataError(f"{file} holds {a.dtype} {a.shape}, but its header says {dtype} {shape}")
+            arrays[name] = a
+        labels, top = arrays[f"{split}_labels"], max(1, header["num_classes"])
+        if len(labels) and not 0 <= labels.min() <= labels.max() < top:
+            raise DataError(f"{path}/{split}_labels.npy: a label outside 0 to {top - 1}")
+    return header, arrays
+
+
+class Writer:
+    """Arrays of a known count into NAME.partial, which becomes NAME when all of them are there."""
+
+    def __init__(self, path, shape, count):
+        """shape: (C, H, W) of an image. count: {"train": N, "test": M}."""
+        self.path, self.partial, self.count, self.shape = path, path + ".partial", count, shape
+        shutil.rmtree(self.partial, ignore_errors=True)
+        os.makedirs(self.partial)
+        self.arrays = {}
+        for split, n in count.items():
+            for kind, dtype, item in (("images", np.uint8, shape), ("labels", np.int64, ())):
+                file = os.path.join(self.partial, f"{split}_{kind}.npy")
+                # a memory map cannot be empty; a plain file can
+                self.arrays[f"{split}_{kind}"] = open_memmap(file, "w+", dtype, (n, *item)) if n else np.zeros((0, *item), dtype)
+                if not n:
+                    np.save(file, self.arrays[f"{split}_{kind}"])
+
+    def set(self, i, image, label):
+        """Image i (C, H, W) of the whole set: the train split first, then the test split."""
+        split, i = ("train", i) if i < self.count["train"] else ("test", i - self.count["train"])
+        self.arrays[f"{split}_images"][i], self.arrays[f"{split}_labels"][i] = image, label
+
+    def finish(self, name, class_names, **about):
+        num_classes = len(class_names)
+        counts = np.bincount(self.arrays["train_labels"], minlength=num_classes)[:num_classes]
+        header = dict(format=FORMAT, name=name, kind="images", shape=list(self.shape), dtype="uint8", count=self.count,
+                      num_classes=num_classes, class_names=list(class_names), class_counts=counts.tolist(),
+                      mean=[127.5] * self.shape[0], std=[127.5] * self.shape[0], **about)
+        for a in self.arrays.values():
+            if isinstance(a, np.memmap):
+                a.flush()
+        with open(os.path.join(self.partial, "header.json"), "w") as f:
+            json.dump(header, f, indent=1)
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.rename(self.partial, self.path)
+        print(f"{self.path}: {self.count['train']} training and {self.count['test']} held-out images, "
+              f"{'x'.join(map(str, self.shape))}, {num_classes or 'no'} classes")
+
+
+def parallel(f, items, what):
+    """f over items in all cores, in order, with a progress bar."""
+    workers = os.cpu_count() or 1
+    chunk = max(1, min(256, len(items) // (4 * workers)))
+    with ProcessPoolExecutor(workers) as pool:
+        yield from tqdm(pool.map(f, items, chunksize=chunk), total=len(items), desc=what, unit="img")
+
+
+# ---- the datasets --------------------------------------------------------------------------------
+
+def digits(args):
+    with np.load(os.path.join(HERE, "assets", "digits.npz"), allow_pickle=False) as f:
+        images, labels = f["images"], f["labels"].astype(np.int64)
+    images = np.round(images[:, None] * (255 / 16)).astype(np.uint8)       # 17 levels of ink
+    order = np.random.default_rng(args.seed).permutation(len(images))
+    writer = Writer(args.path, (1, 8, 8), {"train": 1437, "test": 360})
+    for place, i in enumerate(order):
+        writer.set(place, images[i], labels[i])
+    writer.finish(args.name, [str(c) for c in range(10)], license="CC BY 4.0",
+                  source="UCI Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak), test set",
+                  made_by=f"prepare.py digits --seed {args.seed}")
+
+
+def shapes(args):
+    if args.n < 10 or args.size < 8:
+        raise DataError(f"shapes: at least 10 images of at least 8 pixels, not {args.n} of {args.size}")
+    held_out = min(10000, args.n // 6)
+    writer = Writer(args.path, (3, args.size, args.size), {"train": args.n, "test": held_out})
+    draw = partial(draw_shape, size=args.size, seed=args.seed)
+    for i, image in enumerate(parallel(draw, range(args.n + held_out), "shapes")):
+        writer.set(i, image, i % 10)
+    writer.finish(args.name, SHAPES, license="none needed", source="drawn by prepare.py",
+                  made_by=f"prepare.py shapes --size {args.size} --n {args.n} --seed {args.seed}")
+
+
+def draw_shape(i, size=32, seed=0):
+    """Image i, (3, size, size) uint8, of class i % 10: one shape of random colour, place, size and
+    angle on a background that shades from one colour to another. A function of (i, size, seed)."""
+    rng = np.random.Generator(np.random.Philox(key=[seed, i]))
+    scale, angle = rng.uniform(0.28, 0.42), rng.uniform(0, 2 * np.pi)
+    cx, cy = rng.uniform(scale, 1 - scale, 2)
+    pixels = (np.arange(size) + 0.5) / size
+    X, Y = np.meshgrid(pixels, pixels)
+    x, y = (X - cx) / scale, (Y - cy) / scale
+    x, y = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    ink = np.clip(0.5 - shape_distance(i % 10, x, y) * scale * size, 0, 1)  # one pixel of soft edge
+
+    near, far = rng.uniform(0, 1, (2, 3))
+    far = near + 0.35 * (far - near)
+    colour = rng.uniform(0, 1, 3)
+    while np.linalg.norm(colour - (near + far) / 2) < 0.5:
+        colour = rng.uniform(0, 1, 3)
+    turn = rng.uniform(0, 2 * np.pi)
+    slope = np.clip(0.5 + (X - 0.5) * np.cos(turn) + (Y - 0.5) * np.sin(turn), 0, 1)
+    background = near[:, None, None] * (1 - slope) + far[:, None, None] * slope
+    return np.round(255 * (background * (1 - ink) + colour[:, None, None] * ink)).astype(np.uint8)
+
+
+def shape_distance(kind, x, y):
+    """About the distance to the shape's edge, negative inside; the shape reaches about 1 from the origin."""
+    r = np.hypot(x, y)
+    side = lambda angle: x * np.cos(angle) + y * np.sin(angle)             # along one direction
+    box = lambda x, y, a, b: np.maximum(np.abs(x) - a, np.abs(y) - b)
+    polygon = lambda n, inner: np.max([side(2 * np.pi * j / n) for j in range(n)], axis=0) - inner
+    name = SHAPES[kind]
+    if name == "disk":
+        return r - 0.85
+    if name == "ring":
+        return np.abs(r - 0.72) - 0.2
+    if name == "half disk":
+        return np.maximum(np.hypot(x, y + 0.4) - 1, -0.4 - y)
+    if name == "crescent":
+        return np.maximum(r - 0.95, 0.8 - np.hypot(x - 0.45, y))
+    if name == "square":
+        return box(x, y, 0.75, 0.75)
+    if name == "bar":
+        return box(x, y, 1, 0.3)
+    if name == "triangle":
+        return polygon(3, 0.5)
+    if name == "star":                                                     # one tip's edge, folded five times
+        a = np.abs(np.mod(np.arctan2(y, x), 2 * np.pi / 5) - np.pi / 5)    # pi/5 at a tip, 0 in a notch
+        px, py = r * np.cos(np.pi / 5 - a), r * np.sin(np.pi / 5 - a)
+        notch = 0.42 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
+        edge = notch - [1, 0]
+        return (py * edge[0] - (px - 1) * edge[1]) / np.hypot(*edge) * -1
+    if name == "cross":
+        return np.minimum(box(x, y, 1, 0.28), box(x, y, 0.28, 1))
+    head = np.maximum(side(0) * -1, np.maximum(side(np.pi / 4), side(-np.pi / 4)) - 0.68)
+    return np.minimum(head, box(x + 0.5, y, 0.5, 0.22))                    # arrow: head and shaft
+
+
+def cifar10(args):
+    images, labels, count = [], [], {"train": 0, "test": 0}
+    try:
+        with tarfile.open(args.file) as tar:
+            members = {os.path.basename(m.name): m for m in tar if m.isfile()}
+            names = tar.extractfile(members["batches.meta.txt"]).read().decode().split()
+            for batch in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
+                raw = np.frombuffer(tar.extractfile(members[batch]).read(), np.uint8)
+                if not len(raw) or len(raw) % 3073:
+                    raise DataError(f"{args.file}: {batch} holds {len(raw)} bytes, not a multiple of 3,073")
+                raw = raw.reshape(-1, 3073)
+                count["test" if batch == "test_batch.bin" else "train"] += len(raw)
+                labels.append(raw[:, 0]), images.append(raw[:, 1:].reshape(-1, 3, 32, 32))
+    except KeyError as error:
+        raise DataError(f"{args.file}: no {error.args[0]} in it; is it the binary version?") from None
+    except (OSError, tarfile.TarError, EOFError, ValueError) as error:
+        raise DataError(f"cannot read {args.file}: {error}") from None
+    writer = Writer(args.path, (3, 32, 32), count)
+    for i, (image, label) in enumerate(zip(np.concatenate(images), np.concatenate(labels))):
+        writer.set(i, image, label)
+    writer.finish(args.name, names, license="see the source", made_by="prepare.py cifar10",
+                  source="CIFAR-10 (A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009)")
+
+
+def folder(args):
+    if not os.path.isdir(args.src):
+        raise DataError(f"no folder {args.src}")
+    is_image = lambda file: file.lower().endswith((".jpg", ".jpeg", ".png"))
+    classes = sorted(d.name for d in os.scandir(args.src) if d.is_dir())
+    files = [(os.path.join(at, file), classes.index(c)) for c in classes
+             for at, _, names in sorted(os.walk(os.path.join(args.src, c))) for file in sorted(names) if is_image(file)]
+    flat = [os.path.join(args.src, file) for file in sorted(os.listdir(args.src)) if is_image(file)]
+    if files and flat:
+        raise DataError(f"{args.src} holds images beside its class folders: which label should they have?")
+    if not files:
+        classes, files = [], [(file, 0) for file in flat]
+    if not files:
+        raise DataError(f"no .jpg, .jpeg or .png file in {args.src}")
+    order = np.random.default_rng(args.seed).permutation(len(files))
+    files = [files[i] for i in order]
+
+    # Which files are whole is known only once they are read: they go into one array, then into the two splits.
+    os.makedirs(os.path.dirname(args.path) or ".", exist_ok=True)
+    raw = args.path + ".raw.npy"
+    everything = open_memmap(raw, "w+", np.uint8, (len(files), 3, args.size, args.size))
+    labels, broken = [], []
+    try:
+        for (file, label), image in zip(files, parallel(partial(read_image, size=args.size), [f for f, _ in files], "images")):
+            if isinstance(image, str):
+                broken.append(file)
+                tqdm.write(f"skipped {file}: {image}", file=sys.stderr)
+            else:
+                everything[len(labels)] = image
+                labels.append(label)
+        if not labels:
+            raise DataError(f"none of the {len(files)} images in {args.src} can be read")
+        test = int(len(labels) * args.held_out)
+        writer = Writer(args.path, (3, args.size, args.size), {"train": len(labels) - test, "test": test})
+        for i, label in enumerate(labels):
+            writer.set(i, everything[i], label)
+    finally:
+        del everything
+        os.remove(raw)
+    writer.finish(args.name, classes, license="yours", source="a folder of images", skipped=len(broken),
+                  made_by=f"prepare.py folder --size {args.size} --held-out {args.held_out} --seed {args.seed}")
+    if broken:
+        print(f"{len(broken)} of {len(files)} images could not be read and were skipped")
+
+
+def read_image(file, size):
+    """The middle of an image, (3, size, size) uint8; or, where it cannot be read, the reason as a string."""
+    try:
+        with Image.open(file) as image:
+            return np.asarray(centre_crop(image.convert("RGB"), size)).transpose(2, 0, 1)
+    except Exception as error:                                             # Pillow raises many kinds
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def centre_crop(image, size):
+    """The usual crop for ImageNet (ADM's): halve with a box filter while twice too large, resize the
+    short side to `size` with a bicubic one, and take the middle."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    for make in (digits, shapes, folder, cifar10):
+        p = kinds.add_parser(make.__name__)
+        p.set_defaults(make=make)
+        p.add_argument("--name", default=make.__name__, help="write data/NAME")
+        p.add_argument("--seed", type=int, default=0)
+        if make is shapes:
+            p.add_argument("--size", type=int, default=32)
+            p.add_argument("--n", type=int, default=60000, help="training images; a sixth as many are held out")
+        if make is folder:
+            p.add_argument("src")
+            p.add_argument("--size", type=int, required=True)
+            p.add_argument("--held-out", type=float, default=0.1, help="the share of images that is held out")
+        if make is cifar10:
+            p.add_argument("file")
+    args = parser.parse_args()
+    args.path = os.path.join("data", args.name)
+    try:
+        args.make(args)
+    except DataError as error:
+        sys.exit(f"prepare.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

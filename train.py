@@ -1,0 +1,419 @@
+"""
+Train a TVM model. The constants below are the default run, real handwritten digits on a CPU.
+
+    python train.py                                              # about five minutes on two cores
+    python train.py --preset=shapes                              # one GPU
+    torchrun --nproc_per_node=8 train.py --preset=im256_w2       # DiT-XL/2 on ImageNet, eight GPUs
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py --preset=im256_w2
+
+Edit the constants in place; --name=value overrides one. A preset replaces a group of them: preset,
+else the edited constant, and a flag beats both. Output, in out/NAME/:
+    ckpt.safetensors     the evaluation EMA, with everything that sample.py needs
+    state.safetensors    weights, both EMAs, optimizer, step: the same command again continues from it
+    log.jsonl            config and commit, then losses and scores
+    samples_STEP.png     rows: 1, 2, 4 steps; columns: classes
+    curve.png            the loss
+"""
+import ast
+import copy
+import dataclasses
+import difflib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import fid
+from loss import TVM
+from model import SIZES, CheckpointError, DiT, DiTConfig, load_tensors, save_tensors
+from prepare import DataError, load_dataset
+from sample import best_device, draw, grid, sample, to_images
+
+# ---- constants -----------------------------------------------------------------------------------
+preset = ""              # a group of PRESETS below, or none
+name = ""                # out/NAME; default: the preset's or the dataset's name
+dataset = "digits"       # data/NAME, made by prepare.py (digits and shapes are made here when missing)
+device = ""              # "cpu", "cuda", "mps"; default: a GPU where there is one
+seed = 0                 # of weights, data order, noise and times
+init_from = ""           # a checkpoint to take the weights from, before step 0
+# network (its input size, channels and classes are the data's)
+hidden_size = 64
+depth = 4
+num_heads = 4
+patch_size = 2
+semi_lipschitz = True    # False: LayerNorm, no QK norm, plain modulation
+time_init = "spectral"   # of the time MLPs: "spectral" or "normal"
+scaled = True            # displacement (s-t) w F instead of (s-t) F
+# objective
+times = "gap*"           # "gap*", "gap", "trunc", "clamp"
+mu, sigma = -0.8, 1.0    # logit-normal of the gap (gap, gap*) or of t (trunc, clamp)
+mu_s, sigma_s = -0.4, 1.0
+p_equal = 0.0            # the probability of t = s
+guidance = "constant"    # "constant" w; "inverse" or "uniform" between w_min and w_max
+w = 1.0
+w_min, w_max = 1.0, 1.0
+label_dropout = 0.1
+detach_jvp = False       # no gradient through dF/ds: faster, biased
+# optimization
+steps = 1900
+batch_size = 64          # of all ranks together
+micro_batch = 0          # of one forward pass on one rank; 0: batch_size / ranks
+lr = 2e-3
+beta1, beta2, eps = 0.9, 0.95, 1e-8
+weight_decay = 0.0
+grad_clip = 0.0          # largest gradient norm; 0: no clipping
+ema_target = 0.99        # the network in the loss's targets
+ema_eval = 0.995         # the network that is sampled and kept
+# reports
+log_every = 50
+sample_every = 500
+save_every = 500
+score_images = 2000      # at most so many samples against as many held-out images, at the end
+classifier = "1-nn"      # who judges labels: "1-nn" in pixels, or "cnn", trained at the end
+
+IMAGENET = dict(
+    **SIZES["XL/2"], lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0, ema_target=0.99, ema_eval=0.9999,
+    batch_size=2048, micro_batch=32, steps=300_000, times="gap*", mu=-0.8, sigma=1.0, mu_s=-0.4, sigma_s=1.0,
+    label_dropout=0.1, guidance="constant", log_every=100, sample_every=10_000, save_every=5_000)
+PRESETS = {
+    "shapes": dict(
+        dataset="shapes", hidden_size=256, depth=8, num_heads=4, patch_size=2, batch_size=256, steps=6000, lr=1e-3, w=1.0,
+        ema_eval=0.999, log_every=100, sample_every=2000, save_every=2000, classifier="cnn"),
+    "cifar10": dict(
+        dataset="cifar10", hidden_size=384, depth=12, num_heads=6, patch_size=2, batch_size=256, steps=200_000, lr=2e-4,
+        w=1.5, ema_eval=0.9999, log_every=100, sample_every=10_000, save_every=5_000, classifier="cnn"),
+    "im256_w2": dict(IMAGENET, dataset="im256", w=2.0, scaled=True, time_init="spectral", grad_clip=0.0),
+    "im256_w1p75": dict(IMAGENET, dataset="im256", w=1.75, scaled=True, time_init="normal", grad_clip=0.0),
+    "im512_w2p5": dict(IMAGENET, dataset="im512", w=2.5, scaled=False, time_init="normal", grad_clip=1.0),
+    "im512_w2p25": dict(IMAGENET, dataset="im512", w=2.25, scaled=True, time_init="spectral", grad_clip=1.0),
+    "im256_short": dict(IMAGENET, dataset="im256", w=2.0, scaled=True, time_init="spectral", grad_clip=0.0,
+                        batch_size=1024, steps=200_000),
+}
+# These may differ between a run and its continuation; all others must not.
+MAY_CHANGE = {"device", "steps", "micro_batch", "log_every", "sample_every", "save_every", "score_images", "classifier",
+              "init_from"}
+
+# ---- the constants, as this run has them ---------------------------------------------------------
+def fail(message):
+    sys.exit(f"train.py: {' '.join(str(message).split())}")
+
+
+def effective(constants, arguments):
+    """The edited constants, then a preset's group, then the flags."""
+    flags = {}
+    for argument in arguments:
+        if argument in ("-h", "--help"):
+            print(__doc__, *(f"    --{key}={value!r}" for key, value in constants.items()), sep="\n")
+            sys.exit()
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if key not in constants:
+            near = difflib.get_close_matches(key, constants)
+            fail(f"there is no option {key!r}" + (f"; did you mean {' or '.join(near)}?" if near else "; --help lists them"))
+        if not argument.startswith("--") or not equals:
+            fail(f"write --{key}=VALUE, not {argument!r}")
+        flags[key] = converted(key, text, type(constants[key]))
+    group = flags.get("preset", constants["preset"])
+    if group and group not in PRESETS:
+        near = difflib.get_close_matches(group, PRESETS) or PRESETS
+        fail(f"there is no preset {group!r}; did you mean {' or '.join(near)}?")
+    return {**constants, **(PRESETS[group] if group else {}), **flags}
+
+
+def converted(key, text, kind):
+    if kind is str:
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = None
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        fail(f"--{key} takes {dict(int='a whole number', float='a number', bool='True or False')[kind.__name__]}, not {text!r}")
+    return value
+
+
+config = effective({key: value for key, value in globals().items()
+                    if key.islower() and not key.startswith("_") and type(value) in (str, int, float, bool)}, sys.argv[1:])
+config["name"] = config["name"] or config["preset"] or config["dataset"]
+globals().update(config)
+out = os.path.join("out", name)
+
+# ---- ranks and device ----------------------------------------------------------------------------
+rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+device = torch.device(device or best_device())
+if device.type == "cuda":
+    torch.cuda.set_device(device)
+if ranks > 1:
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+for key in ("steps", "batch_size", "log_every", "sample_every", "save_every", "score_images"):
+    if config[key] < 1:
+        fail(f"{key} must be at least 1, not {config[key]}")
+if batch_size % ranks:
+    fail(f"batch_size {batch_size} is not divisible by {ranks} ranks")
+local_batch = batch_size // ranks
+micro_batch = min(micro_batch or local_batch, local_batch)
+if local_batch % micro_batch:
+    fail(f"a rank's share of the batch, {local_batch}, is not divisible by micro_batch {micro_batch}")
+if classifier not in ("1-nn", "cnn"):
+    fail(f'classifier must be "1-nn" or "cnn", not {classifier!r}')
+half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
+
+# ---- data ----------------------------------------------------------------------------------------
+data_path = os.path.join("data", dataset)
+if rank == 0 and dataset in ("digits", "shapes") and not os.path.exists(data_path):
+    prepare = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare.py")
+    if subprocess.run([sys.executable, prepare, dataset]).returncode:
+        fail(f"python prepare.py {dataset} failed")
+if ranks > 1:
+    dist.barrier()
+try:
+    header, data = load_dataset(data_path)
+except DataError as error:
+    fail(error)
+if not header["count"]["train"]:
+    fail(f"{data_path} holds no training images")
+if not header["num_classes"] and (guidance != "constant" or w != 1):
+    fail(f"{data_path} has no classes, so there is nothing to guide: w must be 1, not {w:g}")
+mean, std = (torch.tensor(header[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
+
+
+def batch_indices(step):
+    """The global batch of a step: rows of the endless sequence of seeded permutations, one an epoch."""
+    n, first = header["count"]["train"], step * batch_size
+    places = np.arange(first, first + batch_size)
+    order = {epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch in np.unique(places // n)}
+    return np.array([order[place // n][place % n] for place in places])
+
+
+def load(indices):
+    """Training images in network units (B, C, H, W) and their labels (B,), on the device."""
+    images = torch.from_numpy(data["train_images"][indices]).to(device)
+    return (images - mean) / std, torch.from_numpy(data["train_labels"][indices]).to(device)
+
+
+# ---- model, target network, evaluation network ---------------------------------------------------
+try:
+    model_config = DiTConfig.named(
+        "tiny", semi_lipschitz, input_size=header["shape"][1], in_channels=header["shape"][0],
+        num_classes=header["num_classes"], patch_size=patch_size, hidden_size=hidden_size, depth=depth,
+        num_heads=num_heads, scaled=scaled, time_init=time_init)
+except ValueError as error:
+    fail(error)
+torch.manual_seed(seed)
+model = DiT(model_config).to(device)
+if init_from:
+    try:
+        tensors, about = load_tensors(init_from, device)
+        model.load_state_dict(tensors)
+    except (CheckpointError, RuntimeError) as error:
+        fail(f"init_from: {error}")
+target = copy.deepcopy(model).requires_grad_(False)      # theta*
+evaluated = copy.deepcopy(model).requires_grad_(False)   # theta**
+parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
+emas = {key: [dict(net.named_parameters())[p] for p in parameters] for key, net in (("target", target), ("eval", evaluated))}
+optimizer = torch.optim.AdamW(parameters.values(), lr, (beta1, beta2), eps, weight_decay, fused=device.type != "mps")
+times_config = dict(sampler=times, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, p_equal=p_equal)
+guidance_config = dict(sampler=guidance, w=w, w_min=w_min, w_max=w_max)
+objective = TVM(model, target, times_config, guidance_config, label_dropout, detach_jvp)
+if ranks > 1:
+    objective = DistributedDataParallel(objective, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+
+# ---- saving and resuming -------------------------------------------------------------------------
+def commit():
+    git = lambda *a: subprocess.run(["git", *a], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True)
+    try:
+        head = git("rev-parse", "--short=12", "HEAD")
+        return head.stdout.strip() + ("-edited" if git("status", "--porcelain", "-uno").stdout else "") if not head.returncode else "unknown"
+    except OSError:
+        return "unknown"
+
+
+commit = commit()
+about = dict(config=dataclasses.asdict(model_config), guidance=guidance_config, times=times_config, train=config,
+             data=header, commit=commit)
+
+
+def save(step):
+    """The evaluation network for sample.py, then everything for a continuation."""
+    if rank == 0:
+        save_tensors(os.path.join(out, "ckpt.safetensors"), evaluated.state_dict(), {**about, "step": step})
+        state = {f"{kind}.{key}": v for kind, net in nets.items() for key, v in net.state_dict().items()}
+        state |= {f"optimizer.{key}.{kind}": v for key, p in parameters.items() for kind, v in optimizer.state[p].items()}
+        save_tensors(os.path.join(out, "state.safetensors"), state, {**about, "step": step})
+
+
+def resume():
+    """Everything from state.safetensors, where there is one; returns the step to go on from."""
+    path = os.path.join(out, "state.safetensors")
+    if not os.path.exists(path):
+        return 0
+    state, was = load_tensors(path, device)
+    differ = [key for key in config if key not in MAY_CHANGE and was["train"].get(key) != config[key]]
+    if differ:
+        changes = ", ".join(f"{key} {was['train'].get(key)!r} -> {config[key]!r}" for key in differ)
+        fail(f"{path} is of another config ({changes}): give this run another --name, or delete {out}")
+    if was["data"] != header:
+        fail(f"{path} was trained on other data than {data_path} holds now: give this run another --name, or delete {out}")
+    for kind, net in nets.items():
+        net.load_state_dict({key: state[f"{kind}.{key}"] for key in net.state_dict()})
+    for key, p in parameters.items():
+        prefix = f"optimizer.{key}."
+        optimizer.state[p] = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    return was["step"]
+
+
+nets = {"model": model, "target": target, "eval": evaluated}
+try:
+    first_step = resume()
+except (CheckpointError, KeyError, RuntimeError) as error:
+    fail(error)
+
+# ---- reports -------------------------------------------------------------------------------------
+def log(**line):
+    if rank == 0:
+        with open(os.path.join(out, "log.jsonl"), "a") as f:
+            f.write(json.dumps(line) + "\n")
+
+
+def images_of(indices, nfe, classes=None):
+    """Images `indices` of the evaluation network, uint8 (n, H, W, C), and their labels; those that
+    sample.py draws from ckpt.safetensors with this seed."""
+    images, labels = [], []
+    for first in range(0, len(indices), 250):
+        x1, y = draw(seed, indices[first:first + 250], header["shape"], header["class_counts"])
+        y = y if classes is None else torch.tensor(classes[first:first + 250])
+        guide = torch.full((len(y),), sampling_w, device=device)
+        images.append(to_images(sample(evaluated, x1.to(device), y.to(device), guide, nfe), header))
+        labels.append(y)
+    return np.concatenate(images), torch.cat(labels)
+
+
+def picture(step):
+    classes = list(range(header["num_classes"]))[:10] or [0] * 10
+    rows = [images_of(range(len(classes)), nfe, classes)[0] for nfe in (1, 2, 4)]
+    grid(np.concatenate(rows), len(classes)).save(os.path.join(out, f"samples_{step}.png"))
+
+
+def curve():
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    with open(os.path.join(out, "log.jsonl")) as f:
+        lines = {line["step"]: line for line in map(json.loads, f) if "loss" in line}    # after a restart the later one
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for term in ("fm", "terminal"):
+        axes.plot(list(lines), [line[term] for line in lines.values()], label=term)
+    axes.set(xlabel="step", ylabel="loss term, mean per element", yscale="log", title=f"{name}, seed {seed}")
+    axes.legend(), axes.grid(alpha=0.3)
+    figure.savefig(os.path.join(out, "curve.png"), dpi=120)
+
+
+def scores():
+    """1, 2 and 4 steps, and as many training images, against held-out images; printed and logged."""
+    n = min(score_images, header["count"]["test"], header["count"]["train"] // 2)
+    if n < 2:
+        return print("no held-out images: no scores")
+    pick = lambda split, k: np.random.default_rng([seed, k]).permutation(header["count"][split])
+    chosen, others, test = *np.split(pick("train", 0), [n]), pick("test", 1)[:n]
+    held_out, train, labels = data["test_images"][test], data["train_images"][others], data["train_labels"][others]
+    if classifier == "cnn" and header["num_classes"]:
+        net = fid.train_classifier(train, labels, header["num_classes"], device)
+        right = (fid.classify(net, held_out, device) == torch.from_numpy(data["test_labels"][test])).double().mean().item()
+        print(f"the classifier names {right:.1%} of held-out images rightly")
+        log(step=steps, classifier_held_out=right)
+    rows = {"real": (data["train_images"][chosen], data["train_labels"][chosen])}
+    rows |= {nfe: (images.transpose(0, 3, 1, 2), y) for nfe in (1, 2, 4) for images, y in [images_of(range(n), nfe)]}
+    print(f"{n} samples of the evaluation network against {n} held-out images (real: training images in their place)")
+    print(f"{'steps':>5} {'two-sample':>11} {'label':>7} {'nearest':>8} {'Frechet':>8}")
+    for nfe, (images, y) in rows.items():
+        line = dict(two_sample=fid.two_sample_accuracy(images, held_out))
+        if header["num_classes"]:
+            line["label"] = (fid.classify(net, images, device) == torch.as_tensor(y)).double().mean().item() \
+                if classifier == "cnn" else fid.label_accuracy(images, y, train, labels)
+        line["nearest_ratio"] = fid.nearest_ratio(images, held_out, train)
+        line["frechet_pixels"] = fid.frechet_distance(*fid.moments(images / 255), *fid.moments(held_out / 255))
+        print(f"{nfe:>5} {line['two_sample']:>11.3f} {line.get('label', math.nan):>7.3f} {line['nearest_ratio']:>8.2f} "
+              f"{line['frechet_pixels']:>8.3f}")
+        log(step=steps, checkpoint="ckpt.safetensors", nfe=nfe, images=n, **line)
+    print("two-sample 0.5: cannot be told apart. label: the class asked for is found. nearest, well under 1: memorized.")
+
+
+sampling_w = w if guidance == "constant" else (w_min * w_max) ** 0.5
+if rank == 0:
+    os.makedirs(out, exist_ok=True)
+    changed = {key: value for key, value in config.items() if value not in ("", False)}
+    print(*(f"{key}={value}" for key, value in changed.items()))
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {header['count']['train']:,} images, {ranks} x {device.type}, "
+          f"{'bfloat16' if half else 'float32'}, commit {commit}" + f", from step {first_step}" * bool(first_step))
+log(step=first_step, config=config, model=about["config"], data=header["name"], commit=commit, torch=torch.__version__, ranks=ranks,
+    device=torch.cuda.get_device_name() if device.type == "cuda" else device.type)
+
+# ---- the loop ------------------------------------------------------------------------------------
+sums = torch.zeros(2, 4, 2, device=device)       # terminal, fm; by quarter of its time, t or s'; sum, samples
+skipped = skipped_in_a_row = 0
+since, norms = time.perf_counter(), []
+progress = tqdm(range(first_step, steps), initial=first_step, total=steps, desc=name, disable=rank > 0, unit="step", mininterval=1)
+for step in progress:
+    indices = batch_indices(step)
+    noise_seed = int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+    for first in range(rank * local_batch, (rank + 1) * local_batch, micro_batch):
+        x0, y = load(indices[first:first + micro_batch])
+        last = first + micro_batch == (rank + 1) * local_batch
+        with objective.no_sync() if ranks > 1 and not last else nullcontext():
+            with autocast():
+                terms = objective(x0, y, noise_seed, first, batch_size)
+            (terms["loss"] * (micro_batch / local_batch)).backward()
+        for i, (term, at) in enumerate((("terminal", "t"), ("fm", "s_fm"))):
+            quarter = (terms[at] * 4).long().clamp(max=3)
+            sums[i].index_add_(0, quarter, torch.stack([terms[term], torch.ones_like(terms[term])], dim=1))
+
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), grad_clip or math.inf)
+    if math.isfinite(norm := norm.item()):       # all ranks have the same gradients, so they agree
+        optimizer.step()
+        for kind, rate in (("target", ema_target), ("eval", ema_eval)):
+            torch._foreach_lerp_(emas[kind], list(parameters.values()), 1 - rate)
+        norms.append(norm)
+        skipped_in_a_row = 0
+    else:
+        skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+        if skipped_in_a_row == 10:
+            fail(f"the gradient was not finite in 10 steps in a row, up to step {step}; {out} holds the last checkpoint")
+    optimizer.zero_grad()
+
+    done = step + 1
+    if done % log_every == 0 or done == steps:
+        if ranks > 1:
+            dist.all_reduce(sums)
+        (terminal, terminal_bins), (fm, fm_bins) = ((x[:, 0].sum() / x[:, 1].sum(), x[:, 0] / x[:, 1]) for x in sums.double().cpu())
+        seconds, since = time.perf_counter() - since, time.perf_counter()
+        rate = sums[1, :, 1].sum().item() / seconds
+        line = dict(step=done, loss=(terminal + fm).item(), terminal=terminal.item(), fm=fm.item(),
+                    grad_norm=float(np.mean(norms)) if norms else None, images_per_second=round(rate, 1), skipped=skipped,
+                    terminal_by_t=[x if math.isfinite(x) else None for x in terminal_bins.tolist()],
+                    fm_by_s=[x if math.isfinite(x) else None for x in fm_bins.tolist()])
+        log(**line)
+        progress.set_postfix_str(f"terminal {line['terminal']:.4f} fm {line['fm']:.4f} {rate:.0f} img/s" + f" {skipped} skipped" * bool(skipped))
+        sums.zero_(), norms.clear()
+    if done % save_every == 0 or done == steps:
+        save(done)
+    if rank == 0 and (done % sample_every == 0 or done == steps):
+        picture(done)
+
+if rank == 0:
+    scores()
+    curve()
+    print(f"{out}: ckpt.safetensors, samples_{steps}.png, curve.png, log.jsonl. More images: python sample.py {out}/ckpt.safetensors")
+if ranks > 1:
+    dist.barrier()
+    dist.destroy_process_group()
