@@ -33,8 +33,10 @@ def sample_times(n, device="cpu", sampler="gap*", mu=-0.8, sigma=1.0, mu_s=-0.4,
     trunc  t ~ LN(mu, sigma), s ~ LN(mu_s, sigma_s) truncated to s <= t; s_fm = s
     clamp  t ~ LN(mu, sigma), s ~ LN(mu_s, sigma_s), replaced by t where larger; s_fm = s
 
-    Then t becomes s with probability p_equal. Raises ValueError for any other sampler.
+    Then t becomes s with probability p_equal. Raises ValueError for arguments out of range.
     """
+    if sigma <= 0 or sigma_s <= 0 or not 0 <= p_equal <= 1:
+        raise ValueError(f"sigma and sigma_s must be above 0 and p_equal in [0, 1], not {sigma:g}, {sigma_s:g}, {p_equal:g}")
     if sampler not in ("gap*", "gap", "trunc", "clamp"):
         raise ValueError(f'times must be "gap*", "gap", "trunc" or "clamp", not {sampler!r}')
     wide = widest(device)
@@ -57,7 +59,10 @@ def sample_times(n, device="cpu", sampler="gap*", mu=-0.8, sigma=1.0, mu_s=-0.4,
 
 def sample_guidance(n, device="cpu", sampler="constant", w=1.0, w_min=1.0, w_max=1.0, generator=None):
     """Guidance weights (n,) float32: "constant" w; "inverse", 1/w uniform on [1/w_max, 1/w_min] (the
-    paper); or "uniform" on [w_min, w_max] (the authors' release). Raises ValueError for any other."""
+    paper); or "uniform" on [w_min, w_max] (the authors' release). Raises ValueError for arguments out
+    of range."""
+    if min(w, w_min) <= 0 or w_max < w_min:
+        raise ValueError(f"guidance weights must be above 0, and w_min at most w_max, not {w:g}, {w_min:g}, {w_max:g}")
     if sampler == "constant":
         return torch.full((n,), float(w), device=device)
     if sampler not in ("inverse", "uniform"):
@@ -105,6 +110,7 @@ class TVM(nn.Module):
     def __init__(self, model, target, times={}, guidance={}, label_dropout=0.1, detach_jvp=False):
         """times and guidance: keyword arguments of sample_times and sample_guidance."""
         super().__init__()
+        sample_times(1, **times), sample_guidance(1, **guidance)         # complain now rather than in a step
         self.model, self.target = model, target
         self.times, self.guidance = times, guidance
         self.label_dropout, self.detach_jvp = label_dropout, detach_jvp

@@ -213,7 +213,7 @@ class Patches(nn.Module):
 
     @staticmethod
     def tokens(x):
-        return rearrange(x, "b d h w -> b (h w) d")
+        return rearrange(x, "b d h w -> b (h w) d").contiguous()
 
 
 class Labels(nn.Module):
@@ -310,6 +310,7 @@ class DiT(nn.Module):
         self.y_embedder = Labels(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = Final(config)
+        self.run_block = Block.forward    # the trainer puts torch.compile(Block.forward) here, one function for all blocks
         self.initialize()
 
     @torch.no_grad()
@@ -336,7 +337,7 @@ class DiT(nn.Module):
         c = silu(c)
         x = self.x_embedder(x) + self.pos_embed                                       # (B, T, D)
         for block in self.blocks:
-            x = block(x, c)
+            x = self.run_block(block, x, c)
         x = self.final_layer(x, c)                                                    # (B, T, p p C)
         grid, p = self.config.input_size // self.config.patch_size, self.config.patch_size
         return linear_map(lambda x: rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=grid, p=p, q=p), x)

@@ -4,7 +4,7 @@ A checkpoint -> images.
     python sample.py assets/digits.safetensors                     # one step; a grid with every class, samples.png
     python sample.py ckpt.safetensors --nfe 4 --classes 3,7 --n 64 # four steps, 64 images of classes 3 and 7
     python sample.py ckpt.safetensors --n 50000 --out samples.npz  # arr_0, uint8 NHWC, labels by the training histogram
-    torchrun --nproc_per_node=8 sample.py ckpt.safetensors --n 50000 --out samples.npz
+    torchrun --nproc_per_node=8 -- sample.py ckpt.safetensors --n 50000 --out samples.npz   # its --n needs the --
 
 The noise and the label of image i depend on the seed and i alone: not on the batch size, the ranks or
 the other images.
@@ -61,7 +61,7 @@ def to_images(x0, header):
     return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def grid(images, columns, least=512):
+def grid(images, columns, least=800):
     """uint8 (N, H, W, C) -> one PIL image, row by row, enlarged by whole pixels to about `least` wide."""
     n, H, W, C = images.shape
     rows = -(-n // columns)

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import fid
 from loss import TVM
-from model import SIZES, CheckpointError, DiT, DiTConfig, load_tensors, save_tensors
+from model import SIZES, Block, CheckpointError, DiT, DiTConfig, load_tensors, save_tensors
 from prepare import DataError, load_dataset
 from sample import best_device, draw, grid, sample, to_images
 
@@ -43,6 +43,7 @@ preset = ""              # a group of PRESETS below, or none
 name = ""                # out/NAME; default: the preset's or the dataset's name
 dataset = "digits"       # data/NAME, made by prepare.py (digits and shapes are made here when missing)
 device = ""              # "cpu", "cuda", "mps"; default: a GPU where there is one
+compile = True           # torch.compile on a CUDA device: a minute once, then a faster step
 seed = 0                 # of weights, data order, noise and times
 init_from = ""           # a checkpoint to take the weights from, before step 0
 # network (its input size, channels and classes are the data's)
@@ -86,7 +87,7 @@ IMAGENET = dict(
     label_dropout=0.1, guidance="constant", log_every=100, sample_every=10_000, save_every=5_000)
 PRESETS = {
     "shapes": dict(
-        dataset="shapes", hidden_size=256, depth=8, num_heads=4, patch_size=2, batch_size=256, steps=6000, lr=1e-3, w=1.0,
+        dataset="shapes", hidden_size=384, depth=8, num_heads=6, patch_size=4, batch_size=256, steps=4000, lr=1e-3, w=1.0,
         ema_eval=0.999, log_every=100, sample_every=2000, save_every=2000, classifier="cnn"),
     "cifar10": dict(
         dataset="cifar10", hidden_size=384, depth=12, num_heads=6, patch_size=2, batch_size=256, steps=200_000, lr=2e-4,
@@ -99,7 +100,7 @@ PRESETS = {
                         batch_size=1024, steps=200_000),
 }
 # These may differ between a run and its continuation; all others must not.
-MAY_CHANGE = {"device", "steps", "micro_batch", "log_every", "sample_every", "save_every", "score_images", "classifier",
+MAY_CHANGE = {"device", "compile", "steps", "micro_batch", "log_every", "sample_every", "save_every", "score_images", "classifier",
               "init_from"}
 
 # ---- the constants, as this run has them ---------------------------------------------------------
@@ -164,6 +165,9 @@ local_batch = batch_size // ranks
 micro_batch = min(micro_batch or local_batch, local_batch)
 if local_batch % micro_batch:
     fail(f"a rank's share of the batch, {local_batch}, is not divisible by micro_batch {micro_batch}")
+for key in ("label_dropout", "ema_target", "ema_eval"):
+    if not 0 <= config[key] <= 1:
+        fail(f"{key} must be between 0 and 1, not {config[key]:g}")
 if classifier not in ("1-nn", "cnn"):
     fail(f'classifier must be "1-nn" or "cnn", not {classifier!r}')
 half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -220,12 +224,17 @@ if init_from:
         fail(f"init_from: {error}")
 target = copy.deepcopy(model).requires_grad_(False)      # theta*
 evaluated = copy.deepcopy(model).requires_grad_(False)   # theta**
+if compile and device.type == "cuda":
+    model.run_block = target.run_block = torch.compile(Block.forward, fullgraph=True, dynamic=False)
 parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
 emas = {key: [dict(net.named_parameters())[p] for p in parameters] for key, net in (("target", target), ("eval", evaluated))}
 optimizer = torch.optim.AdamW(parameters.values(), lr, (beta1, beta2), eps, weight_decay, fused=device.type != "mps")
 times_config = dict(sampler=times, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, p_equal=p_equal)
 guidance_config = dict(sampler=guidance, w=w, w_min=w_min, w_max=w_max)
-objective = TVM(model, target, times_config, guidance_config, label_dropout, detach_jvp)
+try:
+    objective = TVM(model, target, times_config, guidance_config, label_dropout, detach_jvp)
+except ValueError as error:
+    fail(error)
 if ranks > 1:
     objective = DistributedDataParallel(objective, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
 

@@ -1,0 +1,826 @@
+"""
+Every piece against something independent of it: float64 autograd, finite differences, closed forms,
+a second implementation. On a CPU in minutes; with a GPU, the tests at the end run too.
+
+    python -m pytest -q test_all.py
+"""
+import copy
+import io
+import json
+import math
+import os
+import runpy
+import subprocess
+import sys
+import tarfile
+import types
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fid
+import model as m
+import prepare
+import sample as s
+from attention_jvp import attention, attention_jvp
+from loss import TVM, sample_guidance, sample_times, tvm_loss
+from model import DiT, DiTConfig, Dual
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TINY = dict(input_size=4, in_channels=2, num_classes=3)
+F64 = torch.float64
+
+
+def close(a, b, tolerance):
+    """Relative L2 error, which no NaN passes."""
+    error = ((a - b).norm() / b.norm()).item()
+    assert error <= tolerance, f"relative error {error:.2e} > {tolerance:.0e}"
+
+
+def randn(*shape, seed=0, dtype=F64):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def random_model(dtype=F64, seed=0, **kwargs):
+    """A tiny DiT with no weight left at zero."""
+    torch.manual_seed(seed)
+    net = DiT(DiTConfig.named("tiny", **{**TINY, **kwargs})).to(dtype)
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return net
+
+
+def random_inputs(B=3, num_classes=3, dtype=F64):
+    x, noise = randn(B, 2, 4, 4, seed=1), randn(B, 2, 4, 4, seed=2)
+    s_, t = torch.rand(2, B, dtype=F64, generator=torch.Generator().manual_seed(3)).sort(0).values
+    y = torch.arange(B) % (num_classes + 1)
+    w = torch.linspace(1, 2.5, B, dtype=F64)
+    return [a.to(dtype) if a.is_floating_point() else a for a in (x, noise, t, s_, y, w)]
+
+
+# ---- attention_jvp.py ----------------------------------------------------------------------------
+
+def plain_attention(q, k, v, scale):
+    return torch.einsum("bhij,bhjd->bhid", torch.softmax(torch.einsum("bhid,bhjd->bhij", q, k) * scale, -1), v)
+
+
+def attention_inputs(Sq=5, Sk=7, D=6):
+    shapes = [(2, 3, Sq, D), (2, 3, Sk, D), (2, 3, Sk, D)]
+    return [randn(*shape, seed=i) for i, shape in enumerate(shapes + shapes)]
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_attention_jvp_is_the_derivative(scale):
+    *primals, tq, tk, tv = inputs = attention_inputs()
+    o, to = attention_jvp(*inputs, scale=scale)
+    reference = torch.func.jvp(lambda *a: plain_attention(*a, scale or 6 ** -0.5), tuple(primals), (tq, tk, tv))
+    close(o, reference[0], 1e-14), close(to, reference[1], 1e-14)
+    close(attention(*primals, scale=scale), reference[0], 1e-14)
+
+
+def test_attention_jvp_gradients():
+    assert torch.autograd.gradcheck(attention_jvp, [a.requires_grad_() for a in attention_inputs(3, 2, 4)])
+
+
+def test_attention_under_forward_ad():
+    q, k, v, tq, tk, tv = inputs = attention_inputs()
+    o, to = attention_jvp(*inputs)
+    for got in torch.func.jvp(attention, (q, k, v), (tq, tk, tv)), dual_level(attention, (q, k, v), (tq, tk, tv)):
+        close(got[0], o, 1e-14), close(got[1], to, 1e-14)
+    q.requires_grad_()
+    gradient, = torch.autograd.grad(torch.func.jvp(attention, (q, k, v), (tq, tk, tv))[1].sum(), q)
+    reference, = torch.autograd.grad(attention_jvp(*inputs)[1].sum(), q)
+    close(gradient, reference, 1e-13)
+
+
+def dual_level(f, primals, tangents):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(*map(forward_ad.make_dual, primals, tangents)))
+
+
+def test_attention_refuses_other_tangents():
+    q, k, v, tq, tk, tv = attention_inputs()
+    with pytest.raises(ValueError, match="tk has shape"):
+        attention_jvp(q, k, v, tq, tk[:, :, :1], tv)
+
+
+# ---- model.py: the derivative --------------------------------------------------------------------
+
+@pytest.mark.parametrize("ours, reference", [
+    (m.silu, F.silu),
+    (m.gelu, lambda x: F.gelu(x, approximate="tanh")),
+    (m.rms_norm, lambda x: F.rms_norm(x, x.shape[-1:], eps=1e-6)),
+    (lambda x: m.rms_norm(x, torch.arange(8.0, dtype=F64)), lambda x: F.rms_norm(x, x.shape[-1:], torch.arange(8.0, dtype=F64), 1e-6)),
+    (m.layer_norm, lambda x: F.layer_norm(x, x.shape[-1:], eps=1e-6)),
+    (lambda x: x * x + x * 2 - (1 + x), lambda x: x * x + 2 * x - (1 + x)),
+])
+def test_rules(ours, reference):
+    x, dx = 2 * randn(5, 8), randn(5, 8, seed=1)
+    value, tangent = torch.func.jvp(reference, (x,), (dx,))
+    dual = ours(Dual(x, dx))
+    close(dual.value, value, 1e-14), close(dual.tangent, tangent, 1e-14)
+    close(ours(x), value, 1e-14)
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(semi_lipschitz=False), dict(num_classes=0), dict(depth=1, num_heads=4, patch_size=1)])
+def test_network_derivative(kwargs):
+    """dF along x, t and s against PyTorch's own forward mode and central differences."""
+    net = random_model(**kwargs)
+    x, dx, t, s_, y, w = random_inputs(num_classes=net.config.num_classes)
+    dt, ds = randn(3, seed=4), randn(3, seed=5)
+    value, dF = net.jvp(x, t, s_, y, w, dx, dt, ds)
+    assert value.dtype == F64 and value.shape == x.shape
+    f = lambda x, t, s_: net(x, t, s_, y, w)
+    close(value, f(x, t, s_), 1e-13)
+    close(dF, torch.func.jvp(f, (x, t, s_), (dx, dt, ds))[1], 1e-12)
+    h = 1e-5
+    close(dF, (f(x + h * dx, t + h * dt, s_ + h * ds) - f(x - h * dx, t - h * dt, s_ - h * ds)) / (2 * h), 1e-7)
+    only_s = net.jvp(x, t, s_, y, w, ds=torch.ones_like(s_))[1]
+    close(only_s, (f(x, t, s_ + h) - f(x, t, s_ - h)) / (2 * h), 1e-7)
+
+
+def test_gradient_through_the_derivative():
+    """Reverse over forward against reverse over (reverse over reverse)."""
+    net = random_model()
+    x, R, t, s_, y, w = random_inputs()
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    value, dF = net.jvp(x, t, s_, y, w, ds=torch.ones_like(s_))
+    ours = torch.autograd.grad((dF * R).sum() + (value * R.sin()).sum(), parameters)
+
+    with sdpa_kernel(SDPBackend.MATH):                                # the flash kernel has no second derivative
+        s_ = s_.clone().requires_grad_()
+        value = net(x, t, s_, y, w)
+        probe = torch.zeros_like(value, requires_grad=True)
+        along, = torch.autograd.grad(value, s_, probe, create_graph=True)       # J^T probe, linear in probe
+        dF, = torch.autograd.grad(along.sum(), probe, create_graph=True)        # its derivative is J 1
+        reference = torch.autograd.grad((dF * R).sum() + (value * R.sin()).sum(), parameters)
+    for a, b in zip(ours, reference):
+        close(a, b, 1e-10)
+
+
+# ---- model.py: the network -----------------------------------------------------------------------
+
+def test_parameter_names_and_count():
+    with torch.device("meta"):
+        net = DiT(DiTConfig.named("XL/2", input_size=32, in_channels=4, num_classes=1000))
+    assert sum(p.numel() for p in net.parameters()) == 678_363_408
+    both = lambda *names: [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
+    names = ["pos_embed", "y_embedder.embedding_table.weight"] + both("x_embedder.proj", "final_layer.adaLN_modulation.1", "final_layer.linear")
+    names += both(*(f"{e}_embedder.mlp.{i}" for e in ("t", "s", "guidance") for i in (0, 2)))
+    for i in range(28):
+        names += both(*(f"blocks.{i}.{part}" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")))
+        names += [f"blocks.{i}.attn.{part}_norm.weight" for part in "qk"]
+    assert sorted(net.state_dict()) == sorted(names)
+    assert net.pos_embed.shape == (1, 256, 1152) and net.x_embedder.proj.weight.shape == (1152, 4, 2, 2)
+
+
+@pytest.mark.parametrize("time_init", ["spectral", "normal"])
+def test_initialization(time_init):
+    torch.manual_seed(0)
+    net = DiT(DiTConfig.named("S/2", depth=2, time_init=time_init))
+    for name, p in net.named_parameters():
+        if name.endswith("bias") or "adaLN" in name or name.startswith("final_layer"):
+            assert not p.any(), name
+        elif "embedder.mlp" in name and time_init == "normal" or "embedding_table" in name:
+            assert abs(p.std().item() - 0.02) < 4 * 0.02 / math.sqrt(2 * p.numel()), name
+        elif name == "x_embedder.proj.weight":
+            fan = sum(p.flatten(1).shape)
+            assert abs(p.std().item() - math.sqrt(2 / fan)) < 4 * math.sqrt(2 / fan) / math.sqrt(2 * p.numel())
+        elif name.endswith("_norm.weight"):
+            assert (p == 1).all()
+        elif name.endswith("weight"):
+            assert abs(np.linalg.norm(p.detach().double().numpy(), 2) - 1) < 1e-5, name
+
+
+def test_positions_and_time_features():
+    table, D = m.positions(3, 16), 16
+    for row, column, j in [(0, 0, 0), (2, 1, 1), (1, 2, 3)]:
+        omega, token = 10000 ** (-j / (D / 4)), table[0, 3 * row + column]
+        expected = [math.sin(column * omega), math.cos(column * omega), math.sin(row * omega), math.cos(row * omega)]
+        assert np.allclose([token[j + i * D // 4] for i in range(4)], expected, atol=1e-7)
+    features = m.Embedder.features(torch.tensor([0.3]))
+    assert features.shape == (1, 256) and features.dtype == F64
+    a = float(np.float32(0.3)) * 10000 ** (-5 / 128)
+    assert abs(features[0, 5] - math.cos(a)) < 1e-14 and abs(features[0, 133] - math.sin(a)) < 1e-14
+
+
+def test_patches_go_back_where_they_came_from():
+    """With blocks that do nothing, output patch i depends on input patch i alone."""
+    net = random_model(depth=1)
+    with torch.no_grad():
+        for p in net.blocks.parameters():
+            p.zero_()
+    x, _, t, s_, y, w = random_inputs()
+    moved = x.clone()
+    moved[:, 1, 0, 3] += 1                                            # patch (0, 1)
+    where = (net(moved, t, s_, y, w) - net(x, t, s_, y, w)).abs().sum((0, 1)) > 1e-9
+    assert where[:2, 2:].all() and where.sum() == 4
+
+
+@pytest.mark.parametrize("kwargs, word", [(dict(patch_size=3), "patch_size"), (dict(num_heads=5), "num_heads"),
+                                          (dict(time_init="no"), "time_init"), (dict(depth=0), "depth"), (dict(num_classes=-1), "num_classes")])
+def test_config_refuses(kwargs, word):
+    with pytest.raises(ValueError, match=word):
+        DiTConfig.named("tiny", **{**TINY, **kwargs})
+    with pytest.raises(ValueError, match="XL/2"):
+        DiTConfig.named("XXL/2")
+
+
+# ---- loss.py -------------------------------------------------------------------------------------
+
+class GaussianFlow:
+    """The exact F for data N(mean, c^2 I): see test_gaussian_data."""
+
+    def __init__(self, mean, c, scaled):
+        self.mean, self.c2 = mean, c * c
+        self.config = types.SimpleNamespace(scaled=scaled, num_classes=1)
+
+    def __call__(self, x, t, s_, y, w):
+        t, s_ = (a.view(-1, 1, 1, 1) for a in (t, s_))
+        variance = lambda t: (1 - t) ** 2 * self.c2 + t ** 2
+        slope = ((s_ + t) - self.c2 * (2 - s_ - t)) / (variance(t) + (variance(s_) * variance(t)).sqrt())
+        return slope * (x - (1 - t) * self.mean) - self.mean
+
+    def jvp(self, x, t, s_, y, w, ds):
+        return torch.func.jvp(lambda s_: self(x, t, s_, y, w), (s_,), (ds,))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("c", [0.5, 1.0, 2.0])
+def test_gaussian_data(scaled, c):
+    """The exact flow map has no terminal loss, and a flow-matching loss of c^2 / v_s' in the mean."""
+    n, shape, mean = 4000, (2, 3, 3), 0.7
+    x0, noise = mean + c * randn(n, *shape), randn(n, *shape, seed=1)
+    t, s_, s_fm = (a.double() for a in sample_times(n, generator=torch.Generator().manual_seed(0)))
+    one, y = torch.ones(n, dtype=F64), torch.zeros(n, dtype=torch.long)
+    flow = GaussianFlow(mean, c, scaled)
+    terms = tvm_loss(flow, flow, x0, noise, y, one, t, s_, s_fm)
+    assert terms["terminal"].max() < 1e-12
+    r = s_fm.view(-1, 1, 1, 1)
+    variance = (1 - r) ** 2 * c * c + r * r
+    residual = (r * (x0 - mean) - (1 - r) * c * c * noise) / variance           # by hand, from F - v
+    close(terms["fm"], residual.square().mean((1, 2, 3)), 1e-12)
+    ratio = (terms["fm"] / (c * c / variance.flatten())).mean().item()          # each a chi^2_18 / 18 in distribution
+    assert abs(ratio - 1) < 4 * math.sqrt(2 / 18 / n)
+
+
+def naive_loss(net, target, x0, x1, y, w, t, s_, s_fm):
+    """One sample after the other, the derivative by PyTorch's forward mode, straight from the paper."""
+    terminal, fm = [], []
+    for i in range(len(x0)):
+        one = lambda a: a[i:i + 1]
+        k = w[i] if net.config.scaled else 1.0
+        call = lambda net, x, t, s_, c=y[i], w=w[i]: net(x, t.view(1), s_.view(1), c.view(1), w.view(1))
+        x_t = (1 - t[i]) * one(x0) + t[i] * one(x1)
+        f = lambda r: (r - t[i]) * k * call(net, x_t, t[i], r)
+        displacement, df = torch.func.jvp(f, (s_[i],), (torch.ones_like(s_[i]),))
+        u = k * call(target, (x_t + displacement).detach(), s_[i], s_[i])
+        terminal.append(((df - u.detach()) ** 2).mean() / w[i] ** 2 if t[i] != s_[i] else torch.zeros((), dtype=F64))
+        r, none = s_fm[i], torch.tensor(net.config.num_classes)
+        x_r = (1 - r) * one(x0) + r * one(x1)
+        guided = w[i] * (one(x1) - one(x0)) + (1 - w[i]) * call(target, x_r, r, r, none, torch.ones_like(w[i]))
+        fm.append(((k * call(net, x_r, r, r) - guided.detach()) ** 2).mean() / w[i] ** 2)
+    return {"terminal": torch.stack(terminal), "fm": torch.stack(fm)}
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_loss_against_a_naive_one(scaled):
+    net, target = random_model(scaled=scaled), random_model(scaled=scaled, seed=1)
+    x0, noise, t, s_, y, w = random_inputs(B=5)
+    s_[2] = t[2]
+    s_fm = torch.rand(5, dtype=F64, generator=torch.Generator().manual_seed(9))
+    ours, naive = tvm_loss(net, target, x0, noise, y, w, t, s_, s_fm), naive_loss(net, target, x0, noise, y, w, t, s_, s_fm)
+    assert ours["terminal"][2] == 0 and (ours["terminal"][[0, 1, 3, 4]] > 0).all()
+    for term in ("terminal", "fm"):
+        close(ours[term], naive[term], 1e-12)
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    gradients = lambda terms: torch.autograd.grad(sum(term.sum() for term in terms.values()), parameters)
+    expected, cut = gradients(naive), gradients(tvm_loss(net, target, x0, noise, y, w, t, s_, s_fm, detach_jvp=True))
+    for a, b in zip(gradients(ours), expected):
+        close(a, b, 1e-10)
+    assert any((a - b).norm() > 0.01 * b.norm() for a, b in zip(cut, expected))
+    assert all(p.grad is None for p in target.parameters())
+
+
+def test_guidance_scaling():
+    """In the scaled parameterization with F* = F/w-independent, doubling F and v at w=2 keeps both terms: 1/w^2 undoes k=w."""
+    flow = GaussianFlow(0.0, 1.0, True)
+    x0, noise, t, s_, _, _ = random_inputs()
+    y, one = torch.zeros(3, dtype=torch.long), torch.ones(3, dtype=F64)
+    for w in (1.0, 2.0):
+        fm = tvm_loss(flow, flow, x0, noise, y, w * one, t, s_, s_)["fm"]
+        r = s_.view(-1, 1, 1, 1)
+        u = flow((1 - r) * x0 + r * noise, s_, s_, y, one)
+        expected = ((w * u - w * (noise - x0) - (1 - w) * u) / w).square().mean((1, 2, 3))
+        close(fm, expected, 1e-12)
+
+
+def truncated(s_, top, mu, sigma):
+    """Uniform on [0, 1] where s is a logit-normal truncated to s <= top."""
+    cdf = lambda x: scipy.stats.norm.cdf((scipy.special.logit(x) - mu) / sigma)
+    return cdf(s_) / cdf(top)
+
+
+@pytest.mark.parametrize("sampler, mu, sigma", [("gap*", -0.8, 1.0), ("gap", -0.5, 0.7), ("trunc", 1.0, 1.0), ("clamp", 1.0, 1.2)])
+def test_time_samplers(sampler, mu, sigma):
+    n, mu_s, sigma_s = 20000, -0.4, 0.9
+    times = sample_times(n, sampler=sampler, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, generator=torch.Generator().manual_seed(0))
+    assert all(a.dtype == torch.float32 and a.shape == (n,) and 0 <= a.min() and a.max() <= 1 for a in times)
+    t, s_, s_fm = (a.double().numpy() for a in times)
+    assert (s_ <= t).all()
+    p = lambda sample, cdf: scipy.stats.kstest(sample, cdf).pvalue
+    normal = scipy.stats.norm.cdf
+    logit_normal = lambda mu, sigma: lambda x: normal((scipy.special.logit(x) - mu) / sigma)
+    if sampler in ("gap", "gap*"):
+        inside = slice(None)
+        first, u = t - s_, truncated(s_, 1 - (t - s_), mu_s, sigma_s)
+    elif sampler == "trunc":
+        first, u = t, truncated(s_, t, mu_s, sigma_s)
+    else:
+        first = t
+        both = lambda x: 1 - (1 - logit_normal(mu_s, sigma_s)(x)) * (1 - logit_normal(mu, sigma)(x))
+        assert p(s_, both) > 1e-3                                     # the smaller of the two draws
+        u = None
+    assert p(first, logit_normal(mu, sigma)) > 1e-3
+    if u is not None:
+        assert p(u, "uniform") > 1e-3 and abs(np.corrcoef(u, first)[0, 1]) < 4 / math.sqrt(n)
+    if sampler == "gap*":
+        assert p(s_fm, logit_normal(mu_s, sigma_s)) > 1e-3 and abs(np.corrcoef(s_fm, s_)[0, 1]) < 4 / math.sqrt(n)
+    else:
+        assert (s_fm == s_).all()
+    t, s_, _ = sample_times(n, sampler=sampler, p_equal=0.3, mu=mu, generator=torch.Generator().manual_seed(1))
+    exact = (sample_times(n, sampler=sampler, mu=mu, generator=torch.Generator().manual_seed(1))[:2])
+    share = (exact[0] == exact[1]).double().mean().item()
+    assert abs((t == s_).double().mean().item() - (share + 0.3 * (1 - share))) < 4 * math.sqrt(0.21 / n)
+
+
+def test_guidance_samplers():
+    draw = lambda sampler: sample_guidance(20000, sampler=sampler, w=2.0, w_min=1.0, w_max=4.0, generator=torch.Generator().manual_seed(0)).double().numpy()
+    assert (draw("constant") == 2).all()
+    assert scipy.stats.kstest(1 / draw("inverse"), scipy.stats.uniform(0.25, 0.75).cdf).pvalue > 1e-3
+    assert scipy.stats.kstest(draw("uniform"), scipy.stats.uniform(1, 3).cdf).pvalue > 1e-3
+    for f in (sample_guidance, sample_times):
+        with pytest.raises(ValueError, match="not 'no'"):
+            f(2, sampler="no")
+
+
+def test_objective_is_a_function_of_seed_and_place():
+    net = random_model(torch.float32)
+    objective = TVM(net, copy.deepcopy(net), guidance=dict(w=2.0))
+    x0, y = randn(8, 2, 4, 4, dtype=torch.float32), torch.arange(8) % 3
+    whole = objective(x0, y, seed=5)
+    halves = [objective(x0[i:i + 4], y[i:i + 4], 5, i, 8) for i in (0, 4)]
+    for key in ("terminal", "fm", "t", "s_fm"):
+        close(torch.cat([half[key] for half in halves]), whole[key], 1e-5)
+    close(whole["loss"], (whole["terminal"] + whole["fm"]).mean(), 1e-6)
+    assert (whole["t"] != objective(x0, y, seed=6)["t"]).any()
+
+
+def test_label_dropout():
+    """A dropped sample has no class and w = 1: with a dropout of 1, classes and guidance change nothing."""
+    net = random_model()
+    x0 = randn(4, 2, 4, 4)
+    losses = [TVM(net, net, guidance=dict(w=w), label_dropout=1.0)(x0, y, 0)["fm"]
+              for w, y in ((1.0, torch.zeros(4, dtype=torch.long)), (3.0, torch.full((4,), 2)))]
+    assert (losses[0] == losses[1]).all()
+
+
+# ---- fid.py --------------------------------------------------------------------------------------
+
+def covariance(D, rank, seed):
+    A = randn(D, rank, seed=seed)
+    return A @ A.T / rank
+
+
+def test_frechet_distance_closed_forms():
+    D, eye = 6, torch.eye(6, dtype=F64)
+    mu, sigma = randn(D), covariance(D, D, 0)
+    assert abs(fid.frechet_distance(mu, sigma, mu, sigma)) < 1e-12
+    assert abs(fid.frechet_distance(mu, sigma, mu + 2, sigma) - 4 * D) < 1e-12
+    assert abs(fid.frechet_distance(mu, sigma, mu, 9 * sigma) - 4 * sigma.trace()) < 1e-12
+    a, b = torch.arange(D, dtype=F64), torch.arange(D, dtype=F64).flip(0)       # commuting and singular
+    Q = torch.linalg.qr(randn(D, D))[0]
+    assert abs(fid.frechet_distance(mu, Q * a @ Q.T, mu, Q * b @ Q.T) - (a.sqrt() - b.sqrt()).square().sum()) < 1e-12
+    assert abs(fid.frechet_distance(mu, 0 * eye, mu, eye) - D) < 1e-12
+
+
+def test_frechet_distance_against_scipy():
+    a, b, D = covariance(64, 100, 0), covariance(64, 100, 1), 64
+    expected = (a + b).trace().item() - 2 * np.trace(scipy.linalg.sqrtm((a @ b).numpy()).real)
+    assert abs(fid.frechet_distance(torch.zeros(D), a, torch.zeros(D), b) - expected) < 1e-9
+    low = covariance(D, 10, 2)                                        # rank 10: the square root is A A^T's own
+    assert abs(fid.frechet_distance(torch.zeros(D), low, torch.zeros(D), low)) < 1e-12
+    A, B = randn(D, 10, seed=2), randn(D, 10, seed=3)
+    expected = (low.trace() + covariance(D, 10, 3).trace() - 2 * torch.linalg.svdvals(A.T @ B).sum() / 10).item()
+    assert abs(fid.frechet_distance(torch.zeros(D), low, torch.zeros(D), covariance(D, 10, 3)) - expected) < 1e-9
+    for wrong in (torch.zeros(3), torch.full((D,), math.nan)):
+        with pytest.raises(ValueError, match="frechet_distance"):
+            fid.frechet_distance(wrong, low, torch.zeros(D), low)
+
+
+def test_moments():
+    x = randn(50, 2, 3)
+    mu, sigma = fid.moments(x)
+    assert np.allclose(mu, x.flatten(1).numpy().mean(0)) and np.allclose(sigma, np.cov(x.flatten(1).numpy().T))
+    mu, sigma = fid.moments(randn(4000, 5, seed=8))
+    assert fid.frechet_distance(mu, sigma, torch.zeros(5), torch.eye(5)) < 5 * 2 * 5 / 4000
+
+
+def test_small_data_scores():
+    a, b, far = (randn(600, 4, seed=i, dtype=torch.float32) for i in range(3))
+    far = far + 100
+    assert fid.two_sample_accuracy(a, a.clone()) == 0                 # every image's nearest is its copy
+    assert fid.two_sample_accuracy(a, far) == 1
+    assert abs(fid.two_sample_accuracy(a, b) - 0.5) < 4 * 0.5 / math.sqrt(1200)
+    assert fid.nearest_ratio(a, b, a) == 0                            # memorized
+    assert fid.nearest_ratio(b, b, a) == 1
+    assert abs(fid.nearest_ratio(a[:300], b[:300], torch.cat([b[300:], a[300:]])) - 1) < 0.15
+    labels = (a[:, 0] > 0).long()
+    assert fid.label_accuracy(a, labels, a, labels) == 1 and fid.label_accuracy(a, 1 - labels, a, labels) == 0
+    d, i = fid.nearest_neighbours(b, a)
+    brute = np.linalg.norm(b.numpy()[:, None] - a.numpy()[None], axis=2)
+    assert np.allclose(d, brute.min(1), atol=1e-5) and (i.numpy() == brute.argmin(1)).all()
+    with pytest.raises(ValueError, match="one size"):
+        fid.two_sample_accuracy(a, b[:5])
+
+
+def test_classifier_learns():
+    images = np.stack([prepare.draw_shape(10 * (i // 2) + 5 * (i % 2), size=16) for i in range(400)])   # disks and bars
+    labels = np.arange(400) % 2
+    net = fid.train_classifier(images[:300], labels[:300], 2, "cpu", epochs=12, batch=50)
+    assert (fid.classify(net, images[300:], "cpu").numpy() == labels[300:]).mean() > 0.9
+
+
+# ---- prepare.py ----------------------------------------------------------------------------------
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_script(script, *arguments):
+    """A script in this process; returns its one line of complaint, or None where it ended well."""
+    argv, sys.argv = sys.argv, [script, *map(str, arguments)]
+    try:
+        runpy.run_path(os.path.join(HERE, script), run_name="__main__")
+    except SystemExit as stop:
+        assert stop.code not in (None, 0), "it ended early"
+        assert isinstance(stop.code, str) and "\n" not in stop.code and stop.code.startswith(script)
+        return stop.code
+    finally:
+        sys.argv = argv
+
+
+def test_digits(folder):
+    assert run_script("prepare.py", "digits") is None
+    header, data = prepare.load_dataset("data/digits")
+    assert header["count"] == {"train": 1437, "test": 360} and header["shape"] == [1, 8, 8] and "CC BY" in header["license"]
+    assert header["class_counts"] == np.bincount(data["train_labels"]).tolist()
+    with np.load(os.path.join(HERE, "assets", "digits.npz"), allow_pickle=False) as f:
+        ink = lambda images: sorted(np.round(images.reshape(-1, 64) / 255 * 16).sum(1))
+        assert ink(np.concatenate([data["train_images"], data["test_images"]])) == sorted(f["images"].reshape(-1, 64).sum(1))
+        assert os.path.getsize(f.fid.name if hasattr(f.fid, "name") else f.zip.filename) < 100_000
+
+
+def test_shapes(folder):
+    assert run_script("prepare.py", "shapes", "--n", 60, "--size", 16, "--name", "a") is None
+    header, data = prepare.load_dataset("data/a")
+    assert header["count"] == {"train": 60, "test": 10} and header["num_classes"] == 10
+    assert (data["train_images"][13] == prepare.draw_shape(13, 16)).all() and (data["train_labels"] == np.arange(60) % 10).all()
+    assert (data["test_images"][4] == prepare.draw_shape(64, 16)).all()
+    assert (prepare.draw_shape(13, 16) != prepare.draw_shape(13, 16, seed=1)).any()
+
+
+def write_picture(path, size=(20, 14), colour=(200, 30, 40)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def test_folder(folder, capsys):
+    for i in range(5):
+        write_picture(folder / "src" / "cats" / f"{i}.png")
+        write_picture(folder / "src" / "dogs" / f"{i}.jpg", (37, 50), (0, 250, 0))
+    (folder / "src" / "cats" / "broken.png").write_bytes((folder / "src" / "cats" / "0.png").read_bytes()[:40])
+    assert run_script("prepare.py", "folder", "src", "--size", 8, "--name", "pets", "--held-out", 0.2) is None
+    said = capsys.readouterr()
+    assert "broken.png" in said.err and "1 of 11" in said.out
+    header, data = prepare.load_dataset("data/pets")
+    assert header["count"] == {"train": 8, "test": 2} and header["class_names"] == ["cats", "dogs"] and header["skipped"] == 1
+    green = data["train_images"][:, 1].mean((1, 2)) > 128
+    assert (green == data["train_labels"]).all() and 0 < green.sum() < 8
+    for i in range(3):
+        write_picture(folder / "flat" / f"{i}.png")
+    assert run_script("prepare.py", "folder", "flat", "--size", 8, "--name", "flat") is None
+    assert prepare.load_dataset("data/flat")[0]["num_classes"] == 0
+    assert os.listdir("data") and not [name for name in os.listdir("data") if "raw" in name or "partial" in name]
+    assert "no folder" in run_script("prepare.py", "folder", "nowhere", "--size", 8)
+    os.mkdir("empty")
+    assert "no .jpg" in run_script("prepare.py", "folder", "empty", "--size", 8)
+
+
+def test_centre_crop():
+    picture = Image.fromarray(np.tile(np.arange(40, dtype=np.uint8) * 6, (8, 1)))   # 40 wide, 8 high: a ramp
+    assert np.asarray(prepare.centre_crop(picture, 8)).tolist() == [[6 * x for x in range(16, 24)]] * 8
+    assert prepare.centre_crop(Image.new("RGB", (33, 70)), 16).size == (16, 16)
+
+
+def test_cifar10(folder):
+    rng, names = np.random.default_rng(0), [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    records = {name: rng.integers(0, 10, (4, 3073), dtype=np.uint8) for name in names}
+    with tarfile.open("c.tar.gz", "w:gz") as tar:
+        for name, content in [("batches.meta.txt", "\n".join("abcdefghij").encode())] + [(n, r.tobytes()) for n, r in records.items()]:
+            info = tarfile.TarInfo("cifar-10-batches-bin/" + name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    assert run_script("prepare.py", "cifar10", "c.tar.gz") is None
+    header, data = prepare.load_dataset("data/cifar10")
+    assert header["count"] == {"train": 20, "test": 4} and header["class_names"] == list("abcdefghij")
+    assert (data["train_images"][5].reshape(-1) == records["data_batch_2.bin"][1, 1:]).all()
+    assert data["test_labels"].tolist() == records["test_batch.bin"][:, 0].tolist()
+    with open("c.tar.gz", "rb") as f, open("cut.tar.gz", "wb") as g:
+        g.write(f.read()[:3000])
+    assert "cut.tar.gz" in run_script("prepare.py", "cifar10", "cut.tar.gz")
+    assert "gone.tar.gz" in run_script("prepare.py", "cifar10", "gone.tar.gz")
+
+
+# ---- sample.py -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_sampler_against_a_hand_loop(scaled):
+    net = random_model(scaled=scaled)
+    x1, _, _, _, y, w = random_inputs()
+    x, times = x1, [1, 0.75, 0.5, 0.25, 0]
+    for t, t_next in zip(times, times[1:]):
+        full = lambda a: torch.full((3,), a, dtype=F64)
+        x = x + (t_next - t) * (w.view(3, 1, 1, 1) if scaled else 1) * net(x, full(t), full(t_next), y, w)
+    close(s.sample(net, x1, y, w, 4), x, 1e-13)
+    with pytest.raises(ValueError, match="nfe"):
+        s.sample(net, x1, y, w, 0)
+
+
+def test_exact_flow_samples_in_one_step():
+    flow = GaussianFlow(0.3, 0.5, False)
+    flow.parameters = lambda: iter([torch.zeros((), dtype=F64)])
+    x1, y, w = randn(5, 1, 2, 2), torch.zeros(5, dtype=torch.long), torch.ones(5, dtype=F64)
+    for nfe in (1, 3):
+        close(s.sample(flow, x1, y, w, nfe), 0.3 + 0.5 * x1, 1e-13)
+
+
+def test_draws_depend_on_seed_and_index_alone():
+    noise, labels = s.draw(3, range(10), (1, 2, 2), [1, 0, 3])
+    part, part_labels = s.draw(3, [7, 4], (1, 2, 2), [1, 0, 3])
+    assert (noise[[7, 4]] == part).all() and (labels[[7, 4]] == part_labels).all()
+    noise, labels = s.draw(0, range(4000), (5,), [1, 0, 3])
+    assert scipy.stats.kstest(noise.flatten(), "norm").pvalue > 1e-3
+    assert abs((labels == 2).double().mean() - 0.75) < 4 * math.sqrt(0.19 / 4000) and not (labels == 1).any()
+    assert not s.draw(0, range(5), (1,))[1].any()
+
+
+def make_checkpoint(path, seed=0, guidance=dict(sampler="constant", w=1.0, w_min=1.0, w_max=1.0), **kwargs):
+    net = random_model(torch.float32, seed, **{**dict(in_channels=1, input_size=8, num_classes=10), **kwargs})
+    header = dict(class_counts=[1] * net.config.num_classes, mean=[127.5] * net.config.in_channels, std=[127.5] * net.config.in_channels)
+    m.save_tensors(str(path), net.state_dict(), dict(config=vars(net.config), guidance=guidance, data=header))
+    return net
+
+
+def test_checkpoint_round_trip(folder):
+    net = make_checkpoint("c.safetensors")
+    loaded, about = m.load_model("c.safetensors")
+    assert loaded.config == net.config and all((a == b).all() for a, b in zip(loaded.state_dict().values(), net.state_dict().values()))
+    assert os.listdir() == ["c.safetensors"]
+
+
+def test_sample_outputs(folder):
+    make_checkpoint("c.safetensors")
+    assert run_script("sample.py", "c.safetensors", "--n", 7, "--out", "a.npz", "--seed", 4) is None
+    a = np.load("a.npz", allow_pickle=False)["arr_0"]
+    assert a.shape == (7, 8, 8, 1) and a.dtype == np.uint8 and a.std() > 0
+    assert run_script("sample.py", "c.safetensors", "--n", 7, "--out", "b.npz", "--seed", 4, "--batch", 3) is None
+    assert np.abs(a.astype(int) - np.load("b.npz", allow_pickle=False)["arr_0"]).max() <= 1
+    assert run_script("sample.py", "c.safetensors", "--n", 7, "--out", "pngs", "--seed", 4) is None
+    assert len(os.listdir("pngs")) == 7 and (np.asarray(Image.open("pngs/000003.png")) == a[3, ..., 0]).all()
+    assert run_script("sample.py", "c.safetensors", "--classes", "3,5", "--nfe", 2) is None
+    assert Image.open("samples.png").size[0] >= 700
+    make_checkpoint("u.safetensors", num_classes=0)
+    assert run_script("sample.py", "u.safetensors", "--n", 3, "--out", "u.npz") is None
+
+
+def test_sampling_on_two_ranks(folder):
+    make_checkpoint("c.safetensors")
+    assert run_script("sample.py", "c.safetensors", "--n", 7, "--out", "one.npz") is None
+    torchrun("sample.py", "c.safetensors", "--n", 7, "--out", "two.npz")
+    one, two = (np.load(f"{name}.npz", allow_pickle=False)["arr_0"] for name in ("one", "two"))
+    assert one.shape == two.shape and np.abs(one.astype(int) - two).max() <= 1
+
+
+def torchrun(script, *arguments):
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", os.path.join(HERE, script),
+                    *map(str, arguments)], check=True, capture_output=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_sample_refuses(folder):
+    make_checkpoint("c.safetensors")
+    make_checkpoint("random.safetensors", guidance=dict(sampler="inverse", w=1.0, w_min=1.0, w_max=2.0))
+    complain = lambda *a: run_script("sample.py", *a)
+    assert "nfe" in complain("c.safetensors", "--nfe", 0)
+    assert "0 to 9" in complain("c.safetensors", "--classes", "3,10")
+    assert "0,3,7" in complain("c.safetensors", "--classes", "cat")
+    assert "guidance 1 only" in complain("c.safetensors", "--guidance", 3)
+    assert "from 1 to 2" in complain("random.safetensors", "--guidance", 3)
+    assert run_script("sample.py", "random.safetensors", "--guidance", 1.5, "--n", 1) is None
+    assert "no checkpoint" in complain("gone.safetensors")
+    assert "at least 1" in complain("c.safetensors", "--n", 0)
+    whole = open("c.safetensors", "rb").read()
+    for name, content in (("cut", whole[:len(whole) // 2]), ("text", b"hello"), ("empty", b"")):
+        with open(name, "wb") as f:
+            f.write(content)
+        assert "not a whole safetensors file" in complain(name)
+    m.save_file({"a": torch.zeros(2)}, "foreign.safetensors")
+    assert "not a checkpoint of this project" in complain("foreign.safetensors")
+    tensors, about = m.load_tensors("c.safetensors")
+    m.save_tensors("other.safetensors", tensors, {**about, "config": {**about["config"], "depth": 3}})
+    assert "does not fit its own config" in complain("other.safetensors")
+    done = subprocess.run([sys.executable, os.path.join(HERE, "sample.py"), "gone"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "sample.py: no checkpoint gone\n"
+
+
+def test_grid():
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 1), np.uint8)
+    sheet = np.asarray(s.grid(images, 3, least=1))
+    assert sheet.shape == (4 * 2 + 2, 4 * 3 + 2 * 2) and sheet[0, 6] == 1 and sheet[6, 6] == 4 and sheet[6, 12] == 255
+
+
+# ---- train.py ------------------------------------------------------------------------------------
+
+SMALL = ("--hidden_size=32", "--depth=1", "--num_heads=2", "--batch_size=8", "--log_every=1", "--score_images=20")
+
+
+def state(name):
+    return m.load_tensors(f"out/{name}/state.safetensors")[0]
+
+
+def weights(state, kind):
+    return {key.removeprefix(kind + "."): value for key, value in state.items() if key.startswith(kind + ".")}
+
+
+def test_train_end_to_end(folder, capsys):
+    """Files, logs, EMAs against their closed form, and a run in three pieces that equals one in one piece."""
+    states = []
+    for steps in (1, 2, 4):
+        assert run_script("train.py", "--name=pieces", f"--steps={steps}", *SMALL) is None
+        states.append(state("pieces"))
+    assert "from step 2" in capsys.readouterr().out
+    assert run_script("train.py", "--name=whole", "--steps=4", *SMALL) is None
+    for key, value in state("whole").items():
+        assert (value == states[-1][key]).all(), key
+
+    torch.manual_seed(0)
+    start = DiT(DiTConfig.named("tiny", hidden_size=32, depth=1, input_size=8, in_channels=1, num_classes=10))
+    parameters = {key: p.detach().double() for key, p in start.named_parameters() if p.requires_grad}
+    for kind, rate in (("target", 0.99), ("eval", 0.995)):
+        for key, theta0 in parameters.items():
+            theta1, theta2 = (states[i][f"model.{key}"].double() for i in (0, 1))
+            expected = rate ** 2 * theta0 + (1 - rate) * (rate * theta1 + theta2)
+            assert (states[1][f"{kind}.{key}"].double() - expected).abs().max() < 1e-6, key
+    shipped = m.load_tensors("out/whole/ckpt.safetensors")[0]
+    assert all((shipped[key] == value).all() for key, value in weights(states[-1], "eval").items())
+
+    lines = [json.loads(line) for line in open("out/whole/log.jsonl")]
+    assert lines[0]["config"]["batch_size"] == 8 and lines[0]["commit"]
+    losses = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in losses] == [1, 2, 3, 4] and all(len(line["terminal_by_t"]) == 4 for line in losses)
+    assert [line["nfe"] for line in lines if "nfe" in line] == ["real", 1, 2, 4]
+    for name in ("samples_4.png", "curve.png"):
+        assert Image.open(f"out/whole/{name}").size[0] > 300
+    about = m.load_model("out/whole/ckpt.safetensors")[1]
+    assert about["step"] == 4 and about["data"]["name"] == "digits" and about["guidance"]["w"] == 1
+    assert run_script("sample.py", "out/whole/ckpt.safetensors") is None
+
+    assert "lr 0.002 -> 0.1" in run_script("train.py", "--name=whole", "--steps=4", *SMALL, "--lr=0.1")
+    assert run_script("train.py", "--name=from", "--steps=1", *SMALL, "--init_from=out/whole/ckpt.safetensors") is None
+    assert "init_from" in run_script("train.py", "--name=no", *SMALL, "--depth=2", "--init_from=out/whole/ckpt.safetensors")
+    with open("out/whole/state.safetensors", "rb+") as f:
+        f.truncate(1000)
+    assert "not a whole safetensors file" in run_script("train.py", "--name=whole", "--steps=4", *SMALL)
+
+
+def test_two_ranks_have_the_gradients_of_one(folder):
+    """After one step of AdamW its first moment is (1 - beta1) times the gradient."""
+    make_checkpoint("start.safetensors", depth=1)
+    arguments = (*SMALL, "--steps=1", "--init_from=start.safetensors", "--beta1=0.0")
+    assert run_script("train.py", "--name=one", *arguments) is None
+    assert run_script("train.py", "--name=micro", "--micro_batch=2", *arguments) is None
+    torchrun("train.py", "--name=two", *arguments)
+    one = state("one")
+    keys = [key for key in one if key.endswith("exp_avg")]
+    whole = torch.cat([one[key].flatten() for key in keys]).norm()
+    assert len(keys) > 20 and whole > 0
+    for other in map(state, ("micro", "two")):
+        for key in keys:
+            assert (other[key] - one[key]).norm() <= 1e-5 * one[key].norm() + 1e-7 * whole, key
+    assert (state("two")["target.final_layer.linear.weight"] - one["target.final_layer.linear.weight"]).norm() < 1e-6
+
+
+def train_config(name):
+    return json.loads(open(f"out/{name}/log.jsonl").readline())["config"]
+
+
+def test_presets_and_flags(folder):
+    """Preset group, else the constant in the file; a flag beats both."""
+    assert run_script("prepare.py", "shapes", "--n", 60, "--size", 8) is None
+    assert run_script("train.py", "--preset=shapes", "--steps=1", "--hidden_size=32", "--depth=1", "--batch_size=4", "--micro_batch=2",
+                      "--classifier=1-nn") is None
+    config = train_config("shapes")
+    assert config["dataset"] == "shapes" and config["lr"] == 1e-3 and config["hidden_size"] == 32 and config["beta2"] == 0.95
+    script = open(os.path.join(HERE, "train.py")).read()
+    for name in ("im256_w2", "im256_w1p75", "im512_w2p5", "im512_w2p25", "im256_short", "cifar10"):
+        assert f'"{name}"' in script
+
+
+def test_unlabelled_data(folder):
+    for i in range(12):
+        write_picture(folder / "src" / f"{i}.png", colour=(20 * i, 100, 0))
+    assert run_script("prepare.py", "folder", "src", "--size", 8, "--name", "plain", "--held-out", 0.25) is None
+    assert run_script("train.py", "--dataset=plain", "--steps=2", *SMALL) is None
+    assert run_script("sample.py", "out/plain/ckpt.safetensors") is None
+    assert "nothing to guide" in run_script("train.py", "--dataset=plain", "--w=2", "--name=w", *SMALL)
+
+
+def test_train_refuses(folder):
+    complain = lambda *a: run_script("train.py", *a)
+    assert "did you mean batch_size" in complain("--batchsize=3")
+    assert "whole number" in complain("--steps=1.5")
+    assert "whole number" in complain("--steps=many")
+    assert "True or False" in complain("--scaled=1")
+    assert "a number" in complain("--lr=nan")
+    assert "did you mean shapes" in complain("--preset=shape")
+    assert "write --steps=VALUE" in complain("--steps")
+    assert "no data in" in complain("--dataset=nowhere")
+    assert "times must be" in complain("--times=no")
+    assert "guidance must be" in complain("--guidance=no")
+    assert "not divisible by micro_batch" in complain("--batch_size=8", "--micro_batch=3")
+    assert "not divisible by patch_size" in complain("--patch_size=3")
+    assert "above 0" in complain("--w=0.0")
+    assert "p_equal" in complain("--p_equal=1.5")
+    assert "ema_eval must be" in complain("--ema_eval=2")
+    assert "steps must be at least 1" in complain("--steps=0")
+    labels = np.load("data/digits/train_labels.npy")
+    np.save("data/digits/train_labels.npy", labels + 5)
+    assert "a label outside 0 to 9" in complain()
+    np.save("data/digits/train_labels.npy", labels[:-1])
+    assert "its header says" in complain()
+    np.save("data/digits/train_labels.npy", labels)
+    with open("data/digits/train_images.npy", "rb+") as f:
+        f.truncate(5000)
+    assert "cannot read" in complain()
+    header = json.load(open("data/digits/header.json"))
+    for change, word in ((dict(format="other"), "format"), (dict(dtype="float32"), "cannot read")):
+        json.dump({**header, **change}, open("data/digits/header.json", "w"))
+        assert word in complain()
+    assert not os.path.exists("out/digits")
+    done = subprocess.run([sys.executable, os.path.join(HERE, "train.py"), "--stepz=3"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "train.py: there is no option 'stepz'; did you mean steps?\n"
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def step_gradients(device, dtype, half=False):
+    net = random_model(depth=3, hidden_size=64).to(device, dtype)
+    target = copy.deepcopy(net)
+    x0, noise, t, s_, y, w = (a.to(device) for a in random_inputs(6, dtype=dtype))
+    with torch.autocast("cuda", torch.bfloat16, enabled=half):
+        terms = tvm_loss(net, target, x0, noise, y, w, t, s_, s_.flip(0))
+    sum(term.mean() for term in terms.values()).backward()
+    return {name: p.grad.double().cpu() for name, p in net.named_parameters() if p.requires_grad}
+
+
+@gpu
+@pytest.mark.parametrize("half, tolerance", [(False, 1e-4), (True, 2e-2)])
+def test_gpu_gradients(half, tolerance):
+    """Every gradient of a training step against float64 on the CPU. In bf16 a gradient that nearly
+    cancels has no relative accuracy of its own, so there the error is taken over all of them."""
+    reference, got = step_gradients("cpu", F64), step_gradients("cuda", torch.float32, half)
+    if half:
+        return close(torch.cat([g.flatten() for g in got.values()]), torch.cat([g.flatten() for g in reference.values()]), tolerance)
+    for name in reference:
+        close(got[name], reference[name], tolerance)
+
+
+@gpu
+def test_gpu_training(folder):
+    assert run_script("train.py", "--steps=3", *SMALL) is None
+    assert run_script("sample.py", "out/digits/ckpt.safetensors", "--n", 5, "--out", "a.npz") is None
+    assert run_script("sample.py", "out/digits/ckpt.safetensors", "--n", 5, "--out", "b.npz", "--device", "cpu") is None
+    assert np.abs(np.load("a.npz")["arr_0"].astype(int) - np.load("b.npz")["arr_0"]).max() <= 1
