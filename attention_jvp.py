@@ -32,7 +32,7 @@ def attention_jvp(q, k, v, tq, tk, tv, scale=None):
     """Softmax attention and its derivative along the tangents (tq, tk, tv).
 
     q, tq (B, H, Sq, D), k, tk, v, tv (B, H, Sk, D): floating, one dtype. scale defaults to D**-0.5.
-    Returns o, to, both (B, H, Sq, D) in the inputs' dtype; scores and row sums are at least float32.
+    Returns o, to, both (B, H, Sq, D) in the inputs' dtype; softmax and row sums are at least float32.
     """
     for name, x, like in (("tq", tq, q), ("tk", tk, k), ("tv", tv, v)):
         if x.shape != like.shape:

@@ -41,7 +41,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 def moments(features):
     """(N, ...) -> the mean (D,) and the covariance (D, D), float64."""
-    x = flat(features, torch.float64)
+    x = flat(features)
     if len(x) < 2:
         raise ValueError(f"moments: a covariance needs at least 2 images, not {len(x)}")
     return x.mean(0), torch.cov(x.T, correction=1).reshape(x.shape[1], x.shape[1])
@@ -54,37 +54,43 @@ def two_sample_accuracy(a, b):
         raise ValueError(f"two_sample_accuracy: {len(a)} images against {len(b)}; the sets must be of one size")
     both = torch.cat([flat(a), flat(b)])
     of_b = torch.arange(len(both)) >= len(a)
-    _, nearest = nearest_neighbours(both, both, leave_self_out=True)
+    _, nearest = nearest_neighbours(both, both, leave_out=torch.arange(len(both)))
     return (of_b[nearest] == of_b).double().mean().item()
 
 
-def label_accuracy(samples, y, images, labels):
+def label_accuracy(samples, y, images, labels, leave_out=None):
     """The share of samples (N, ...) whose nearest image (M, ...) has the label (M,) that was asked for, y (N,)."""
-    _, nearest = nearest_neighbours(flat(samples), flat(images))
+    _, nearest = nearest_neighbours(samples, images, leave_out)
     return (torch.as_tensor(labels)[nearest] == torch.as_tensor(y)).double().mean().item()
 
 
-def nearest_ratio(samples, held_out, images):
+def nearest_ratio(samples, held_out, images, leave_out=None):
     """The mean distance of samples to the nearest training image, over that of held-out images."""
-    samples, held_out = (nearest_neighbours(flat(a), flat(images))[0].mean() for a in (samples, held_out))
-    return (samples / held_out).item()
+    samples, held_out = nearest_neighbours(samples, images, leave_out)[0], nearest_neighbours(held_out, images)[0]
+    return (samples.mean() / held_out.mean()).item()
 
 
-def nearest_neighbours(a, b, leave_self_out=False, rows=256):
-    """Distances (N,) and indices (N,) of the rows of b (M, D) nearest to the rows of a (N, D)."""
-    distances, indices = [], []
-    for first in range(0, len(a), rows):
-        d = torch.cdist(a[first:first + rows], b, compute_mode="donot_use_mm_for_euclid_dist")
-        if leave_self_out:
-            here = torch.arange(len(d))
-            d[here, first + here] = torch.inf
-        nearest = d.min(dim=1)
-        distances.append(nearest.values), indices.append(nearest.indices)
-    return torch.cat(distances), torch.cat(indices)
+def nearest_neighbours(a, b, leave_out=None, rows=4096):
+    """Distances (N,) and indices (N,) of the images of b (M, ...) nearest to those of a (N, ...), passing
+    over image leave_out[i] of b for image i. In float64 by matrix products, which is exact for
+    whole-number pixels; in parts of b, which may be mapped from a file; on a GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = flat(a).to(device)
+    best, index = torch.full((len(a),), torch.inf, dtype=torch.float64, device=device), torch.zeros(len(a), dtype=torch.long, device=device)
+    for first in range(0, len(b), rows):
+        d = torch.cdist(a, flat(b[first:first + rows]).to(device), compute_mode="use_mm_for_euclid_dist")
+        if leave_out is not None:
+            inside = torch.nonzero((leave_out >= first) & (leave_out < first + d.shape[1])).flatten()
+            d[inside, leave_out[inside] - first] = torch.inf
+        nearest, at = d.min(dim=1)
+        index = torch.where(nearest < best, at + first, index)
+        best = torch.minimum(nearest, best)
+    return best.cpu(), index.cpu()
 
 
-def flat(x, dtype=torch.float32):
-    return torch.as_tensor(np.array(x) if not torch.is_tensor(x) else x).cpu().flatten(1).to(dtype)
+def flat(images):
+    """(N, ...) -> (N, D) float64 on the CPU."""
+    return torch.as_tensor(images if torch.is_tensor(images) else np.array(images)).cpu().double().flatten(1)
 
 
 class Classifier(nn.Module):

@@ -119,9 +119,10 @@ class TVM(nn.Module):
         """x0 (B, C, H, W), y (B,): rows first to first + B of a global batch of `total` (default B).
         Returns {"loss": the mean of terminal + fm, "terminal", "fm", "t", "s_fm": (B,), detached}."""
         B, total = len(x0), len(x0) if total is None else total
-        g = torch.Generator(x0.device).manual_seed(seed)
-        rows = lambda a: a[first:first + B]
-        options = dict(device=x0.device, generator=g)
+        source = x0.device if x0.device.type == "cuda" else torch.device("cpu")      # Apple's GPUs lack some of these
+        g = torch.Generator(source).manual_seed(seed)
+        rows = lambda a: a[first:first + B].to(x0.device)
+        options = dict(device=source, generator=g)
         noise = rows(torch.randn(total, *x0.shape[1:], **options))
         t, s, s_fm = map(rows, sample_times(total, **self.times, **options))
         w = rows(sample_guidance(total, **self.guidance, **options))

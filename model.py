@@ -379,13 +379,14 @@ def load_tensors(path, device="cpu"):
     try:
         with safe_open(path, "pt", device=str(device)) as f:
             about = json.loads((f.metadata() or {}).get("tvm", "null"))
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
+            tensors = {name: f.get_tensor(name).clone() for name in f.keys()}     # off the file, which may be replaced
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint {path}") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
-    if not isinstance(about, dict) or "config" not in about:
-        raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of this project (no config in it)")
+    missing = [key for key in ("config", "guidance", "data") if not isinstance(about, dict) or key not in about]
+    if missing:
+        raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of this project: no {', '.join(missing)} in it")
     return tensors, about
 
 
@@ -393,8 +394,9 @@ def load_model(path, device="cpu"):
     """A checkpoint -> (DiT in eval mode with its weights in float32, about). Raises CheckpointError."""
     tensors, about = load_tensors(path, device)
     try:
-        model = DiT(DiTConfig(**about["config"])).to(device)
-        model.load_state_dict(tensors)
+        with torch.device("meta"):                                                # nothing to initialize
+            model = DiT(DiTConfig(**about["config"]))
+        model.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit its own config: {' '.join(str(error).split())[:300]}") from None
     return model.eval().requires_grad_(False), about

@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 import tarfile
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
@@ -31,8 +32,21 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SHAPES = ("disk", "ring", "half disk", "crescent", "square", "bar", "triangle", "star", "cross", "arrow")
 
 
+KEYS = ("format", "name", "shape", "dtype", "count", "num_classes", "class_counts", "mean", "std")   # of a header, at least
+
+
 class DataError(Exception):
     """Something about the data, in one line for the user."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains in one line, and takes no abbreviated options."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**{**kwargs, "allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter})
+
+    def error(self, message):
+        sys.exit(f"{self.prog.split()[0]}: {' '.join(message.split())} (--help lists the options)")
 
 
 # ---- the format ----------------------------------------------------------------------------------
@@ -47,8 +61,9 @@ def load_dataset(path):
         raise DataError(f"no data in {path}: python prepare.py makes it (see the top of prepare.py)") from None
     except ValueError as error:
         raise DataError(f"{path}/header.json is not JSON: {error}") from None
-    if header.get("format") != FORMAT:
-        raise DataError(f"{path}/header.json: format {header.get('format')!r}, not {FORMAT!r}")
+    missing = [key for key in KEYS if not isinstance(header, dict) or key not in header]
+    if missing or header["format"] != FORMAT:
+        raise DataError(f"{path}/header.json is not a {FORMAT} header" + f": no {', '.join(missing)}" * bool(missing))
     arrays = {}
     for split in ("train", "test"):
         expected = {"images": (header["count"][split], *header["shape"]), "labels": (header["count"][split],)}
@@ -75,16 +90,18 @@ class Writer:
     def __init__(self, path, shape, count):
         """shape: (C, H, W) of an image. count: {"train": N, "test": M}."""
         self.path, self.partial, self.count, self.shape = path, path + ".partial", count, shape
+        if os.path.exists(path) and not os.path.exists(os.path.join(path, "header.json")):
+            raise DataError(f"{path} exists and is not a dataset of prepare.py: move it away, or choose another --name")
         shutil.rmtree(self.partial, ignore_errors=True)
         os.makedirs(self.partial)
         self.arrays = {}
         for split, n in count.items():
             for kind, dtype, item in (("images", np.uint8, shape), ("labels", np.int64, ())):
                 file = os.path.join(self.partial, f"{split}_{kind}.npy")
-                # a memory map cannot be empty; a plain file can
-                self.arrays[f"{split}_{kind}"] = open_memmap(file, "w+", dtype, (n, *item)) if n else np.zeros((0, *item), dtype)
-                if not n:
-                    np.save(file, self.arrays[f"{split}_{kind}"])
+                if n:
+                    self.arrays[f"{split}_{kind}"] = open_memmap(file, "w+", dtype, (n, *item))
+                else:                                                      # a memory map cannot be empty
+                    np.save(file, np.zeros((0, *item), dtype))
 
     def set(self, i, image, label):
         """Image i (C, H, W) of the whole set: the train split first, then the test split."""
@@ -97,12 +114,12 @@ class Writer:
         header = dict(format=FORMAT, name=name, kind="images", shape=list(self.shape), dtype="uint8", count=self.count,
                       num_classes=num_classes, class_names=list(class_names), class_counts=counts.tolist(),
                       mean=[127.5] * self.shape[0], std=[127.5] * self.shape[0], **about)
-        for a in self.arrays.values():
-            if isinstance(a, np.memmap):
-                a.flush()
+        for name in list(self.arrays):
+            self.arrays.pop(name).flush()                                  # and closed, or Windows would not rename
         with open(os.path.join(self.partial, "header.json"), "w") as f:
             json.dump(header, f, indent=1)
-        shutil.rmtree(self.path, ignore_errors=True)
+        if os.path.exists(self.path):
+            shutil.rmtree(self.path)
         os.rename(self.partial, self.path)
         print(f"{self.path}: {self.count['train']} training and {self.count['test']} held-out images, "
               f"{'x'.join(map(str, self.shape))}, {num_classes or 'no'} classes")
@@ -214,7 +231,7 @@ def cifar10(args):
                 labels.append(raw[:, 0]), images.append(raw[:, 1:].reshape(-1, 3, 32, 32))
     except KeyError as error:
         raise DataError(f"{args.file}: no {error.args[0]} in it; is it the binary version?") from None
-    except (OSError, tarfile.TarError, EOFError, ValueError) as error:
+    except (OSError, tarfile.TarError, zlib.error, EOFError, ValueError) as error:
         raise DataError(f"cannot read {args.file}: {error}") from None
     writer = Writer(args.path, (3, 32, 32), count)
     for i, (image, label) in enumerate(zip(np.concatenate(images), np.concatenate(labels))):
@@ -226,10 +243,13 @@ def cifar10(args):
 def folder(args):
     if not os.path.isdir(args.src):
         raise DataError(f"no folder {args.src}")
+    if not 0 <= args.held_out < 1 or args.size < 1:
+        raise DataError(f"--size must be at least 1 and --held-out in [0, 1), not {args.size} and {args.held_out:g}")
     is_image = lambda file: file.lower().endswith((".jpg", ".jpeg", ".png"))
-    classes = sorted(d.name for d in os.scandir(args.src) if d.is_dir())
-    files = [(os.path.join(at, file), classes.index(c)) for c in classes
-             for at, _, names in sorted(os.walk(os.path.join(args.src, c))) for file in sorted(names) if is_image(file)]
+    below = lambda folder: [os.path.join(at, file) for at, _, names in sorted(os.walk(folder)) for file in sorted(names) if is_image(file)]
+    by_class = {d.name: below(d.path) for d in sorted(os.scandir(args.src), key=lambda d: d.name) if d.is_dir()}
+    classes = [c for c in by_class if by_class[c]]
+    files = [(file, label) for label, c in enumerate(classes) for file in by_class[c]]
     flat = [os.path.join(args.src, file) for file in sorted(os.listdir(args.src)) if is_image(file)]
     if files and flat:
         raise DataError(f"{args.src} holds images beside its class folders: which label should they have?")
@@ -272,6 +292,8 @@ def read_image(file, size):
     """The middle of an image, (3, size, size) uint8; or, where it cannot be read, the reason as a string."""
     try:
         with Image.open(file) as image:
+            if image.mode.startswith("I"):                                 # 16-bit gray, which Pillow would clip
+                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
             return np.asarray(centre_crop(image.convert("RGB"), size)).transpose(2, 0, 1)
     except Exception as error:                                             # Pillow raises many kinds
         return f"{type(error).__name__}: {error}".splitlines()[0]
@@ -289,7 +311,7 @@ def centre_crop(image, size):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
     for make in (digits, shapes, folder, cifar10):
         p = kinds.add_parser(make.__name__)
@@ -306,11 +328,15 @@ def main():
         if make is cifar10:
             p.add_argument("file")
     args = parser.parse_args()
+    if args.name != os.path.basename(args.name) or args.name in ("", ".", ".."):
+        parser.error(f"--name names a folder in data/, which {args.name!r} does not")
+    if not 0 <= args.seed < 2 ** 63:
+        parser.error(f"--seed must be at least 0 and below 2**63, not {args.seed}")
     args.path = os.path.join("data", args.name)
     try:
         args.make(args)
-    except DataError as error:
-        sys.exit(f"prepare.py: {error}")
+    except (DataError, OSError) as error:
+        sys.exit(f"prepare.py: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ A checkpoint -> images.
 The noise and the label of image i depend on the seed and i alone: not on the batch size, the ranks or
 the other images.
 """
-import argparse
 import itertools
 import os
 import sys
@@ -22,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from model import CheckpointError, load_model, widest
+from prepare import Parser
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def as_pil(image):
 
 
 def write_images(out, images, columns):
-    """A .png: one grid. A .npz: arr_0. Anything else: a folder of PNGs. Files appear whole or not at all."""
+    """A .png: one grid. A .npz: arr_0. Both appear whole or not at all. Else: a folder of PNGs."""
     if out.endswith((".png", ".npz")):
         os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
         with open(out + ".partial", "wb") as f:
@@ -106,7 +106,7 @@ def guidance_weight(asked, trained):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("checkpoint")
     parser.add_argument("--nfe", type=int, default=1, help="steps, one network call each (default 1)")
     parser.add_argument("--n", type=int, help="how many images (default: a grid that shows every class)")
@@ -120,8 +120,12 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if args.nfe < 1:
         raise CheckpointError(f"--nfe must be at least 1, not {args.nfe}")
-    if args.n is not None and args.n < 1 or args.batch < 1 or args.seed < 0:
-        raise CheckpointError("--n and --batch must be at least 1, --seed at least 0")
+    if args.n is not None and args.n < 1 or args.batch < 1 or not 0 <= args.seed < 2 ** 63:
+        raise CheckpointError("--n and --batch must be at least 1, --seed at least 0 and below 2**63")
+    if os.path.splitext(args.out)[1] not in (".png", ".npz", ""):
+        raise CheckpointError(f"--out takes a .png, an .npz or a folder, not {args.out!r}")
+    if os.path.isdir(args.out) and os.listdir(args.out):
+        raise CheckpointError(f"--out: {args.out} is a folder with files in it already")
     return args
 
 
@@ -144,7 +148,7 @@ def chosen_classes(args, num_classes):
 def main():
     args = parse()
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device or best_device())
+    device = find_device(args.device)
     model, about = load_model(args.checkpoint, device)
     config, header = model.config, about["data"]
     w = guidance_weight(args.guidance, about["guidance"])
@@ -167,19 +171,26 @@ def main():
     if ranks > 1:
         dist.init_process_group("gloo")
         parts = [None] * ranks if rank == 0 else None
-        dist.gather_object(images, parts)
+        dist.gather_object((images, seconds), parts)
         dist.destroy_process_group()
-        images = np.concatenate(parts) if rank == 0 else images
+        if rank == 0:
+            images, seconds = np.concatenate([part for part, _ in parts]), max(seconds for _, seconds in parts)
     if rank == 0:
         write_images(args.out, images, columns)
         print(f"{args.out}: {n} images in {args.nfe} step{'s' * (args.nfe > 1)} at guidance {w:g}, "
-              f"{len(mine) / seconds:.0f} images/s on {device}" + f" x {ranks} ranks" * (ranks > 1))
+              f"{n / seconds:.0f} images/s on {ranks} x {device.type}")
 
 
-def best_device():
-    if torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def find_device(name=""):
+    """The device of a name; by default a GPU where there is one, this rank's. Raises CheckpointError."""
+    if not name:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"no device {name!r} here: {str(error).splitlines()[0]}") from None
+    return device
 
 
 if __name__ == "__main__":

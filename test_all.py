@@ -4,6 +4,7 @@ a second implementation. On a CPU in minutes; with a GPU, the tests at the end r
 
     python -m pytest -q test_all.py
 """
+import ast
 import copy
 import io
 import json
@@ -237,7 +238,7 @@ def test_config_refuses(kwargs, word):
 # ---- loss.py -------------------------------------------------------------------------------------
 
 class GaussianFlow:
-    """The exact F for data N(mean, c^2 I): see test_gaussian_data."""
+    """The exact F for data N(mean, c^2 I): displacement (s-t) k F and velocity k F."""
 
     def __init__(self, mean, c, scaled):
         self.mean, self.c2 = mean, c * c
@@ -247,22 +248,26 @@ class GaussianFlow:
         t, s_ = (a.view(-1, 1, 1, 1) for a in (t, s_))
         variance = lambda t: (1 - t) ** 2 * self.c2 + t ** 2
         slope = ((s_ + t) - self.c2 * (2 - s_ - t)) / (variance(t) + (variance(s_) * variance(t)).sqrt())
-        return slope * (x - (1 - t) * self.mean) - self.mean
+        k = w.view(-1, 1, 1, 1) if self.config.scaled else 1
+        return (slope * (x - (1 - t) * self.mean) - self.mean) / k
 
     def jvp(self, x, t, s_, y, w, ds):
         return torch.func.jvp(lambda s_: self(x, t, s_, y, w), (s_,), (ds,))
 
 
+@pytest.mark.parametrize("w", [1.0, 2.0])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("c", [0.5, 1.0, 2.0])
-def test_gaussian_data(scaled, c):
-    """The exact flow map has no terminal loss, and a flow-matching loss of c^2 / v_s' in the mean."""
+def test_gaussian_data(scaled, c, w):
+    """The exact flow map has no terminal loss, and a flow-matching loss of c^2 / v_s' in the mean. At any w:
+    where all classes are alike guidance changes no velocity, so the network is the same one over k, and
+    the residual of the fm term is w (F - v) in place of F - v, which 1/w^2 takes back."""
     n, shape, mean = 4000, (2, 3, 3), 0.7
     x0, noise = mean + c * randn(n, *shape), randn(n, *shape, seed=1)
     t, s_, s_fm = (a.double() for a in sample_times(n, generator=torch.Generator().manual_seed(0)))
-    one, y = torch.ones(n, dtype=F64), torch.zeros(n, dtype=torch.long)
+    guide, y = torch.full((n,), w, dtype=F64), torch.zeros(n, dtype=torch.long)
     flow = GaussianFlow(mean, c, scaled)
-    terms = tvm_loss(flow, flow, x0, noise, y, one, t, s_, s_fm)
+    terms = tvm_loss(flow, flow, x0, noise, y, guide, t, s_, s_fm)
     assert terms["terminal"].max() < 1e-12
     r = s_fm.view(-1, 1, 1, 1)
     variance = (1 - r) ** 2 * c * c + r * r
@@ -308,19 +313,6 @@ def test_loss_against_a_naive_one(scaled):
         close(a, b, 1e-10)
     assert any((a - b).norm() > 0.01 * b.norm() for a, b in zip(cut, expected))
     assert all(p.grad is None for p in target.parameters())
-
-
-def test_guidance_scaling():
-    """In the scaled parameterization with F* = F/w-independent, doubling F and v at w=2 keeps both terms: 1/w^2 undoes k=w."""
-    flow = GaussianFlow(0.0, 1.0, True)
-    x0, noise, t, s_, _, _ = random_inputs()
-    y, one = torch.zeros(3, dtype=torch.long), torch.ones(3, dtype=F64)
-    for w in (1.0, 2.0):
-        fm = tvm_loss(flow, flow, x0, noise, y, w * one, t, s_, s_)["fm"]
-        r = s_.view(-1, 1, 1, 1)
-        u = flow((1 - r) * x0 + r * noise, s_, s_, y, one)
-        expected = ((w * u - w * (noise - x0) - (1 - w) * u) / w).square().mean((1, 2, 3))
-        close(fm, expected, 1e-12)
 
 
 def truncated(s_, top, mu, sigma):
@@ -384,13 +376,29 @@ def test_objective_is_a_function_of_seed_and_place():
     assert (whole["t"] != objective(x0, y, seed=6)["t"]).any()
 
 
+class Recorder:
+    """A model that remembers what it was asked."""
+    config = types.SimpleNamespace(scaled=True, num_classes=3)
+
+    def __call__(self, x, t, s_, y, w):
+        self.y, self.w = y, w
+        return torch.zeros_like(x)
+
+    def jvp(self, x, t, s_, y, w, ds):
+        return self(x, t, s_, y, w), torch.zeros_like(x)
+
+
 def test_label_dropout():
-    """A dropped sample has no class and w = 1: with a dropout of 1, classes and guidance change nothing."""
-    net = random_model()
-    x0 = randn(4, 2, 4, 4)
-    losses = [TVM(net, net, guidance=dict(w=w), label_dropout=1.0)(x0, y, 0)["fm"]
-              for w, y in ((1.0, torch.zeros(4, dtype=torch.long)), (3.0, torch.full((4,), 2)))]
-    assert (losses[0] == losses[1]).all()
+    """About a tenth of the samples lose their class and their guidance; the others keep both."""
+    n, net = 4000, Recorder()
+    objective = TVM(torch.nn.Identity(), torch.nn.Identity(), guidance=dict(w=2.0))
+    objective.model = objective.target = None                        # Recorder is no module
+    object.__setattr__(objective, "model", net), object.__setattr__(objective, "target", Recorder())
+    y = torch.arange(n) % 3
+    objective(torch.zeros(n, 1, 2, 2), y, seed=0)
+    dropped = net.y == 3
+    assert abs(dropped.double().mean() - 0.1) < 4 * math.sqrt(0.09 / n)
+    assert (net.w[dropped] == 1).all() and (net.w[~dropped] == 2).all() and (net.y[~dropped] == y[~dropped]).all()
 
 
 # ---- fid.py --------------------------------------------------------------------------------------
@@ -445,7 +453,9 @@ def test_small_data_scores():
     assert abs(fid.nearest_ratio(a[:300], b[:300], torch.cat([b[300:], a[300:]])) - 1) < 0.15
     labels = (a[:, 0] > 0).long()
     assert fid.label_accuracy(a, labels, a, labels) == 1 and fid.label_accuracy(a, 1 - labels, a, labels) == 0
-    d, i = fid.nearest_neighbours(b, a)
+    assert fid.label_accuracy(a, labels, a, labels, leave_out=torch.arange(600)) < 1
+    assert fid.nearest_ratio(a, b, a, leave_out=torch.arange(600)) > 0.8
+    d, i = fid.nearest_neighbours(b, a, rows=77)
     brute = np.linalg.norm(b.numpy()[:, None] - a.numpy()[None], axis=2)
     assert np.allclose(d, brute.min(1), atol=1e-5) and (i.numpy() == brute.argmin(1)).all()
     with pytest.raises(ValueError, match="one size"):
@@ -473,6 +483,8 @@ def run_script(script, *arguments):
     try:
         runpy.run_path(os.path.join(HERE, script), run_name="__main__")
     except SystemExit as stop:
+        if stop.code in (None, 0) and "--help" in arguments:
+            return None
         assert stop.code not in (None, 0), "it ended early"
         assert isinstance(stop.code, str) and "\n" not in stop.code and stop.code.startswith(script)
         return stop.code
@@ -523,8 +535,19 @@ def test_folder(folder, capsys):
     assert prepare.load_dataset("data/flat")[0]["num_classes"] == 0
     assert os.listdir("data") and not [name for name in os.listdir("data") if "raw" in name or "partial" in name]
     assert "no folder" in run_script("prepare.py", "folder", "nowhere", "--size", 8)
+    complain = lambda *a: run_script("prepare.py", *a)
+    assert "names a folder" in complain("digits", "--name", "../photos")
+    assert "[0, 1)" in complain("folder", "flat", "--size", 8, "--held-out", 1.5)
+    assert "unrecognized" in complain("digits", "--sise", 3) and "--seed" in complain("digits", "--seed", -1)
+    os.mkdir("data/mine")
+    assert "not a dataset" in complain("digits", "--name", "mine") and os.path.isdir("data/mine")
     os.mkdir("empty")
     assert "no .jpg" in run_script("prepare.py", "folder", "empty", "--size", 8)
+
+
+def test_sixteen_bit_gray(folder):
+    Image.fromarray(np.full((9, 9), 30000, np.uint16)).save("deep.png")
+    assert (prepare.read_image("deep.png", 8) == round(30000 / 257)).all()
 
 
 def test_centre_crop():
@@ -639,6 +662,11 @@ def test_sample_refuses(folder):
     assert run_script("sample.py", "random.safetensors", "--guidance", 1.5, "--n", 1) is None
     assert "no checkpoint" in complain("gone.safetensors")
     assert "at least 1" in complain("c.safetensors", "--n", 0)
+    assert "unrecognized arguments: --nef" in complain("c.safetensors", "--nef", 2)
+    assert "no device" in complain("c.safetensors", "--device", "gpu")
+    assert ".jpg" in complain("c.safetensors", "--out", "x.jpg")
+    os.mkdir("full"), open("full/file", "w").close()
+    assert "files in it already" in complain("c.safetensors", "--out", "full")
     whole = open("c.safetensors", "rb").read()
     for name, content in (("cut", whole[:len(whole) // 2]), ("text", b"hello"), ("empty", b"")):
         with open(name, "wb") as f:
@@ -702,9 +730,10 @@ def test_train_end_to_end(folder, capsys):
     for name in ("samples_4.png", "curve.png"):
         assert Image.open(f"out/whole/{name}").size[0] > 300
     about = m.load_model("out/whole/ckpt.safetensors")[1]
-    assert about["step"] == 4 and about["data"]["name"] == "digits" and about["guidance"]["w"] == 1
+    assert about["step"] == 4 and about["data"]["name"] == "digits" and about["guidance"]["w"] == 1.25
     assert run_script("sample.py", "out/whole/ckpt.safetensors") is None
 
+    assert "beyond steps 3" in run_script("train.py", "--name=whole", "--steps=3", *SMALL)
     assert "lr 0.002 -> 0.1" in run_script("train.py", "--name=whole", "--steps=4", *SMALL, "--lr=0.1")
     assert run_script("train.py", "--name=from", "--steps=1", *SMALL, "--init_from=out/whole/ckpt.safetensors") is None
     assert "init_from" in run_script("train.py", "--name=no", *SMALL, "--depth=2", "--init_from=out/whole/ckpt.safetensors")
@@ -730,27 +759,55 @@ def test_two_ranks_have_the_gradients_of_one(folder):
     assert (state("two")["target.final_layer.linear.weight"] - one["target.final_layer.linear.weight"]).norm() < 1e-6
 
 
+def test_a_run_that_blows_up_stops(folder):
+    """The first update puts the weights near +-1e30; from then on no gradient is finite, and nothing is updated."""
+    complaint = run_script("train.py", *SMALL, "--steps=20", "--save_every=2", "--lr=1e30")
+    assert "not finite in 10 steps in a row" in complaint and "is of step 10" in complaint
+    lines = [json.loads(line) for line in open("out/digits/log.jsonl")]
+    assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
+    assert all(value.isfinite().all() for value in state("digits").values())
+
+
 def train_config(name):
     return json.loads(open(f"out/{name}/log.jsonl").readline())["config"]
 
 
 def test_presets_and_flags(folder):
-    """Preset group, else the constant in the file; a flag beats both."""
+    """Preset group, else the constant in the file, edited or not; a flag beats both."""
     assert run_script("prepare.py", "shapes", "--n", 60, "--size", 8) is None
-    assert run_script("train.py", "--preset=shapes", "--steps=1", "--hidden_size=32", "--depth=1", "--batch_size=4", "--micro_batch=2",
-                      "--classifier=1-nn") is None
-    config = train_config("shapes")
-    assert config["dataset"] == "shapes" and config["lr"] == 1e-3 and config["hidden_size"] == 32 and config["beta2"] == 0.95
     script = open(os.path.join(HERE, "train.py")).read()
-    for name in ("im256_w2", "im256_w1p75", "im512_w2p5", "im512_w2p25", "im256_short", "cifar10"):
-        assert f'"{name}"' in script
+    edited = script.replace("beta1, beta2, eps = 0.9, 0.95, 1e-8", "beta1, beta2, eps = 0.9, 0.9, 1e-8").replace("lr = 2e-3", "lr = 9.0")
+    assert edited != script
+    with open("train.py", "w") as f:
+        f.write(edited)
+    subprocess.run([sys.executable, "train.py", "--preset=shapes", "--steps=1", "--hidden_size=48", "--depth=1", "--batch_size=4",
+                    "--micro_batch=2", "--classifier=1-nn"], check=True, env={**os.environ, "PYTHONPATH": HERE}, capture_output=True)
+    config = train_config("shapes")
+    assert [config[key] for key in ("dataset", "lr", "hidden_size", "beta2", "mu_s")] == ["shapes", 1e-3, 48, 0.9, -0.4]
+
+
+def test_published_presets(capsys, folder):
+    """Table 6 of the paper."""
+    table = {"im256_w2": (2.0, True, "spectral", 0.0), "im256_w1p75": (1.75, True, "normal", 0.0),
+             "im512_w2p5": (2.5, False, "normal", 1.0), "im512_w2p25": (2.25, True, "spectral", 1.0)}
+    for name, row in table.items():
+        assert run_script("train.py", f"--preset={name}", "--help") is None
+        config = dict(line.strip()[2:].split("=") for line in capsys.readouterr().out.splitlines() if line.startswith("    --"))
+        config = {key: ast.literal_eval(value) for key, value in config.items()}
+        assert tuple(config[key] for key in ("w", "scaled", "time_init", "grad_clip")) == row
+        assert [config[key] for key in ("lr", "beta1", "beta2", "eps", "weight_decay", "batch_size", "steps", "ema_target", "ema_eval")] \
+            == [1e-4, 0.9, 0.95, 1e-8, 0.0, 2048, 300_000, 0.99, 0.9999]
+        assert [config[key] for key in ("label_dropout", "times", "mu", "sigma", "mu_s", "sigma_s", "hidden_size", "depth", "num_heads")] \
+            == [0.1, "gap*", -0.8, 1.0, -0.4, 1.0, 1152, 28, 18]
+    assert run_script("train.py", "--preset=im256_short", "--help") is None
+    assert "--batch_size=1024" in (said := capsys.readouterr().out) and "--steps=200000" in said
 
 
 def test_unlabelled_data(folder):
     for i in range(12):
         write_picture(folder / "src" / f"{i}.png", colour=(20 * i, 100, 0))
     assert run_script("prepare.py", "folder", "src", "--size", 8, "--name", "plain", "--held-out", 0.25) is None
-    assert run_script("train.py", "--dataset=plain", "--steps=2", *SMALL) is None
+    assert run_script("train.py", "--dataset=plain", "--steps=2", "--w=1", *SMALL) is None
     assert run_script("sample.py", "out/plain/ckpt.safetensors") is None
     assert "nothing to guide" in run_script("train.py", "--dataset=plain", "--w=2", "--name=w", *SMALL)
 
@@ -771,7 +828,11 @@ def test_train_refuses(folder):
     assert "not divisible by patch_size" in complain("--patch_size=3")
     assert "above 0" in complain("--w=0.0")
     assert "p_equal" in complain("--p_equal=1.5")
-    assert "ema_eval must be" in complain("--ema_eval=2")
+    for flag in ("--ema_eval=2", "--micro_batch=-2", "--grad_clip=-1", "--lr=-1", "--beta1=1.5", "--seed=-1"):
+        assert f"{flag[2:].split('=')[0]} must be at least" in complain(flag)
+    assert "no device 'gpu'" in complain("--device=gpu")
+    assert "names a folder" in complain("--name=../x")
+    assert "label_dropout must be above 0" in complain("--label_dropout=0")
     assert "steps must be at least 1" in complain("--steps=0")
     labels = np.load("data/digits/train_labels.npy")
     np.save("data/digits/train_labels.npy", labels + 5)
@@ -782,11 +843,17 @@ def test_train_refuses(folder):
     with open("data/digits/train_images.npy", "rb+") as f:
         f.truncate(5000)
     assert "cannot read" in complain()
+    assert run_script("prepare.py", "digits") is None
     header = json.load(open("data/digits/header.json"))
-    for change, word in ((dict(format="other"), "format"), (dict(dtype="float32"), "cannot read")):
-        json.dump({**header, **change}, open("data/digits/header.json", "w"))
+    without = {key: value for key, value in header.items() if key != "count"}
+    for wrong, word in ((dict(header, format="other"), "not a tvm-data-1 header"), (without, "no count"), ([1], "no format"),
+                        (dict(header, dtype="float32"), "its header says float32"), (dict(header, shape=[1, 4, 4]), "(1437, 1, 4, 4)"),
+                        (dict(header, count=dict(train=1438, test=360)), "its header says")):
+        json.dump(wrong, open("data/digits/header.json", "w"))
         assert word in complain()
-    assert not os.path.exists("out/digits")
+    os.remove("data/digits/header.json")
+    assert "no data in" in complain()
+    assert not os.path.exists("out")
     done = subprocess.run([sys.executable, os.path.join(HERE, "train.py"), "--stepz=3"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == "train.py: there is no option 'stepz'; did you mean steps?\n"
 

@@ -18,6 +18,8 @@ import ast
 import copy
 import dataclasses
 import difflib
+import functools
+import importlib.util
 import json
 import math
 import os
@@ -36,7 +38,7 @@ import fid
 from loss import TVM
 from model import SIZES, Block, CheckpointError, DiT, DiTConfig, load_tensors, save_tensors
 from prepare import DataError, load_dataset
-from sample import best_device, draw, grid, sample, to_images
+from sample import draw, find_device, grid, sample, to_images
 
 # ---- constants -----------------------------------------------------------------------------------
 preset = ""              # a group of PRESETS below, or none
@@ -60,7 +62,7 @@ mu, sigma = -0.8, 1.0    # logit-normal of the gap (gap, gap*) or of t (trunc, c
 mu_s, sigma_s = -0.4, 1.0
 p_equal = 0.0            # the probability of t = s
 guidance = "constant"    # "constant" w; "inverse" or "uniform" between w_min and w_max
-w = 1.0
+w = 1.25
 w_min, w_max = 1.0, 1.0
 label_dropout = 0.1
 detach_jvp = False       # no gradient through dF/ds: faster, biased
@@ -87,8 +89,8 @@ IMAGENET = dict(
     label_dropout=0.1, guidance="constant", log_every=100, sample_every=10_000, save_every=5_000)
 PRESETS = {
     "shapes": dict(
-        dataset="shapes", hidden_size=384, depth=8, num_heads=6, patch_size=4, batch_size=256, steps=4000, lr=1e-3, w=1.0,
-        ema_eval=0.999, log_every=100, sample_every=2000, save_every=2000, classifier="cnn"),
+        dataset="shapes", hidden_size=384, depth=8, num_heads=6, patch_size=4, batch_size=256, steps=3000, lr=1e-3, w=1.5,
+        ema_eval=0.999, log_every=100, sample_every=1000, save_every=1000, classifier="cnn"),
     "cifar10": dict(
         dataset="cifar10", hidden_size=384, depth=12, num_heads=6, patch_size=2, batch_size=256, steps=200_000, lr=2e-4,
         w=1.5, ema_eval=0.9999, log_every=100, sample_every=10_000, save_every=5_000, classifier="cnn"),
@@ -113,8 +115,7 @@ def effective(constants, arguments):
     flags = {}
     for argument in arguments:
         if argument in ("-h", "--help"):
-            print(__doc__, *(f"    --{key}={value!r}" for key, value in constants.items()), sep="\n")
-            sys.exit()
+            continue
         key, equals, text = argument.removeprefix("--").partition("=")
         if key not in constants:
             near = difflib.get_close_matches(key, constants)
@@ -126,7 +127,11 @@ def effective(constants, arguments):
     if group and group not in PRESETS:
         near = difflib.get_close_matches(group, PRESETS) or PRESETS
         fail(f"there is no preset {group!r}; did you mean {' or '.join(near)}?")
-    return {**constants, **(PRESETS[group] if group else {}), **flags}
+    values = {**constants, **(PRESETS[group] if group else {}), **flags}
+    if {"-h", "--help"} & set(arguments):                # the values as they would be
+        print(__doc__, *(f"    --{key}={value!r}" for key, value in values.items()), sep="\n")
+        sys.exit()
+    return values
 
 
 def converted(key, text, kind):
@@ -151,27 +156,35 @@ out = os.path.join("out", name)
 
 # ---- ranks and device ----------------------------------------------------------------------------
 rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-device = torch.device(device or best_device())
-if device.type == "cuda":
-    torch.cuda.set_device(device)
-if ranks > 1:
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-for key in ("steps", "batch_size", "log_every", "sample_every", "save_every", "score_images"):
-    if config[key] < 1:
-        fail(f"{key} must be at least 1, not {config[key]}")
+for keys, low, high in ((("steps", "batch_size", "log_every", "sample_every", "save_every", "score_images"), 1, math.inf),
+                        (("seed", "micro_batch", "lr", "eps", "weight_decay", "grad_clip"), 0, math.inf),
+                        (("label_dropout", "ema_target", "ema_eval", "beta1", "beta2"), 0, 1)):
+    for key in keys:
+        if not low <= config[key] <= high:
+            fail(f"{key} must be at least {low}" + f" and at most {high}" * (high == 1) + f", not {config[key]}")
 if batch_size % ranks:
     fail(f"batch_size {batch_size} is not divisible by {ranks} ranks")
 local_batch = batch_size // ranks
 micro_batch = min(micro_batch or local_batch, local_batch)
 if local_batch % micro_batch:
     fail(f"a rank's share of the batch, {local_batch}, is not divisible by micro_batch {micro_batch}")
-for key in ("label_dropout", "ema_target", "ema_eval"):
-    if not 0 <= config[key] <= 1:
-        fail(f"{key} must be between 0 and 1, not {config[key]:g}")
 if classifier not in ("1-nn", "cnn"):
     fail(f'classifier must be "1-nn" or "cnn", not {classifier!r}')
+if w != 1 and label_dropout == 0:
+    fail(f"guidance needs a network that knows no class too: label_dropout must be above 0 where w is {w:g}")
+if name != os.path.basename(name) or name in (".", ".."):
+    fail(f"name names a folder in out/, which {name!r} does not")
+try:
+    device = find_device(device)
+except CheckpointError as error:
+    fail(error)
+if device.type == "cuda":
+    torch.cuda.set_device(device)
+if ranks > 1:
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
+compiled = compile and device.type == "cuda" and importlib.util.find_spec("triton") and torch.cuda.get_device_capability(device) >= (7, 0)
 
 # ---- data ----------------------------------------------------------------------------------------
 data_path = os.path.join("data", dataset)
@@ -188,16 +201,19 @@ except DataError as error:
 if not header["count"]["train"]:
     fail(f"{data_path} holds no training images")
 if not header["num_classes"] and (guidance != "constant" or w != 1):
-    fail(f"{data_path} has no classes, so there is nothing to guide: w must be 1, not {w:g}")
+    fail(f"{data_path} has no classes, so there is nothing to guide: --w=1, not {w:g}")
 mean, std = (torch.tensor(header[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
 
 
+@functools.lru_cache(maxsize=2)
+def epoch_order(epoch):
+    return np.random.default_rng([seed, epoch]).permutation(header["count"]["train"])
+
+
 def batch_indices(step):
-    """The global batch of a step: rows of the endless sequence of seeded permutations, one an epoch."""
-    n, first = header["count"]["train"], step * batch_size
-    places = np.arange(first, first + batch_size)
-    order = {epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch in np.unique(places // n)}
-    return np.array([order[place // n][place % n] for place in places])
+    """The global batch of a step: images of the endless sequence of seeded permutations, one an epoch."""
+    places = range(step * batch_size, (step + 1) * batch_size)
+    return np.array([epoch_order(place // header["count"]["train"])[place % header["count"]["train"]] for place in places])
 
 
 def load(indices):
@@ -208,10 +224,10 @@ def load(indices):
 
 # ---- model, target network, evaluation network ---------------------------------------------------
 try:
-    model_config = DiTConfig.named(
-        "tiny", semi_lipschitz, input_size=header["shape"][1], in_channels=header["shape"][0],
-        num_classes=header["num_classes"], patch_size=patch_size, hidden_size=hidden_size, depth=depth,
-        num_heads=num_heads, scaled=scaled, time_init=time_init)
+    model_config = DiTConfig(
+        input_size=header["shape"][1], in_channels=header["shape"][0], num_classes=header["num_classes"],
+        hidden_size=hidden_size, depth=depth, num_heads=num_heads, patch_size=patch_size, scaled=scaled,
+        time_init=time_init, rms_norm=semi_lipschitz, qk_norm=semi_lipschitz, mod_norm=semi_lipschitz)
 except ValueError as error:
     fail(error)
 torch.manual_seed(seed)
@@ -224,7 +240,7 @@ if init_from:
         fail(f"init_from: {error}")
 target = copy.deepcopy(model).requires_grad_(False)      # theta*
 evaluated = copy.deepcopy(model).requires_grad_(False)   # theta**
-if compile and device.type == "cuda":
+if compiled:
     model.run_block = target.run_block = torch.compile(Block.forward, fullgraph=True, dynamic=False)
 parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
 emas = {key: [dict(net.named_parameters())[p] for p in parameters] for key, net in (("target", target), ("eval", evaluated))}
@@ -239,16 +255,15 @@ if ranks > 1:
     objective = DistributedDataParallel(objective, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
 
 # ---- saving and resuming -------------------------------------------------------------------------
-def commit():
-    git = lambda *a: subprocess.run(["git", *a], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True)
+def git_commit():
+    git = lambda *a: subprocess.run(["git", *a], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True).stdout
     try:
-        head = git("rev-parse", "--short=12", "HEAD")
-        return head.stdout.strip() + ("-edited" if git("status", "--porcelain", "-uno").stdout else "") if not head.returncode else "unknown"
-    except OSError:
+        return git("rev-parse", "--short=12", "HEAD").strip() + "-edited" * bool(git("status", "--porcelain", "-uno")) or "unknown"
+    except OSError:                                      # no git here
         return "unknown"
 
 
-commit = commit()
+commit = git_commit()
 about = dict(config=dataclasses.asdict(model_config), guidance=guidance_config, times=times_config, train=config,
              data=header, commit=commit)
 
@@ -287,6 +302,13 @@ try:
     first_step = resume()
 except (CheckpointError, KeyError, RuntimeError) as error:
     fail(error)
+if ranks > 1:
+    first_steps = [None] * ranks
+    dist.all_gather_object(first_steps, first_step)
+    if len(set(first_steps)) > 1:
+        fail(f"the ranks would go on from different steps, {first_steps}: {out} must be one folder that all of them see")
+if first_step > steps:
+    fail(f"{out} has come to step {first_step} already, beyond steps {steps}")
 
 # ---- reports -------------------------------------------------------------------------------------
 def log(**line):
@@ -333,49 +355,57 @@ def scores():
     n = min(score_images, header["count"]["test"], header["count"]["train"] // 2)
     if n < 2:
         return print("no held-out images: no scores")
-    pick = lambda split, k: np.random.default_rng([seed, k]).permutation(header["count"][split])
-    chosen, others, test = *np.split(pick("train", 0), [n]), pick("test", 1)[:n]
-    held_out, train, labels = data["test_images"][test], data["train_images"][others], data["train_labels"][others]
-    if classifier == "cnn" and header["num_classes"]:
-        net = fid.train_classifier(train, labels, header["num_classes"], device)
-        right = (fid.classify(net, held_out, device) == torch.from_numpy(data["test_labels"][test])).double().mean().item()
+    pick = lambda split, k: np.sort(np.random.default_rng([seed, k]).permutation(header["count"][split])[:n])
+    real, test = pick("train", 0), pick("test", 1)
+    train, labels, held_out = data["train_images"], data["train_labels"], data["test_images"][test]
+    judged_by_cnn = classifier == "cnn" and header["num_classes"] > 0
+    if judged_by_cnn:
+        others = np.setdiff1d(np.arange(len(train)), real)
+        judge = fid.train_classifier(train[others], labels[others], header["num_classes"], device)
+        right = (fid.classify(judge, held_out, device).numpy() == data["test_labels"][test]).mean()
         print(f"the classifier names {right:.1%} of held-out images rightly")
         log(step=steps, classifier_held_out=right)
-    rows = {"real": (data["train_images"][chosen], data["train_labels"][chosen])}
-    rows |= {nfe: (images.transpose(0, 3, 1, 2), y) for nfe in (1, 2, 4) for images, y in [images_of(range(n), nfe)]}
     print(f"{n} samples of the evaluation network against {n} held-out images (real: training images in their place)")
     print(f"{'steps':>5} {'two-sample':>11} {'label':>7} {'nearest':>8} {'Frechet':>8}")
-    for nfe, (images, y) in rows.items():
-        line = dict(two_sample=fid.two_sample_accuracy(images, held_out))
-        if header["num_classes"]:
-            line["label"] = (fid.classify(net, images, device) == torch.as_tensor(y)).double().mean().item() \
-                if classifier == "cnn" else fid.label_accuracy(images, y, train, labels)
-        line["nearest_ratio"] = fid.nearest_ratio(images, held_out, train)
-        line["frechet_pixels"] = fid.frechet_distance(*fid.moments(images / 255), *fid.moments(held_out / 255))
-        print(f"{nfe:>5} {line['two_sample']:>11.3f} {line.get('label', math.nan):>7.3f} {line['nearest_ratio']:>8.2f} "
-              f"{line['frechet_pixels']:>8.3f}")
-        log(step=steps, checkpoint="ckpt.safetensors", nfe=nfe, images=n, **line)
+    for nfe in ("real", 1, 2, 4):
+        leave_out = None
+        if nfe == "real":
+            images, y, leave_out = train[real], torch.from_numpy(labels[real]), torch.from_numpy(real)
+        else:
+            images, y = images_of(range(n), nfe)
+            images = images.transpose(0, 3, 1, 2)
+        line = dict(two_sample=fid.two_sample_accuracy(images, held_out), label=math.nan, frechet_pixels=math.nan,
+                    nearest_ratio=fid.nearest_ratio(images, held_out, train, leave_out))
+        if judged_by_cnn:
+            line["label"] = (fid.classify(judge, images, device) == y).double().mean().item()
+        elif header["num_classes"]:
+            line["label"] = fid.label_accuracy(images, y, train, labels, leave_out)
+        if images[0].size <= 4096:                       # beyond, pixel covariances are large and say nothing
+            line["frechet_pixels"] = fid.frechet_distance(*fid.moments(images / 255), *fid.moments(held_out / 255))
+        print(f"{nfe:>5} {line['two_sample']:>11.3f} {line['label']:>7.3f} {line['nearest_ratio']:>8.2f} {line['frechet_pixels']:>8.3f}")
+        log(step=steps, checkpoint="ckpt.safetensors", nfe=nfe, images=n, **{k: v for k, v in line.items() if not math.isnan(v)})
     print("two-sample 0.5: cannot be told apart. label: the class asked for is found. nearest, well under 1: memorized.")
 
 
 sampling_w = w if guidance == "constant" else (w_min * w_max) ** 0.5
 if rank == 0:
     os.makedirs(out, exist_ok=True)
-    changed = {key: value for key, value in config.items() if value not in ("", False)}
-    print(*(f"{key}={value}" for key, value in changed.items()))
+    print(*(f"{key}={value!r}" for key, value in config.items()))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {header['count']['train']:,} images, {ranks} x {device.type}, "
-          f"{'bfloat16' if half else 'float32'}, commit {commit}" + f", from step {first_step}" * bool(first_step))
+          f"{'bfloat16' if half else 'float32'}, {'compiled' if compiled else 'eager'}, commit {commit}" + f", from step {first_step}" * bool(first_step))
 log(step=first_step, config=config, model=about["config"], data=header["name"], commit=commit, torch=torch.__version__, ranks=ranks,
     device=torch.cuda.get_device_name() if device.type == "cuda" else device.type)
 
 # ---- the loop ------------------------------------------------------------------------------------
-sums = torch.zeros(2, 4, 2, device=device)       # terminal, fm; by quarter of its time, t or s'; sum, samples
+# The loss terms by quarter of their times: terminal by t, fm by s'; each their sum and the number of samples.
+sums, step_sums = torch.zeros(2, 2, 4, 2, device=device)
 skipped = skipped_in_a_row = 0
-since, norms = time.perf_counter(), []
+since, norms, saved = time.perf_counter(), [], first_step
 progress = tqdm(range(first_step, steps), initial=first_step, total=steps, desc=name, disable=rank > 0, unit="step", mininterval=1)
 for step in progress:
     indices = batch_indices(step)
-    noise_seed = int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+    noise_seed = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
+    step_sums.zero_()
     for first in range(rank * local_batch, (rank + 1) * local_batch, micro_batch):
         x0, y = load(indices[first:first + micro_batch])
         last = first + micro_batch == (rank + 1) * local_batch
@@ -385,44 +415,46 @@ for step in progress:
             (terms["loss"] * (micro_batch / local_batch)).backward()
         for i, (term, at) in enumerate((("terminal", "t"), ("fm", "s_fm"))):
             quarter = (terms[at] * 4).long().clamp(max=3)
-            sums[i].index_add_(0, quarter, torch.stack([terms[term], torch.ones_like(terms[term])], dim=1))
+            step_sums[i].index_add_(0, quarter, torch.stack([terms[term], torch.ones_like(terms[term])], dim=1))
 
-    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), grad_clip or math.inf)
-    if math.isfinite(norm := norm.item()):       # all ranks have the same gradients, so they agree
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), grad_clip or math.inf).item()
+    if math.isfinite(norm):                              # all ranks have the same gradients, so they agree
         optimizer.step()
         for kind, rate in (("target", ema_target), ("eval", ema_eval)):
             torch._foreach_lerp_(emas[kind], list(parameters.values()), 1 - rate)
+        sums += step_sums
         norms.append(norm)
         skipped_in_a_row = 0
     else:
         skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
         if skipped_in_a_row == 10:
-            fail(f"the gradient was not finite in 10 steps in a row, up to step {step}; {out} holds the last checkpoint")
+            last_good = f"{out}/ckpt.safetensors is of step {saved}" if saved else "nothing was saved yet"
+            fail(f"the gradient was not finite in 10 steps in a row, the last of them {step}; {last_good}")
     optimizer.zero_grad()
 
     done = step + 1
     if done % log_every == 0 or done == steps:
         if ranks > 1:
             dist.all_reduce(sums)
-        (terminal, terminal_bins), (fm, fm_bins) = ((x[:, 0].sum() / x[:, 1].sum(), x[:, 0] / x[:, 1]) for x in sums.double().cpu())
+        total, bins = sums.cpu().double().sum(1), sums.cpu().double()
+        terminal, fm = (total[:, 0] / total[:, 1]).tolist()
+        by_quarter = [[value if math.isfinite(value) else None for value in (b[:, 0] / b[:, 1]).tolist()] for b in bins]
         seconds, since = time.perf_counter() - since, time.perf_counter()
-        rate = sums[1, :, 1].sum().item() / seconds
-        line = dict(step=done, loss=(terminal + fm).item(), terminal=terminal.item(), fm=fm.item(),
-                    grad_norm=float(np.mean(norms)) if norms else None, images_per_second=round(rate, 1), skipped=skipped,
-                    terminal_by_t=[x if math.isfinite(x) else None for x in terminal_bins.tolist()],
-                    fm_by_s=[x if math.isfinite(x) else None for x in fm_bins.tolist()])
-        log(**line)
-        progress.set_postfix_str(f"terminal {line['terminal']:.4f} fm {line['fm']:.4f} {rate:.0f} img/s" + f" {skipped} skipped" * bool(skipped))
+        rate = total[1, 1].item() / seconds
+        if norms:
+            log(step=done, loss=terminal + fm, terminal=terminal, fm=fm, terminal_by_t=by_quarter[0], fm_by_s=by_quarter[1],
+                grad_norm=float(np.mean(norms)), images_per_second=round(rate, 1), skipped=skipped)
+        progress.set_postfix_str(f"terminal {terminal:.4f} fm {fm:.4f} {rate:.0f} img/s" + f" {skipped} skipped" * bool(skipped))
         sums.zero_(), norms.clear()
     if done % save_every == 0 or done == steps:
         save(done)
+        saved = done
     if rank == 0 and (done % sample_every == 0 or done == steps):
         picture(done)
 
-if rank == 0:
-    scores()
-    curve()
-    print(f"{out}: ckpt.safetensors, samples_{steps}.png, curve.png, log.jsonl. More images: python sample.py {out}/ckpt.safetensors")
 if ranks > 1:
-    dist.barrier()
-    dist.destroy_process_group()
+    dist.destroy_process_group()                         # nobody waits while rank 0 scores
+if rank == 0:
+    curve()
+    scores()
+    print(f"{out}: ckpt.safetensors, samples_{steps}.png, curve.png, log.jsonl. More images: python sample.py {out}/ckpt.safetensors")
