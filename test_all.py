@@ -681,6 +681,20 @@ def test_sample_refuses(folder):
     assert done.returncode == 1 and done.stderr == "sample.py: no checkpoint gone\n"
 
 
+def test_the_shipped_checkpoint(folder):
+    """Small, whole, and as good in one step as the README says: the class asked for, and no copies."""
+    path = os.path.join(HERE, "assets", "digits.safetensors")
+    assert os.path.getsize(path) < 1_500_000
+    assert run_script("prepare.py", "digits") is None
+    assert run_script("sample.py", path, "--n", 300, "--out", "a.npz") is None
+    data, (net, about) = prepare.load_dataset("data/digits")[1], m.load_model(path)
+    images = np.load("a.npz", allow_pickle=False)["arr_0"].transpose(0, 3, 1, 2)
+    _, y = s.draw(0, range(300), (1, 8, 8), about["data"]["class_counts"])
+    assert fid.label_accuracy(images, y, data["train_images"], data["train_labels"]) >= 0.93
+    assert fid.nearest_ratio(images, data["test_images"], data["train_images"]) >= 0.9
+    assert fid.two_sample_accuracy(images, data["test_images"][:300]) <= 0.72
+
+
 def test_grid():
     images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 1), np.uint8)
     sheet = np.asarray(s.grid(images, 3, least=1))
