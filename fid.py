@@ -47,6 +47,23 @@ def moments(features):
     return x.mean(0), torch.cov(x.T, correction=1).reshape(x.shape[1], x.shape[1])
 
 
+def small_data_scores(images, y, held_out, train, labels, leave_out=None, judge=None):
+    """The scores of images (N, C, H, W) uint8 of which classes y (N,) were asked for, against as many
+    held_out ones and the training images `train` with their labels. leave_out: where images are training
+    images, which. judge: a Classifier that says the class instead of the nearest training image.
+    Returns floats {two_sample, label, nearest_ratio, frechet_pixels}; nan where a score says nothing:
+    labels where there is one class, pixel covariances of large images."""
+    small, label = images[0].size <= 4096, float("nan")
+    if judge:
+        label = (classify(judge, images) == torch.as_tensor(y)).double().mean().item()
+    elif labels.max() > 0:
+        label = label_accuracy(images, y, train, labels, leave_out)
+    return {"two_sample": two_sample_accuracy(images, held_out),
+            "label": label,
+            "nearest_ratio": nearest_ratio(images, held_out, train, leave_out),
+            "frechet_pixels": frechet_distance(*moments(images / 255), *moments(held_out / 255)) if small else float("nan")}
+
+
 def two_sample_accuracy(a, b):
     """The accuracy of the leave-one-out nearest-neighbour classifier that tells a (N, ...) from b (N, ...):
     0.5 where both come from one distribution, 1 where they differ plainly, 0 where a copies b."""
@@ -127,7 +144,8 @@ def train_classifier(images, labels, num_classes, device, epochs=6, batch=256, s
 
 
 @torch.no_grad()
-def classify(net, images, device, batch=1000):
+def classify(net, images, batch=1000):
     """uint8 (N, C, H, W) -> the class of each, (N,) int64 on the CPU."""
+    device = net.head.weight.device
     parts = torch.from_numpy(np.array(images)).split(batch)
     return torch.cat([net(part.to(device)).argmax(1).cpu() for part in parts])

