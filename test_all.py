@@ -2,7 +2,7 @@
 Every piece against something independent of it: float64 autograd, finite differences, closed forms,
 a second implementation. On a CPU in minutes; with a GPU, the tests at the end run too.
 
-    python -m pytest -q test_all.py
+    python -m pytest -q -rs test_all.py
 """
 import ast
 import copy
@@ -23,9 +23,11 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad as fwAD
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
+import attention_jvp as A
 import fid
 import model as m
 import prepare
@@ -37,6 +39,7 @@ from model import DiT, DiTConfig, Dual
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = dict(input_size=4, in_channels=2, num_classes=3)
 F64 = torch.float64
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def close(a, b, tolerance):
@@ -103,14 +106,247 @@ def test_attention_under_forward_ad():
 
 
 def dual_level(f, primals, tangents):
-    with forward_ad.dual_level():
-        return forward_ad.unpack_dual(f(*map(forward_ad.make_dual, primals, tangents)))
+    with fwAD.dual_level():
+        return fwAD.unpack_dual(f(*map(fwAD.make_dual, primals, tangents)))
 
 
-def test_attention_refuses_other_tangents():
-    q, k, v, tq, tk, tv = attention_inputs()
-    with pytest.raises(ValueError, match="tk has shape"):
-        attention_jvp(q, k, v, tq, tk[:, :, :1], tv)
+# The kernels, in Triton's interpreter: float32 against float64, each group in a process of its own.
+
+def rel(a, b):
+    a, b = a.detach().double(), b.detach().double()
+    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+
+
+def six(B, H, Sq, Sk, D, dtype=torch.float32, device="cpu", seed=0):
+    g = torch.Generator(device).manual_seed(seed)
+    return [torch.randn(B, H, S, D, generator=g, device=device).to(dtype) for S in (Sq, Sk, Sk) * 2]
+
+
+def errors(x, scale=None, use=(True, True), need=(True,) * 6, fn=A.attention_jvp):
+    """Relative L2 errors of (o, to) and the needed gradients against float64; use: which of dO, dtO arrive."""
+    x = [t.detach().requires_grad_(n) for t, n in zip(x, need)]
+    y = [t.detach().double().requires_grad_(n) for t, n in zip(x, need)]
+    g = torch.Generator(x[0].device).manual_seed(9)
+    d = [torch.randn(x[0].shape, generator=g, device=x[0].device).to(x[0].dtype) for _ in range(2)]
+    o, r = fn(*x, scale=scale), A.attention_jvp_reference(*y, scale=scale)
+    pick = [i for i in (0, 1) if use[i] and r[i].requires_grad]
+    args = [t for t in x if t.requires_grad], [t for t in y if t.requires_grad]
+    gx = torch.autograd.grad([o[i] for i in pick], args[0], [d[i] for i in pick], allow_unused=True)
+    gy = torch.autograd.grad([r[i] for i in pick], args[1], [d[i].double() for i in pick], allow_unused=True)
+    assert o[0].dtype == x[0].dtype and o[0].shape == x[0].shape
+    out = [rel(a, b) for a, b in zip(o, r)]
+    for a, b in zip(gx, gy):
+        if a is None or b is None or b.norm() < 1e-12:  # the gradient of a tangent without dtO, of scores with one key
+            assert all(t is None or t.abs().max() < 1e-5 for t in (a, b))
+        else:
+            out.append(rel(a, b))
+    return out
+
+
+def tiny_net(attend, w, x, heads=2):
+    q, k, v = ((x @ m).unflatten(-1, (heads, -1)).transpose(1, 2) for m in w[:3])
+    return torch.tanh(attend(q, k, v).transpose(1, 2).flatten(2) @ w[3])
+
+
+def plain(q, k, v):
+    return (q @ k.mT * q.size(-1) ** -0.5).softmax(-1) @ v
+
+
+
+
+def interpreted(function):
+    """Runs a function of this file in a process where Triton interprets its kernels on the CPU."""
+    pytest.importorskip("triton")
+    p = subprocess.run([sys.executable, "-W", "ignore", "-c", f"import test_all as t; t.{function}()"], cwd=HERE,
+                       env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+                       capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr[-3000:]
+
+
+def kernels_match_float64():
+    assert A.INTERPRET and A._fused(torch.zeros(1, 1, 1, 8))
+    for shape in [(2, 2, 37, 50, 64), (1, 2, 64, 64, 32), (1, 1, 33, 70, 72), (2, 1, 1, 1, 8), (1, 1, 5, 1, 16),
+                  (1, 1, 1, 33, 24), (1, 1, 34, 33, 128), (1, 1, 20, 40, 100), (1, 1, 9, 9, 13)]:
+        assert max(errors(six(*shape))) < 2e-6, shape
+    x = six(1, 1, 40, 33, 16)
+    assert max(errors(x, scale=0.7)) < 2e-6
+    for use in ((True, False), (False, True)):
+        assert max(errors(x, use=use)) < 2e-6, use
+    for need in ((1, 1, 1, 0, 0, 0), (1, 0, 0, 1, 0, 0), (0, 1, 0, 0, 0, 1), (0, 0, 0, 1, 1, 1)):
+        assert max(errors(x, need=[bool(n) for n in need])) < 2e-6, need
+    # views of a qkv projection; a tangent that is a broadcast row; a last dimension that is not contiguous
+    q, k, v = torch.randn(2, 37, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    tq, tk, tv = torch.randn(3, 2, 2, 37, 16)
+    assert max(errors([q, k, v, tq, tk, tv])) < 2e-6
+    assert max(errors([q, k, v, tq, tk[:, :, :1].expand_as(k), tv.mT.contiguous().mT])) < 2e-6
+    # descriptors, and tiles loaded in pairs
+    tiles, A._tiles = A._tiles, lambda *_: (32, 32, 4, 1, 1, 1)
+    A._plan.cache_clear()
+    for shape in [(2, 2, 37, 50, 64), (1, 2, 33, 20, 40), (1, 1, 33, 20, 72)]:
+        assert max(errors(six(*shape))) < 2e-6, shape
+    assert max(errors([q, k, v, tq, tk, tv])) < 2e-6
+    A._tiles = tiles
+    A._plan.cache_clear()
+
+
+def kernels_survive_extremes():
+    q, k, v, tq, tk, tv = six(1, 2, 40, 45, 16)
+    for x in ([q * 1e4, k, v, tq, tk, tv], [-q * 1e4, k, v, tq, tk, tv], [q, k * 0 + 1, v, tq, tk, tv],
+              [q, k, v, tq * 0, tk * 0, tv * 0], [q * 0, k, v, tq, tk, tv]):
+        x = [t.clone().requires_grad_() for t in x]
+        o = A.attention_jvp(*x)
+        grads = torch.autograd.grad(o, x, [torch.ones_like(t) for t in o])
+        assert all(t.isfinite().all() for t in (*o, *grads))
+        assert max(rel(a, b) for a, b in zip(o, A.attention_jvp_reference(*(t.double() for t in x)))) < 2e-3
+    # a common offset in tK or tV costs little accuracy (bfloat16 is where it would: see the GPU tests)
+    assert max(errors([q, k, v, tq, tk + 8, tv])) < 4e-6 and max(errors([q, k, v, tq, tk, tv + 8])) < 8e-6
+
+
+def transforms_match_float64():
+    torch.manual_seed(0)
+    W = [torch.randn(32, 32) * 0.3 for _ in range(4)]
+    x, tx, g, h = torch.randn(4, 1, 17, 32)
+
+    def loss_of(y, ty, c):
+        return (y * c(g)).sum() + (ty * c(h)).sum()
+
+    def backward(attend, w, c):
+        y, ty = torch.func.jvp(lambda z: tiny_net(attend, w, z), (c(x),), (c(tx),))
+        return y, ty, *torch.autograd.grad(loss_of(y, ty, c), w)
+
+    def parameter_tangents(attend, w, c):
+        y, ty = torch.func.jvp(lambda m: tiny_net(attend, [w[0], m, *w[2:]], c(x)), (w[1],), (w[3],))
+        return y, ty, *torch.autograd.grad(loss_of(y, ty, c), w)
+
+    def dual_level(attend, w, c):
+        if attend is plain:  # its softmax has an in-place operation that this mode rejects
+            return backward(attend, w, c)
+        with fwAD.dual_level():
+            y, ty = fwAD.unpack_dual(tiny_net(attend, w, fwAD.make_dual(c(x), c(tx))))
+            return y, ty, *torch.autograd.grad(loss_of(y, ty, c), w)
+
+    def grad_of_jvp(attend, w, c):
+        return torch.func.grad(lambda w: loss_of(*torch.func.jvp(lambda z: tiny_net(attend, w, z), (c(x),), (c(tx),)), c))(
+            [m.detach() for m in w])
+
+    def jvp_of_grad(attend, w, c):
+        f = lambda z: torch.func.grad(lambda w: (tiny_net(attend, w, z) * c(g)).sum())([m.detach() for m in w])
+        y, ty = torch.func.jvp(f, (c(x),), (c(tx),))
+        return *y, *ty
+
+    def jvp_of_jvp(attend, w, c):
+        f = lambda z: torch.func.jvp(lambda u: tiny_net(attend, w, u), (z,), (c(h),))[1]
+        y, ty = torch.func.jvp(f, (c(x),), (c(tx),))
+        return y, ty, *torch.autograd.grad(loss_of(y, ty, c), w)
+
+    def vmap_of_jvp(attend, w, c):
+        X = torch.stack([c(x), c(tx)])
+        f = lambda z, t: torch.func.jvp(lambda u: tiny_net(attend, w, u), (z,), (t,))
+        y, ty = torch.func.vmap(f)(X, X.flip(0))
+        return y, ty, *torch.autograd.grad(loss_of(y, ty, c), w)
+
+    def jvp_of_vmap(attend, w, c):
+        X = torch.stack([c(x), c(tx)])
+        return torch.func.jvp(torch.func.vmap(lambda u: tiny_net(attend, w, u)), (X,), (X.flip(0),))
+
+    def no_tangent(attend, w, c):
+        y = tiny_net(attend, w, c(x))
+        return y, *torch.autograd.grad((y * c(g)).sum(), w)
+
+    for mode in (backward, parameter_tangents, dual_level, grad_of_jvp, jvp_of_grad, jvp_of_jvp, vmap_of_jvp, jvp_of_vmap,
+                 no_tangent):
+        a = mode(A.attention, [m.clone().requires_grad_() for m in W], lambda t: t)
+        b = mode(plain, [m.double().requires_grad_() for m in W], lambda t: t.double())
+        assert max(rel(s, t) for s, t in zip(a, b)) < 1e-5, mode.__name__
+    # detach_jvp: the tangent is a constant, and only dO comes back
+    w = [m.clone().requires_grad_() for m in W]
+    y, ty = torch.func.jvp(lambda z: tiny_net(A.attention, w, z), (x,), (tx,))
+    a = torch.autograd.grad(((y - ty.detach()) ** 2).sum(), w)
+    v = [m.double().requires_grad_() for m in W]
+    b = torch.autograd.grad(((tiny_net(plain, v, x.double()) - ty.detach().double()) ** 2).sum(), v)
+    assert max(rel(s, t) for s, t in zip(a, b)) < 1e-5
+    # a second backward has no kernel: it says so
+    y, ty = torch.func.jvp(lambda z: tiny_net(A.attention, w, z), (x,), (tx,))
+    grads = torch.autograd.grad(ty.sum(), w, create_graph=True)
+    with pytest.raises(RuntimeError, match="attention_jvp_reference"):
+        torch.autograd.grad(sum(t.sum() for t in grads), w)
+
+
+def operators_are_sound():
+    x = six(1, 2, 17, 9, 16)
+    o = A._forward(*x, 0.25, True)
+    torch.library.opcheck(A._forward, (*(t.clone().requires_grad_() for t in x), 0.25, True))
+    for do, dto, need in ((x[0], x[3], [True] * 4), (x[0], None, [True, True, False, False]), (None, x[3], [False, True] * 2)):
+        torch.library.opcheck(A._backward, (do, dto, *x, *o, 0.25, need),
+                              test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+    def grads(fn):
+        y = [t.clone().requires_grad_() for t in x]
+        o, to = fn(*y)
+        (o.sin().sum() + to.cos().sum()).backward()
+        return [t.grad for t in y]
+
+    f = lambda *y: [2 * t for t in A.attention_jvp(*(t.sin() for t in y))]
+    for g in (torch.compile(f, fullgraph=True, backend="aot_eager"), lambda *y: checkpoint(f, *y, use_reentrant=False)):
+        assert all(torch.equal(a, b) for a, b in zip(grads(f), grads(g)))
+    assert rel(torch.compile(A.attention, fullgraph=True, backend="aot_eager")(*x[:3]), plain(*x[:3])) < 1e-6
+
+
+def test_attention_kernels():
+    interpreted("kernels_match_float64")
+
+
+def test_attention_extremes():
+    interpreted("kernels_survive_extremes")
+
+
+def test_attention_transforms():
+    interpreted("transforms_match_float64")
+
+
+def test_attention_operators():
+    interpreted("operators_are_sound")
+
+
+
+
+def test_attention_reference():
+    x = six(1, 2, 4, 3, 8, torch.float64)
+    q, k, v = x[:3]
+    o, to = A.attention_jvp(*x)
+    r, tr = torch.func.jvp(plain, (q, k, v), tuple(x[3:]))
+    assert rel(o, r) < 1e-14 and rel(to, tr) < 1e-14
+    x = [t.requires_grad_() for t in x]
+    assert torch.autograd.gradcheck(A.attention_jvp, x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(A.attention_jvp, x)
+    assert max(errors(six(1, 2, 40, 30, 32, torch.bfloat16))) < 8e-3
+    assert max(errors(six(1, 1, 9, 7, 160))) < 2e-6  # D > 128
+    assert rel(A.attention_reference(*x[:3]), r) < 1e-14
+
+
+def test_attention_without_interpreter_takes_any_transform():
+    q, k, v, tq, tk, tv = six(1, 2, 6, 5, 8, torch.float64)
+    o, to = torch.func.jvp(A.attention, (q, k, v), (tq, tk, tv))
+    assert rel(to, A.attention_jvp_reference(q, k, v, tq, tk, tv)[1]) < 1e-14
+    f = lambda q: torch.func.jvp(lambda q: A.attention(q, k, v), (q,), (tq,))[1].square().sum()
+    r = lambda q: torch.func.jvp(lambda q: plain(q, k, v), (q,), (tq,))[1].square().sum()
+    assert rel(torch.func.hessian(f)(q), torch.func.hessian(r)(q)) < 1e-12
+
+
+def test_attention_autocast_and_errors():
+    x = six(1, 2, 6, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        o, to = A.attention_jvp(*(t.requires_grad_() for t in x))
+    assert o.dtype == to.dtype == torch.bfloat16
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad([o, to], x, [o, to]))
+    q, k, v, tq, tk, tv = x
+    for bad in ((q, k, v, tq, tk, tv[:, :, :2]), (q[0], k, v, tq, tk, tv), (q, k, v, tq.double(), tk, tv),
+                (q, k[..., :4], v, tq, tk, tv), (q.long(),) * 6):
+        with pytest.raises(ValueError, match="attention_jvp wants"):
+            A.attention_jvp(*bad)
+    with pytest.raises(ValueError, match="scale > 0"):
+        A.attention_jvp(*x, scale=-1.0)
+    assert A.attention_jvp(*(t[:, :, :0] for t in (q, k, v, tq, tk, tv)))[1].shape == (1, 2, 0, 8)
 
 
 # ---- model.py: the derivative --------------------------------------------------------------------
@@ -875,9 +1111,6 @@ def test_train_refuses(folder):
 
 # ---- on a GPU ------------------------------------------------------------------------------------
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-
 def step_gradients(device, dtype, half=False):
     net = random_model(depth=3, hidden_size=64).to(device, dtype)
     target = copy.deepcopy(net)
@@ -906,3 +1139,122 @@ def test_gpu_training(folder):
     assert run_script("sample.py", "out/digits/ckpt.safetensors", "--n", 5, "--out", "a.npz") is None
     assert run_script("sample.py", "out/digits/ckpt.safetensors", "--n", 5, "--out", "b.npz", "--device", "cpu") is None
     assert np.abs(np.load("a.npz")["arr_0"].astype(int) - np.load("b.npz")["arr_0"]).max() <= 1
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    monkeypatch.setattr(A, "FUSED", True)
+
+
+@gpu
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 3e-3), (torch.float16, 1e-3), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("shape", [(2, 3, 256, 256, 64), (2, 3, 256, 256, 72), (1, 2, 300, 77, 128), (4, 8, 1, 1, 64),
+                                   (2, 2, 65, 130, 40), (4, 8, 33, 70, 8), (8, 8, 1, 200, 96), (1, 2, 100, 100, 100)])
+def test_attention_gpu_accuracy(shape, dtype, bound):
+    assert max(errors(six(*shape, dtype, "cuda"))) < bound
+
+
+@gpu
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("D", [64, 72, 128])
+def test_attention_gpu_offsets(D):
+    q, k, v, tq, tk, tv = six(2, 2, 1024, 1024, D, torch.bfloat16, "cuda")
+    assert max(errors([q, k, v, tq, tk + 8, tv])) < 5e-3
+    assert max(errors([q, k, v, tq, tk, tv + 8])) < 5e-3
+    for x in ([q * 1e4, k, v, tq, tk, tv], [q, k * 0 + 1, v, tq, tk, tv], [q, k, v, tq * 0, tk * 0, tv * 0]):
+        x = [t.requires_grad_() for t in x]
+        o = A.attention_jvp(*x)
+        assert all(t.isfinite().all() for t in (*o, *torch.autograd.grad(o, x, list(o))))
+
+
+@gpu
+@pytest.mark.usefixtures("fused")
+def test_attention_gpu_layouts():
+    qkv = torch.randn(2, 2, 130, 3, 3, 64, device="cuda", dtype=torch.bfloat16)  # value or tangent, B, S, qkv, H, D
+    q, k, v, tq, tk, tv = (t for x in qkv for t in x.permute(2, 0, 3, 1, 4))
+    assert q.stride(-1) == 1 and not q.is_contiguous()
+    assert max(errors([q, k, v, tq, tk, tv])) < 3e-3
+    assert max(errors([q, k, v, tq[:, :, :1].expand_as(q), tk, tv])) < 3e-3
+    assert max(errors([t[..., 1:] for t in (q, k, v, tq, tk, tv)])) < 3e-3  # addresses that no vector load can use
+    assert max(errors(six(70000, 1, 16, 16, 16, torch.bfloat16, "cuda"))) < 3e-3  # more than 65,535 heads
+
+
+@gpu
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("D", [64, 72, 128])
+def test_attention_gpu_deterministic_and_lean(D):
+    x = [t.requires_grad_() for t in six(2, 8, 512, 512, D, torch.bfloat16, "cuda")]
+    d = [torch.randn_like(x[0]) for _ in range(2)]
+    first = None
+    for _ in range(3):
+        o = A.attention_jvp(*x)
+        out = (*o, *torch.autograd.grad(o, x, d))
+        assert first is None or all(torch.equal(a, b) for a, b in zip(first, out))
+        first = out
+    del o, out, first
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    o = A.attention_jvp(*x)
+    g = torch.autograd.grad(o, x, d)
+    row = 2 * 8 * 512
+    assert torch.cuda.max_memory_allocated() - before <= 8.5 * row * D * 2 + 4 * row * 4 + 2 ** 14, len(g)
+
+
+@gpu
+@pytest.mark.usefixtures("fused")
+def test_attention_gpu_transforms():
+    torch.manual_seed(0)
+    w = [(torch.randn(128, 128, device="cuda") * 0.1) for _ in range(4)]
+    x, tx = torch.randn(2, 2, 50, 128, device="cuda")
+    out = []
+    for attend, dtype in ((A.attention, torch.float32), (plain, torch.float64)):
+        m = [t.to(dtype).requires_grad_() for t in w]
+        y, ty = torch.func.jvp(lambda z: tiny_net(attend, m, z), (x.to(dtype),), (tx.to(dtype),))
+        out.append((y, ty, *torch.autograd.grad((y.square().sum() + ty.square().sum()), m)))
+    assert max(rel(a, b) for a, b in zip(*out)) < 1e-5
+    q, k, v = six(2, 2, 50, 50, 64, torch.bfloat16, "cuda")[:3]
+    assert torch.equal(A.attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
+@gpu
+@pytest.mark.usefixtures("fused")
+def test_attention_gpu_compile_checkpoint_autocast():
+    x = six(2, 3, 100, 100, 64, torch.bfloat16, "cuda")
+
+    def grads(fn):
+        y = [t.clone().requires_grad_() for t in x]
+        o, to = fn(*y)
+        (o.float().sin().sum() + to.float().cos().sum()).backward()
+        return [o, to, *(t.grad for t in y)]
+
+    f = lambda *y: [2 * t for t in A.attention_jvp(*(t.sin() for t in y))]
+    eager = grads(f)
+    assert max(rel(a, b) for a, b in zip(grads(torch.compile(f, fullgraph=True)), eager)) < 5e-3
+    assert all(torch.equal(a, b) for a, b in zip(grads(lambda *y: checkpoint(f, *y, use_reentrant=False)), eager))
+    with torch.autocast("cuda", torch.bfloat16):
+        o = A.attention_jvp(*(t.float() for t in x))
+    assert all(torch.equal(a, b) for a, b in zip(o, A.attention_jvp(*x)))
+    torch.library.opcheck(A._forward, (*(t.clone().requires_grad_() for t in x), 0.125, True))
+
+
+@gpu
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("D", [64, 128])
+def test_attention_gpu_graph(D):
+    x = [t.requires_grad_() for t in six(2, 3, 128, 128, D, torch.bfloat16, "cuda")]
+    step = lambda: (o := A.attention_jvp(*x), torch.autograd.grad(o, x, [o[0].detach(), o[1].detach()]))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, g = step()
+    with torch.no_grad():
+        for t in x:
+            t.copy_(torch.randn_like(t))
+    graph.replay()
+    ro, rg = step()
+    assert all(torch.equal(a, b) for a, b in zip((*o, *g), (*ro, *rg)))
