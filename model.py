@@ -371,6 +371,7 @@ def save_tensors(path, tensors, about):
     save_file({name: t.detach().contiguous() for name, t in tensors.items()}, aside, {"tvm": json.dumps(about)})
     with open(aside, "rb+") as f:
         os.fsync(f.fileno())
+    os.chmod(aside, 0o644)                                    # safetensors makes it readable for its owner alone
     os.replace(aside, path)
 
 

@@ -199,8 +199,8 @@ try:
     header, data = load_dataset(data_path)
 except DataError as error:
     fail(error)
-if not header["count"]["train"]:
-    fail(f"{data_path} holds no training images")
+if not header["count"]["train"] or header["shape"][1] != header["shape"][2]:
+    fail(f"{data_path} holds {header['count']['train']} training images of shape {header['shape']}: they must be square, and some")
 if not header["num_classes"] and (guidance != "constant" or w != 1):
     fail(f"{data_path} has no classes, so there is nothing to guide: --w=1, not {w:g}")
 mean, std = (torch.tensor(header[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
