@@ -385,9 +385,11 @@ def load_tensors(path, device="cpu"):
         raise CheckpointError(f"no checkpoint {path}") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
-    missing = [key for key in ("config", "guidance", "data") if not isinstance(about, dict) or key not in about]
+    needed = {"config": (), "guidance": ("sampler", "w", "w_min", "w_max"), "data": ("class_counts", "mean", "std")}
+    missing = [key for key, parts in needed.items() if not isinstance(about, dict) or not isinstance(about.get(key), dict)
+               or not set(parts) <= set(about[key])]
     if missing:
-        raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of this project: no {', '.join(missing)} in it")
+        raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of this project: no whole {', '.join(missing)} in it")
     return tensors, about
 
 
@@ -398,6 +400,8 @@ def load_model(path, device="cpu"):
         with torch.device("meta"):                                                # nothing to initialize
             model = DiT(DiTConfig(**about["config"]))
         model.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
+        if len(about["data"]["class_counts"]) != model.config.num_classes:
+            raise ValueError(f"{len(about['data']['class_counts'])} class counts for {model.config.num_classes} classes")
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit its own config: {' '.join(str(error).split())[:300]}") from None
     return model.eval().requires_grad_(False), about

@@ -59,11 +59,18 @@ def load_dataset(path):
             header = json.load(f)
     except FileNotFoundError:
         raise DataError(f"no data in {path}: python prepare.py makes it (see the top of prepare.py)") from None
-    except ValueError as error:
-        raise DataError(f"{path}/header.json is not JSON: {error}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}/header.json: {error}") from None
     missing = [key for key in KEYS if not isinstance(header, dict) or key not in header]
     if missing or header["format"] != FORMAT:
         raise DataError(f"{path}/header.json is not a {FORMAT} header" + f": no {', '.join(missing)}" * bool(missing))
+    channels = header["shape"][0] if isinstance(header["shape"], list) and len(header["shape"]) == 3 else None
+    for key, right in (("shape", channels), ("count", isinstance(header["count"], dict) and {"train", "test"} <= set(header["count"])),
+                       ("mean", isinstance(header["mean"], list) and len(header["mean"]) == channels),
+                       ("std", isinstance(header["std"], list) and len(header["std"]) == channels and min(header["std"]) > 0),
+                       ("class_counts", isinstance(header["class_counts"], list) and len(header["class_counts"]) == header["num_classes"])):
+        if not right:
+            raise DataError(f"{path}/header.json: {key} {header[key]!r} does not belong to {FORMAT} data")
     arrays = {}
     for split in ("train", "test"):
         expected = {"images": (header["count"][split], *header["shape"]), "labels": (header["count"][split],)}
@@ -92,7 +99,7 @@ class Writer:
         self.path, self.partial, self.count, self.shape = path, path + ".partial", count, shape
         if os.path.exists(path) and not os.path.exists(os.path.join(path, "header.json")):
             raise DataError(f"{path} exists and is not a dataset of prepare.py: move it away, or choose another --name")
-        shutil.rmtree(self.partial, ignore_errors=True)
+        shutil.rmtree(self.partial, ignore_errors=True)                   # what an interrupted run left
         os.makedirs(self.partial)
         self.arrays = {}
         for split, n in count.items():
@@ -127,7 +134,7 @@ class Writer:
 
 def parallel(f, items, what):
     """f over items in all cores, in order, with a progress bar."""
-    workers = os.cpu_count() or 1
+    workers = min(61, os.cpu_count() or 1)                                 # as many as Windows takes
     chunk = max(1, min(256, len(items) // (4 * workers)))
     with ProcessPoolExecutor(workers) as pool:
         yield from tqdm(pool.map(f, items, chunksize=chunk), total=len(items), desc=what, unit="img")
@@ -263,7 +270,7 @@ def folder(args):
     everything = open_memmap(raw, "w+", np.uint8, (len(files), 3, args.size, args.size))
     labels, broken = [], []
     try:
-        for (file, label), image in zip(files, parallel(partial(read_image, size=args.size), [f for f, _ in files], "images")):
+        for image, (file, label) in zip(parallel(partial(read_image, size=args.size), [f for f, _ in files], "images"), files):
             if isinstance(image, str):
                 broken.append(file)
                 tqdm.write(f"skipped {file}: {image}", file=sys.stderr)

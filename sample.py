@@ -82,7 +82,6 @@ def as_pil(image):
 def write_images(out, images, columns):
     """A .png: one grid. A .npz: arr_0. Both appear whole or not at all. Else: a folder of PNGs."""
     if out.endswith((".png", ".npz")):
-        os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
         with open(out + ".partial", "wb") as f:
             grid(images, columns).save(f, "PNG") if out.endswith(".png") else np.savez(f, arr_0=images)
         os.replace(out + ".partial", out)
@@ -126,6 +125,7 @@ def parse(argv=None):
         raise CheckpointError(f"--out takes a .png, an .npz or a folder, not {args.out!r}")
     if os.path.isdir(args.out) and os.listdir(args.out):
         raise CheckpointError(f"--out: {args.out} is a folder with files in it already")
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)          # complain before the work, not after it
     return args
 
 
@@ -185,6 +185,8 @@ def find_device(name=""):
     """The device of a name; by default a GPU where there is one, this rank's. Raises CheckpointError."""
     if not name:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise CheckpointError(f"no device {name!r}: there are cpu, cuda and mps")
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.empty(1, device=device)

@@ -911,6 +911,11 @@ def test_sample_refuses(folder):
     m.save_file({"a": torch.zeros(2)}, "foreign.safetensors")
     assert "not a checkpoint of this project" in complain("foreign.safetensors")
     tensors, about = m.load_tensors("c.safetensors")
+    for key in ("data", "guidance"):
+        m.save_tensors("part.safetensors", tensors, {**about, key: {}})
+        assert f"no whole {key}" in complain("part.safetensors")
+    m.save_tensors("part.safetensors", tensors, {**about, "data": {**about["data"], "class_counts": [1] * 11}})
+    assert "11 class counts for 10 classes" in complain("part.safetensors")
     m.save_tensors("other.safetensors", tensors, {**about, "config": {**about["config"], "depth": 3}})
     assert "does not fit its own config" in complain("other.safetensors")
     done = subprocess.run([sys.executable, os.path.join(HERE, "sample.py"), "gone"], capture_output=True, text=True)
@@ -987,6 +992,14 @@ def test_train_end_to_end(folder, capsys):
     assert "lr 0.002 -> 0.1" in run_script("train.py", "--name=whole", "--steps=4", *SMALL, "--lr=0.1")
     assert run_script("train.py", "--name=from", "--steps=1", *SMALL, "--init_from=out/whole/ckpt.safetensors") is None
     assert "init_from" in run_script("train.py", "--name=no", *SMALL, "--depth=2", "--init_from=out/whole/ckpt.safetensors")
+    assert "scaled True -> False" in run_script("train.py", "--name=no", *SMALL, "--scaled=False", "--init_from=out/whole/ckpt.safetensors")
+    with open("out/from/log.jsonl", "a") as f:
+        f.write('{"step": 3, "lo')                                    # a crash in the middle of a line
+    assert run_script("train.py", "--name=from", "--steps=2", *SMALL, "--init_from=out/whole/ckpt.safetensors") is None
+    torn = [line for line in open("out/from/log.jsonl") if not line.endswith("}\n")]
+    assert torn == ['{"step": 3, "lo\n'] and json.loads(open("out/from/log.jsonl").readlines()[-1])["nfe"] == 4
+    os.replace("out/from/ckpt.safetensors", "out/from/state.safetensors")
+    assert "is not the state of a run" in run_script("train.py", "--name=from", "--steps=2", *SMALL)
     with open("out/whole/state.safetensors", "rb+") as f:
         f.truncate(1000)
     assert "not a whole safetensors file" in run_script("train.py", "--name=whole", "--steps=4", *SMALL)
@@ -1026,15 +1039,15 @@ def test_presets_and_flags(folder):
     """Preset group, else the constant in the file, edited or not; a flag beats both."""
     assert run_script("prepare.py", "shapes", "--n", 60, "--size", 8) is None
     script = open(os.path.join(HERE, "train.py")).read()
-    edited = script.replace("beta1, beta2, eps = 0.9, 0.95, 1e-8", "beta1, beta2, eps = 0.9, 0.9, 1e-8").replace("lr = 2e-3", "lr = 9.0")
+    edited = script.replace("beta1, beta2, eps = 0.9, 0.95, 1e-8", "beta1, beta2, eps = 0.9, 0.9, 1e-8").replace("lr = 2e-3", "lr = 9").replace("sigma_s = -0.4, 1.0", "sigma_s = -0.4, 1")
     assert edited != script
     with open("train.py", "w") as f:
         f.write(edited)
     subprocess.run([sys.executable, "train.py", "--preset=shapes", "--steps=1", "--hidden_size=48", "--depth=1", "--batch_size=4",
-                    "--micro_batch=2", "--classifier=1-nn"], check=True, env={**os.environ, "PYTHONPATH": HERE}, capture_output=True)
+                    "--micro_batch=2", "--classifier=1-nn", "--sigma_s=0.5"], check=True, env={**os.environ, "PYTHONPATH": HERE}, capture_output=True)
     config = train_config("shapes")
     assert [config[key] for key in ("dataset", "mu_s", "hidden_size", "beta2", "weight_decay")] == ["shapes", 0.4, 48, 0.9, 0.0]
-    assert config["lr"] != 9.0
+    assert config["lr"] != 9.0 and config["sigma_s"] == 0.5
 
 
 def test_published_presets(capsys, folder):
@@ -1079,11 +1092,13 @@ def test_train_refuses(folder):
     assert "not divisible by patch_size" in complain("--patch_size=3")
     assert "above 0" in complain("--w=0.0")
     assert "p_equal" in complain("--p_equal=1.5")
-    for flag in ("--ema_eval=2", "--micro_batch=-2", "--grad_clip=-1", "--lr=-1", "--beta1=1.5", "--seed=-1"):
+    for flag in ("--ema_eval=2", "--ema_target=1", "--beta2=1.0", "--seed=99999999999999999999", "--micro_batch=-2", "--grad_clip=-1", "--lr=-1", "--beta1=1.5", "--seed=-1"):
         assert f"{flag[2:].split('=')[0]} must be at least" in complain(flag)
     assert "no device 'gpu'" in complain("--device=gpu")
     assert "names a folder" in complain("--name=../x")
     assert "label_dropout must be above 0" in complain("--label_dropout=0")
+    assert "label_dropout must be above 0" in complain("--label_dropout=0", "--guidance=inverse", "--w_max=2", "--w=1")
+    assert "takes a number" in complain("--lr=1" + 400 * "0")
     assert "steps must be at least 1" in complain("--steps=0")
     labels = np.load("data/digits/train_labels.npy")
     np.save("data/digits/train_labels.npy", labels + 5)
@@ -1099,7 +1114,9 @@ def test_train_refuses(folder):
     without = {key: value for key, value in header.items() if key != "count"}
     for wrong, word in ((dict(header, format="other"), "not a tvm-data-1 header"), (without, "no count"), ([1], "no format"),
                         (dict(header, dtype="float32"), "its header says float32"), (dict(header, shape=[1, 4, 4]), "(1437, 1, 4, 4)"),
-                        (dict(header, count=dict(train=1438, test=360)), "its header says")):
+                        (dict(header, count=dict(train=1438, test=360)), "its header says"), (dict(header, count=dict(train=5)), "count"),
+                        (dict(header, mean=[1, 2]), "mean [1, 2]"), (dict(header, std=[0]), "std"), (dict(header, class_counts=[1]), "class_counts"),
+                        (dict(header, shape=[64]), "shape")):
         json.dump(wrong, open("data/digits/header.json", "w"))
         assert word in complain()
     os.remove("data/digits/header.json")

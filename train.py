@@ -3,8 +3,10 @@ Train a TVM model. The constants below are the default run, real handwritten dig
 
     python train.py                                              # about five minutes on two cores
     python train.py --preset=shapes                              # one GPU
-    torchrun --nproc_per_node=8 train.py --preset=im256_w2       # DiT-XL/2 on ImageNet, eight GPUs
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py --preset=im256_w2
+    torchrun --nproc_per_node=8 train.py --preset=shapes         # eight GPUs
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py --preset=shapes
+
+The presets im256_* and im512_* are DiT-XL/2 on ImageNet latents, which prepare.py does not make yet.
 
 Edit the constants in place; --name=value overrides one. A preset replaces a group of them: preset,
 else the edited constant, and a flag beats both. Output, in out/NAME/:
@@ -102,6 +104,8 @@ PRESETS = {
     "im256_short": dict(IMAGENET, dataset="im256", w=2.0, scaled=True, time_init="spectral", grad_clip=0.0,
                         batch_size=1024, steps=200_000),
 }
+WHOLE = {"seed", "hidden_size", "depth", "num_heads", "patch_size", "steps", "batch_size", "micro_batch", "log_every",
+         "sample_every", "save_every", "score_images"}   # the whole numbers; other numbers may have fractions
 # These may differ between a run and its continuation; all others must not.
 MAY_CHANGE = {"device", "compile", "steps", "micro_batch", "log_every", "sample_every", "save_every", "score_images", "classifier",
               "init_from"}
@@ -113,6 +117,7 @@ def fail(message):
 
 def effective(constants, arguments):
     """The edited constants, then a preset's group, then the flags."""
+    constants = {key: float(value) if type(value) is int and key not in WHOLE else value for key, value in constants.items()}
     flags = {}
     for argument in arguments:
         if argument in ("-h", "--help"):
@@ -142,7 +147,7 @@ def converted(key, text, kind):
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = None
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 1e300:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         fail(f"--{key} takes {dict(int='a whole number', float='a number', bool='True or False')[kind.__name__]}, not {text!r}")
@@ -158,11 +163,11 @@ out = os.path.join("out", name)
 # ---- ranks and device ----------------------------------------------------------------------------
 rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 for keys, low, high in ((("steps", "batch_size", "log_every", "sample_every", "save_every", "score_images"), 1, math.inf),
-                        (("seed", "micro_batch", "lr", "eps", "weight_decay", "grad_clip"), 0, math.inf),
+                        (("seed",), 0, 2 ** 63), (("micro_batch", "lr", "eps", "weight_decay", "grad_clip"), 0, math.inf),
                         (("label_dropout", "ema_target", "ema_eval", "beta1", "beta2"), 0, 1)):
     for key in keys:
-        if not low <= config[key] <= high:
-            fail(f"{key} must be at least {low}" + f" and at most {high}" * (high == 1) + f", not {config[key]}")
+        if not low <= config[key] < high:
+            fail(f"{key} must be at least {low}" + f" and below {high}" * (high < math.inf) + f", not {config[key]}")
 if batch_size % ranks:
     fail(f"batch_size {batch_size} is not divisible by {ranks} ranks")
 local_batch = batch_size // ranks
@@ -171,8 +176,9 @@ if local_batch % micro_batch:
     fail(f"a rank's share of the batch, {local_batch}, is not divisible by micro_batch {micro_batch}")
 if classifier not in ("1-nn", "cnn"):
     fail(f'classifier must be "1-nn" or "cnn", not {classifier!r}')
-if w != 1 and label_dropout == 0:
-    fail(f"guidance needs a network that knows no class too: label_dropout must be above 0 where w is {w:g}")
+guided = w != 1 if guidance == "constant" else (w_min, w_max) != (1, 1)
+if guided and label_dropout == 0:
+    fail("guidance needs a network that knows no class too: label_dropout must be above 0 where w is not 1")
 if name != os.path.basename(name) or name in (".", ".."):
     fail(f"name names a folder in out/, which {name!r} does not")
 try:
@@ -201,8 +207,10 @@ except DataError as error:
     fail(error)
 if not header["count"]["train"] or header["shape"][1] != header["shape"][2]:
     fail(f"{data_path} holds {header['count']['train']} training images of shape {header['shape']}: they must be square, and some")
-if not header["num_classes"] and (guidance != "constant" or w != 1):
+if not header["num_classes"] and guided:
     fail(f"{data_path} has no classes, so there is nothing to guide: --w=1, not {w:g}")
+if classifier == "cnn" and header["shape"][1] < 4:
+    fail(f'classifier "cnn" takes images of at least 4 pixels, not {header["shape"][1]}')
 mean, std = (torch.tensor(header[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
 
 
@@ -235,7 +243,12 @@ torch.manual_seed(seed)
 model = DiT(model_config).to(device)
 if init_from:
     try:
-        tensors, about = load_tensors(init_from, device)
+        tensors, was = load_tensors(init_from, device)
+        now = {**dataclasses.asdict(model_config), "mean": header["mean"], "std": header["std"]}
+        was = {**was["config"], "mean": was["data"]["mean"], "std": was["data"]["std"], "time_init": time_init}
+        differ = [f"{key} {was.get(key)!r} -> {value!r}" for key, value in now.items() if was.get(key) != value]
+        if differ:
+            raise CheckpointError(f"{init_from} is of another config ({', '.join(differ)})")
         model.load_state_dict(tensors)
     except (CheckpointError, RuntimeError) as error:
         fail(f"init_from: {error}")
@@ -253,7 +266,7 @@ try:
 except ValueError as error:
     fail(error)
 if ranks > 1:
-    objective = DistributedDataParallel(objective, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+    objective = DistributedDataParallel(objective, device_ids=[device] if device.type == "cuda" else None)
 
 # ---- saving and resuming -------------------------------------------------------------------------
 def git_commit():
@@ -284,6 +297,9 @@ def resume():
     if not os.path.exists(path):
         return 0
     state, was = load_tensors(path, device)
+    missing = [key for key in ("train", "step") if key not in was] or [f"{kind}.pos_embed" for kind in nets if f"{kind}.pos_embed" not in state]
+    if missing:
+        fail(f"{path} is not the state of a run: no {', '.join(missing)} in it")
     differ = [key for key in config if key not in MAY_CHANGE and was["train"].get(key) != config[key]]
     if differ:
         changes = ", ".join(f"{key} {was['train'].get(key)!r} -> {config[key]!r}" for key in differ)
@@ -314,8 +330,10 @@ if first_step > steps:
 # ---- reports -------------------------------------------------------------------------------------
 def log(**line):
     if rank == 0:
-        with open(os.path.join(out, "log.jsonl"), "a") as f:
-            f.write(json.dumps(line) + "\n")
+        with open(os.path.join(out, "log.jsonl"), "a+b") as f:
+            if f.tell() and not (f.seek(-1, os.SEEK_END), f.read() == b"\n")[1]:
+                f.write(b"\n")                           # a line that a crash cut off
+            f.write(json.dumps(line, allow_nan=False).encode() + b"\n")
 
 
 def images_of(indices, nfe, classes=None):
@@ -341,8 +359,15 @@ def curve():
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    lines = {}
     with open(os.path.join(out, "log.jsonl")) as f:
-        lines = {line["step"]: line for line in map(json.loads, f) if "loss" in line}    # after a restart the later one
+        for text in f:
+            try:
+                line = json.loads(text)
+            except ValueError:                           # a line that a crash cut off
+                continue
+            if "loss" in line:
+                lines[line["step"]] = line               # after a restart the later one
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for term in ("fm", "terminal"):
         axes.plot(list(lines), [line[term] for line in lines.values()], label=term)
@@ -377,13 +402,16 @@ def scores():
             images = images.transpose(0, 3, 1, 2)
         line = fid.small_data_scores(images, y, held_out, train, labels, leave_out, judge)
         print(f"{nfe:>5} {line['two_sample']:>11.3f} {line['label']:>7.3f} {line['nearest_ratio']:>8.2f} {line['frechet_pixels']:>8.3f}")
-        log(step=steps, checkpoint="ckpt.safetensors", nfe=nfe, images=n, **{key: None if math.isnan(x) else x for key, x in line.items()})
+        log(step=steps, checkpoint="ckpt.safetensors", nfe=nfe, images=n, **{key: x if math.isfinite(x) else None for key, x in line.items()})
     print("two-sample 0.5: cannot be told apart. label: the class asked for is found. nearest, well under 1: memorized.")
 
 
 sampling_w = w if guidance == "constant" else (w_min * w_max) ** 0.5
 if rank == 0:
-    os.makedirs(out, exist_ok=True)
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot write to {out}: {error}")
     print(*(f"{key}={value!r}" for key, value in config.items()))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {header['count']['train']:,} images, {ranks} x {device.type}, "
           f"{'bfloat16' if half else 'float32'}, {'compiled' if compiled else 'eager'}, commit {commit}" + f", from step {first_step}" * bool(first_step))
@@ -449,6 +477,6 @@ for step in progress:
 if ranks > 1:
     dist.destroy_process_group()                         # nobody waits while rank 0 scores
 if rank == 0:
-    curve()
     scores()
+    curve()
     print(f"{out}: ckpt.safetensors, samples_{steps}.png, curve.png, log.jsonl. More images: python sample.py {out}/ckpt.safetensors")
