@@ -156,10 +156,13 @@ def plain(q, k, v):
 
 def interpreted(function):
     """Runs a function of this file in a process where Triton interprets its kernels on the CPU."""
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
     p = subprocess.run([sys.executable, "-W", "ignore", "-c", f"import test_all as t; t.{function}()"], cwd=HERE,
                        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
                        capture_output=True, text=True)
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+    if old and "only 0-dimensional arrays can be converted to Python scalars" in p.stderr:
+        pytest.skip(f"the interpreter of triton {triton.__version__} fails with numpy {np.__version__} on loop bounds")
     assert p.returncode == 0, p.stderr[-3000:]
 
 
