@@ -2,6 +2,7 @@
 Every speed, measured.
 
     python bench.py attention [--quick]     # attention_jvp on one GPU, beside plain attention: speed, memory, error
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python bench.py sanitize     # or racecheck
 
 Times are medians of triton.testing.do_bench in milliseconds (cold L2), bfloat16. "plain" is
 F.scaled_dot_product_attention as torch dispatches it, without any derivative in forward mode; "maths" the same formulas
@@ -69,7 +70,7 @@ def attention_memory(x, d):
 
 
 def attention_sanitize():
-    """Small odd shapes, once, for PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck (or racecheck)."""
+    """Small odd shapes, once, forward and backward, for compute-sanitizer to watch."""
     for B, H, Sq, Sk, D in [(1, 2, 65, 33, 64), (2, 1, 33, 130, 72), (1, 1, 129, 70, 128), (1, 1, 1, 1, 8)]:
         x = [torch.randn(B, H, S, D, device="cuda", dtype=torch.bfloat16).requires_grad_() for S in (Sq, Sk, Sk) * 2]
         o = A.attention_jvp(*x)
@@ -142,14 +143,16 @@ def attention_plot(path, quick=False, H=24, D=128):
 
 
 def main():
-    known = {"attention", "--quick"}
-    unknown = [a for a in sys.argv[1:] if a not in known and not a.startswith("--plot=")]
-    if "attention" not in sys.argv[1:] or unknown:
-        sys.exit(f"bench.py: what to measure? python bench.py attention [--quick] [--plot=FILE.png]" + f", not {' '.join(unknown)}" * bool(unknown))
+    what, options = sys.argv[1:2], sys.argv[2:]
+    if what not in (["attention"], ["sanitize"]) or any(o != "--quick" and not o.startswith("--plot=") for o in options):
+        sys.exit("bench.py: python bench.py attention [--quick] [--plot=FILE.png], or python bench.py sanitize")
     if not torch.cuda.is_available():
         sys.exit("bench.py: no CUDA device here")
     A.FUSED = True
-    attention_table(quick="--quick" in sys.argv, plot=next((a[7:] for a in sys.argv if a.startswith("--plot=")), "attention.png"))
+    if what == ["sanitize"]:
+        attention_sanitize()
+    else:
+        attention_table(quick="--quick" in options, plot=next((o[7:] for o in options if o.startswith("--plot=")), "attention.png"))
 
 
 if __name__ == "__main__":

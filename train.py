@@ -39,7 +39,7 @@ from tqdm import tqdm
 import fid
 from loss import TVM
 from model import SIZES, Block, CheckpointError, DiT, DiTConfig, load_tensors, save_tensors
-from prepare import DataError, load_dataset
+from prepare import HERE, DataError, load_dataset
 from sample import draw, find_device, grid, sample, to_images
 
 # ---- constants -----------------------------------------------------------------------------------
@@ -196,8 +196,7 @@ compiled = compile and device.type == "cuda" and importlib.util.find_spec("trito
 # ---- data ----------------------------------------------------------------------------------------
 data_path = os.path.join("data", dataset)
 if rank == 0 and dataset in ("digits", "shapes") and not os.path.exists(data_path):
-    prepare = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare.py")
-    if subprocess.run([sys.executable, prepare, dataset]).returncode:
+    if subprocess.run([sys.executable, os.path.join(HERE, "prepare.py"), dataset]).returncode:
         fail(f"python prepare.py {dataset} failed")
 if ranks > 1:
     dist.barrier()
@@ -221,8 +220,8 @@ def epoch_order(epoch):
 
 def batch_indices(step):
     """The global batch of a step: images of the endless sequence of seeded permutations, one an epoch."""
-    places = range(step * batch_size, (step + 1) * batch_size)
-    return np.array([epoch_order(place // header["count"]["train"])[place % header["count"]["train"]] for place in places])
+    epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), header["count"]["train"])
+    return np.concatenate([epoch_order(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)])
 
 
 def load(indices):
@@ -270,7 +269,7 @@ if ranks > 1:
 
 # ---- saving and resuming -------------------------------------------------------------------------
 def git_commit():
-    git = lambda *a: subprocess.run(["git", *a], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True).stdout
+    git = lambda *a: subprocess.run(["git", *a], cwd=HERE, capture_output=True, text=True).stdout
     try:
         return git("rev-parse", "--short=12", "HEAD").strip() + "-edited" * bool(git("status", "--porcelain", "-uno")) or "unknown"
     except OSError:                                      # no git here
@@ -458,7 +457,8 @@ for step in progress:
     if done % log_every == 0 or done == steps:
         if ranks > 1:
             dist.all_reduce(sums)
-        total, bins = sums.cpu().double().sum(1), sums.cpu().double()
+        bins = sums.cpu().double()
+        total = bins.sum(1)
         terminal, fm = (total[:, 0] / total[:, 1]).tolist()
         by_quarter = [[value if math.isfinite(value) else None for value in (b[:, 0] / b[:, 1]).tolist()] for b in bins]
         seconds, since = time.perf_counter() - since, time.perf_counter()
