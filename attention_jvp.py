@@ -38,9 +38,7 @@ try:
 except ImportError:  # no Triton: every call takes the PyTorch path
     triton = None
 
-# Whether CUDA tensors take the kernels. Off for now: on an H200 one accuracy test fails, bfloat16 at (2, 2, 33, 70, 8) with
-# an error of 3.4e-3 where 3e-3 is asked for, and no training step has run on top of them. Everything takes PyTorch's path.
-FUSED = False
+FUSED = True  # False: CUDA tensors, too, take PyTorch's path
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # kernels on CPU tensors, for tests
 MAX_HEAD_DIM = 128
 
@@ -191,6 +189,14 @@ if triton is not None:
         return s
 
     @triton.jit
+    def colsum(x):
+        """The sum of a tile's rows, as a tile of one row."""
+        if len(x) == 1:
+            return (tl.sum(x[0].to(tl.float32), 0)[None, :],)
+        else:
+            return (tl.sum(x[0].to(tl.float32), 0)[None, :], tl.sum(x[1].to(tl.float32), 0)[None, :])
+
+    @triton.jit
     def block_of(S, H, BLOCK: tl.constexpr):
         """Grid axis 0 holds everything (the others end at 65,535); blocks of one head are neighbours and share L2."""
         pid = tl.program_id(0)
@@ -201,15 +207,12 @@ if triton is not None:
     @triton.jit
     def forward_kernel(Q, K, V, TQ, TK, TV, O, TO, LO, LSE, MU, stq, stk, stv, sttq, sttk, sttv, sto, H, Sq, Sk, scale,
                        HAS_LO: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
-                       TMA: tl.constexpr, SAME: tl.constexpr, PAIR: tl.constexpr, PREC: tl.constexpr):
+                       TMA: tl.constexpr, SAME: tl.constexpr, PREC: tl.constexpr):
         if SAME:
             stv, sttk, sttv = stk, stk, stk
         bh, b, h, m0 = block_of(Sq, H, BM)
         q = load(Q, b, h, m0, Sq, stq, W, BM, False, False)
-        if PAIR:
-            q_tq = load_pair(Q, TQ, b, h, m0, Sq, stq, sttq, W, BM)
-        else:
-            tq = load(TQ, b, h, m0, Sq, sttq, W, BM, False, False)
+        tq = load(TQ, b, h, m0, Sq, sttq, W, BM, False, False)
         c = tl.full((BM,), 0.0, tl.float32)
         m = tl.full((BM,), float("-inf"), tl.float32)  # running maximum, in units of log2
         l = tl.full((BM,), 0.0, tl.float32)
@@ -220,20 +223,16 @@ if triton is not None:
         for n0 in range(0, Sk, BN):
             k = load(K, b, h, n0, Sk, stk, W, BN, EVEN, TMA)
             tk = load(TK, b, h, n0, Sk, sttk, W, BN, EVEN, TMA)
-            if PAIR:
-                S, tS = halves(dot_t(q_tq, k, None, PREC))
-            else:
-                S = dot_t(q, k, None, PREC)
-                tS = dot_t(tq, k, None, PREC)
-            tS = dot_t(q, tk, tS, PREC)
+            S = dot_t(q, k, None, PREC)
+            tS = dot_t(q, tk, dot_t(tq, k, None, PREC), PREC)
             if not EVEN:
                 S = tl.where((n0 + tl.arange(0, BN) < Sk)[None, :], S, float("-inf"))
-            if n0 == 0:  # centred on the first keys' mean, P (tS - c) keeps its bits when tK has a common offset
-                c = tl.sum(tS, 1) * (scale / tl.minimum(BN, Sk))
             m_new = tl.maximum(m, tl.max(S, 1) * scale2)
             P = tl.exp2(S * scale2 - m_new[:, None])
             alpha = tl.exp2(m - m_new)
             m = m_new
+            if n0 == 0:  # centred on the first keys' mu, P (tS - c) keeps its bits where tK has an offset or P a peak
+                c = tl.sum(P * tS, 1) / tl.sum(P, 1) * scale
             PN = P * (tS * scale - c[:, None])
             l = l * alpha + tl.sum(P, 1)
             mu = mu * alpha + tl.sum(PN, 1)
@@ -319,8 +318,9 @@ if triton is not None:
             if PRIMAL:
                 if HAS_DTO:
                     # Rows of Gt sum to zero before rounding. Where tK has a common offset, what rounding leaves of
-                    # the sum (delta) would meet it: taking the first key's row off tK changes nothing else.
-                    dq = plus(dq, tl.sum(delta, 1)[:, None] / -8, load(TK0, b, h, 0, 1, sttk, W, 1, False, False))
+                    # the sum (delta) would meet it: taking the mean of some rows off tK changes nothing else.
+                    first = colsum(load(TK0, b, h, 0, Sk, sttk, W, 16, False, False))
+                    dq = plus(dq, tl.sum(delta, 1)[:, None] / (-8 * tl.minimum(Sk, 16)), first)
                 store(DQ, times(dq, scale), b, h, m0, Sq, sto, W, BM)
             if TANGENT:
                 store(DTQ, times(dtq, scale), b, h, m0, Sq, sto, W, BM)
@@ -415,14 +415,14 @@ if triton is not None:
 # (BM, BN, num_warps, num_stages, TMA, PAIR) by kernel and padded head dimension, measured on one H200. 255 registers a
 # thread are the limit everywhere: two programs of 4 warps share a multiprocessor, or one of 8 owns it.
 TILES = {
-    # Chunks of 16 columns (D = 72) have no descriptor; at D = 128 pointers were faster, and pairs worth their memory.
-    "forward": {64: (64, 64, 4, 3, 1, 0), 96: (64, 64, 4, 2, 0, 0), 128: (128, 64, 8, 2, 0, 1)},
+    # Chunks of 16 columns (D = 72) have no descriptor; at D = 128 pointers were faster.
+    "forward": {64: (64, 64, 4, 3, 1, 0), 96: (64, 64, 4, 2, 0, 0), 128: (128, 64, 8, 2, 0, 0)},
     # Four score tiles live at once: half the keys of the forward, but for D = 64, where they just fit.
-    "row": {64: (64, 64, 4, 2, 0, 0), 96: (64, 32, 4, 3, 0, 0), 128: (128, 32, 8, 2, 0, 0)},
+    "row": {64: (64, 64, 4, 2, 1, 0), 96: (64, 32, 4, 3, 0, 0), 128: (128, 32, 8, 3, 0, 0)},
     # All four gradients in one pass, where their accumulators fit; otherwise "primal" and "tangent".
-    "column": {64: (32, 64, 4, 2, 0, 1)},
+    "column": {64: (32, 64, 4, 3, 0, 1)},
     # dK and dV, 10 products; pairs where shared memory has room for them.
-    "primal": {64: (32, 64, 4, 3, 0, 1), 96: (32, 64, 4, 3, 0, 0), 128: (32, 128, 8, 2, 0, 0)},
+    "primal": {64: (32, 64, 4, 3, 0, 1), 96: (32, 64, 4, 3, 0, 0), 128: (32, 128, 8, 3, 0, 0)},
     # dtK and dtV, 4 products: few tiles alive, so room for more rows or stages.
     "tangent": {64: (32, 64, 4, 3, 0, 0), 96: (64, 64, 4, 3, 0, 0), 128: (64, 64, 4, 2, 1, 0)},
 }
@@ -462,7 +462,7 @@ def _like(x, dtype=None):
     return torch.empty_strided(x.shape, _order(x), dtype=dtype or x.dtype, device=x.device)
 
 
-@functools.lru_cache(maxsize=None)  # a small call's time on the CPU is longer than on the GPU
+@functools.lru_cache(maxsize=None)
 def _plan(name, shape, dtype, device, streamed, other_S, strides):
     """All that a launch over the blocks of a tensor of this shape needs but the addresses."""
     B, H, S, D = shape
@@ -470,29 +470,45 @@ def _plan(name, shape, dtype, device, streamed, other_S, strides):
     own, other = (BM, BN) if name in ("forward", "row") else (BN, BM)
     D0, D1 = _chunks(D)
     U = 8 if all(s % 8 == 0 for st in strides for s in st[:3]) else 1
-    # Descriptors want strides in multiples of 16 bytes, and rows that do not overlap.
-    tma = bool(tma) and U == 8 and D1 == 0 and all(0 not in strides[i] for i in streamed)
+    # Descriptors want strides in multiples of 16 bytes, and rows that do not overlap; short loops do not repay making them.
+    tma = bool(tma) and other_S >= 1024 and U == 8 and D1 == 0 and all(0 not in strides[i] for i in streamed)
     same = len({strides[i] for i in streamed}) == 1  # the compiler then keeps one set of offsets, not four
-    meta = dict(W=(U, D, D0, D1), BM=BM, BN=BN, EVEN=other_S % other == 0, SAME=same, num_warps=num_warps,
-                num_stages=num_stages)
+    meta = dict(W=(U, D, D0, D1), BM=BM, BN=BN, EVEN=other_S % other == 0, SAME=same)
     units = [tuple(s // U for s in st[:3]) for st in strides]
-    return (B * H * -(-S // own),), meta, units, tma, bool(pair), [1, 1, other, D0]
+    options = dict(num_warps=num_warps, num_stages=num_stages)
+    return (B * H * -(-S // own), 1, 1), meta, options, units, tma, bool(pair), [1, 1, other, D0]
+
+
+_compiled = {}  # Triton's own launch sorts some sixty arguments, which takes longer than a small call's work on the GPU
 
 
 def _launch(kernel, name, x, streamed, paired, tensors, strides, sizes, **flags):
     """Runs a kernel over the blocks of x (Q or K). streamed: which of tensors it reads block by block; paired: which it
     can load in pairs, None for a kernel that has no pairs."""
-    grid, meta, units, tma, pair, block = _plan(name, x.shape, x.dtype, x.device, streamed,
-                                                tensors[streamed[0]].size(2), strides)
+    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"  # of float32 inputs
+    address = [t.data_ptr() for t in tensors]
+    aligned = not any(a % 16 for a in address)
+    plan = name, x.shape, x.dtype, x.device, streamed, tensors[streamed[0]].size(2), strides
+    grid, meta, options, units, tma, pair, block = _plan(*plan)
+    flags["TMA"] = tma = tma and aligned
     if paired is not None:
         unit = meta["W"][0] * x.element_size()
-        flags["PAIR"] = pair and len(paired) > 0 and all((tensors[i].data_ptr() - tensors[j].data_ptr()) % unit == 0
-                                                         for i, j in paired)
-    if tma := tma and all(tensors[i].data_ptr() % 16 == 0 for i in streamed):
-        tensors = [TensorDescriptor(t, t.shape, t.stride(), block) if i in streamed else t
-                   for i, t in enumerate(tensors)]
-    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"  # of float32 inputs
-    kernel[grid](*tensors, *units, *sizes, TMA=tma, PREC=precision, **meta, **flags)
+        flags["PAIR"] = pair and len(paired) > 0 and all((address[i] - address[j]) % unit == 0 for i, j in paired)
+    key = plan, sizes, precision, *flags.values()
+    run = _compiled.get(key) if aligned else None
+    given = address if run else tensors  # Triton asks the driver about every tensor's address, and takes a number's as it is
+    if tma:
+        given = [TensorDescriptor(tensors[i], tensors[i].shape, tensors[i].stride(), block) if i in streamed else x
+                 for i, x in enumerate(given)]
+    if run:
+        run(*given, *units, *sizes)
+    else:
+        constants = {**meta, **flags, "PREC": precision}
+        program = kernel[grid](*given, *units, *sizes, **constants, **options)
+        if aligned and not INTERPRET:  # of the arguments' values, a compiled program takes only alignment for granted
+            constants = [constants[p] for p in kernel.arg_names if p in constants]
+            run = program[grid]
+            _compiled[key] = lambda *given: run(*given, *constants)
 
 
 def _on(x):
@@ -501,15 +517,14 @@ def _on(x):
     return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
 
 
-@torch.library.custom_op("attention_jvp::forward", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor, tv: Tensor,
-             scale: float, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward_now(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor, tv: Tensor,
+                 scale: float, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> o, to; if save, what rounding took from to (float8_e5m2 as uint8; empty for float32), else an empty tensor;
     logsumexp (base 2) and mu, both (B, H, Sq) in float32."""
     x = [_rows(t) for t in (q, k, v, tq, tk, tv)]
     o, to, lo, lse, mu = outputs = _empty_outputs(q, save)
     with _on(q):
-        _launch(forward_kernel, "forward", q, (1, 2, 4, 5), ((0, 3),),
+        _launch(forward_kernel, "forward", q, (1, 2, 4, 5), None,
                 (*x, o, to, lo.view(torch.float8_e5m2), lse, mu), tuple(t.stride() for t in (*x, o)),
                 (q.size(1), q.size(2), k.size(2), scale), HAS_LO=lo.numel() > 0)
     return outputs
@@ -521,15 +536,17 @@ def _empty_outputs(q, save):
             *(q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2)))
 
 
+_forward = torch.library.custom_op("attention_jvp::forward", _forward_now, mutates_args=())
+
+
 @_forward.register_fake
 def _(q, k, v, tq, tk, tv, scale, save):
     return _empty_outputs(q, save)
 
 
-@torch.library.custom_op("attention_jvp::backward", mutates_args=())
-def _backward(do: Tensor | None, dto: Tensor | None, q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor,
-              tv: Tensor, o: Tensor, to: Tensor, lo: Tensor, lse: Tensor, mu: Tensor, scale: float,
-              need: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward_now(do: Tensor | None, dto: Tensor | None, q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor,
+                  tv: Tensor, o: Tensor, to: Tensor, lo: Tensor, lse: Tensor, mu: Tensor, scale: float,
+                  need: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> dq, dk, dv, dtq, dtk, dtv; need: is dq, (dk, dv), dtq, (dtk, dtv) wanted; an empty tensor where it is not.
     do or dto may be missing, not both; without dto the last two cannot be needed."""
     do = q.new_zeros(q.size(3)).expand_as(q) if do is None else do
@@ -561,6 +578,9 @@ def _empty_grads(q, k, v, need):
                  zip((q, k, v, q, k, v), (need[0], need[1], need[1], need[2], need[3], need[3])))
 
 
+_backward = torch.library.custom_op("attention_jvp::backward", _backward_now, mutates_args=())
+
+
 @_backward.register_fake
 def _(do, dto, q, k, v, tq, tk, tv, o, to, lo, lse, mu, scale, need):
     return _empty_grads(q, k, v, need)
@@ -578,7 +598,9 @@ def _gradients(ctx, do, dto, *_):
     need = ctx.needs_input_grad
     t = dto is not None
     pairs = [need[0], need[1] or need[2], t and need[3], t and (need[4] or need[5])]
-    grads = _backward(do, dto, *ctx.saved_tensors, ctx.scale, pairs)
+    saved = ctx.saved_tensors
+    backward = _backward_now if _plain((do, dto, *saved)) and not torch.is_grad_enabled() else _backward
+    grads = backward(do, dto, *saved, ctx.scale, pairs)
     return (*(g if n and (i < 3 or t) else None for i, (g, n) in enumerate(zip(grads, need))), None, None)
 
 
@@ -589,6 +611,20 @@ def _no_more(ctx, *_):
 
 _forward.register_autograd(_gradients, setup_context=_save)
 _backward.register_autograd(_no_more)
+
+
+class _Eager(torch.autograd.Function):
+    """The operators for plain tensors, without the dispatcher, which takes longer than a small call's work on the GPU."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward_now(*inputs)
+        _save(ctx, inputs, output)
+        return output[:2]
+
+    @staticmethod
+    def backward(ctx, do, dto):
+        return _gradients(ctx, do, dto)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -603,6 +639,13 @@ def _fused(x):
         return INTERPRET and x.dtype == torch.float32  # the interpreter's low-precision products are wrong
     return (FUSED and x.is_cuda and torch.version.hip is None and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
             and torch.cuda.get_device_properties(x.device).major >= 8)
+
+
+def _plain(x):
+    """Whether nothing but autograd watches these tensors: no compiler, transform, dispatch mode or subclass."""
+    return (not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+            and torch._C._len_torch_dispatch_stack() == 0
+            and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in x))
 
 
 def _transforms():
@@ -645,7 +688,9 @@ def attention_jvp(q, k, v, tq, tk, tv, scale=None):
     if not _fused(q) or k.numel() == 0 or _nested(x):
         return attention_jvp_reference(*x, scale=scale)
     save = torch.is_grad_enabled() and (any(t.requires_grad for t in x) or bool(_transforms()))
-    return _forward(*x, scale, save)[:2]
+    if not _plain(x):
+        return _forward(*x, scale, save)[:2]
+    return _Eager.apply(*x, scale, True) if save else _forward_now(*x, scale, False)[:2]
 
 
 def attention(q, k, v, scale=None):

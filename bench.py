@@ -148,7 +148,6 @@ def main():
         sys.exit("bench.py: python bench.py attention [--quick] [--plot=FILE.png], or python bench.py sanitize")
     if not torch.cuda.is_available():
         sys.exit("bench.py: no CUDA device here")
-    A.FUSED = True
     if what == ["sanitize"]:
         attention_sanitize()
     else:

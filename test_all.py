@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -1141,6 +1142,24 @@ def step_gradients(device, dtype, half=False):
     return {name: p.grad.double().cpu() for name, p in net.named_parameters() if p.requires_grad}
 
 
+def test_readme_snippets():
+    """What README.md tells others to write runs, its derivative is the finite difference, its gradient reaches everything."""
+    with open(os.path.join(HERE, "README.md")) as f:
+        snippets = re.findall(r"```python\n(.*?)```", f.read(), re.DOTALL)
+    assert len(snippets) == 2
+    torch.manual_seed(0)
+    names = {}
+    for snippet, tangent in zip(snippets, ("xt", "s")):
+        exec(snippet, names)
+        net, z, r, t, du = (names[key].detach() if key != "net" else names[key] for key in ("net", "z", "r", "t", "du"))
+        assert names["loss"].isfinite() and all(p.grad.abs().sum() > 0 for p in net.parameters())
+        net, h = copy.deepcopy(net).double(), 1e-6
+        z, r, t, v = (x.double() for x in (z, r, t, names["v"]))
+        step = (lambda h: net(z + h * v, r, t + h)) if tangent == "xt" else (lambda h: net(z, r + h, t))
+        close(du.double(), (step(h) - step(-h)) / (2 * h), 1e-5)
+        names["net"].zero_grad()
+
+
 @gpu
 @pytest.mark.parametrize("half, tolerance", [(False, 1e-4), (True, 2e-2)])
 def test_gpu_gradients(half, tolerance):
@@ -1161,13 +1180,7 @@ def test_gpu_training(folder):
     assert np.abs(np.load("a.npz")["arr_0"].astype(int) - np.load("b.npz")["arr_0"]).max() <= 1
 
 
-@pytest.fixture
-def fused(monkeypatch):
-    monkeypatch.setattr(A, "FUSED", True)
-
-
 @gpu
-@pytest.mark.usefixtures("fused")
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 3e-3), (torch.float16, 1e-3), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("shape", [(2, 3, 256, 256, 64), (2, 3, 256, 256, 72), (1, 2, 300, 77, 128), (4, 8, 1, 1, 64),
                                    (2, 2, 65, 130, 40), (4, 8, 33, 70, 8), (8, 8, 1, 200, 96), (1, 2, 100, 100, 100),
@@ -1177,7 +1190,6 @@ def test_attention_gpu_accuracy(shape, dtype, bound):
 
 
 @gpu
-@pytest.mark.usefixtures("fused")
 @pytest.mark.parametrize("D", [64, 72, 128])
 def test_attention_gpu_offsets(D):
     q, k, v, tq, tk, tv = six(2, 2, 1024, 1024, D, torch.bfloat16, "cuda")
@@ -1190,7 +1202,6 @@ def test_attention_gpu_offsets(D):
 
 
 @gpu
-@pytest.mark.usefixtures("fused")
 def test_attention_gpu_layouts():
     qkv = torch.randn(2, 2, 130, 3, 3, 64, device="cuda", dtype=torch.bfloat16)  # value or tangent, B, S, qkv, H, D
     q, k, v, tq, tk, tv = (t for x in qkv for t in x.permute(2, 0, 3, 1, 4))
@@ -1202,7 +1213,6 @@ def test_attention_gpu_layouts():
 
 
 @gpu
-@pytest.mark.usefixtures("fused")
 @pytest.mark.parametrize("D", [64, 72, 128])
 def test_attention_gpu_deterministic_and_lean(D):
     x = [t.requires_grad_() for t in six(2, 8, 512, 512, D, torch.bfloat16, "cuda")]
@@ -1224,7 +1234,6 @@ def test_attention_gpu_deterministic_and_lean(D):
 
 
 @gpu
-@pytest.mark.usefixtures("fused")
 def test_attention_gpu_transforms():
     torch.manual_seed(0)
     w = [(torch.randn(128, 128, device="cuda") * 0.1) for _ in range(4)]
@@ -1240,7 +1249,6 @@ def test_attention_gpu_transforms():
 
 
 @gpu
-@pytest.mark.usefixtures("fused")
 def test_attention_gpu_compile_checkpoint_autocast():
     x = six(2, 3, 100, 100, 64, torch.bfloat16, "cuda")
 
@@ -1261,7 +1269,6 @@ def test_attention_gpu_compile_checkpoint_autocast():
 
 
 @gpu
-@pytest.mark.usefixtures("fused")
 @pytest.mark.parametrize("D", [64, 128])
 def test_attention_gpu_graph(D):
     x = [t.requires_grad_() for t in six(2, 3, 128, 128, D, torch.bfloat16, "cuda")]
