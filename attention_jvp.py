@@ -19,7 +19,7 @@ Backward, from dO and dtO together. The row sums need saved outputs only, so no 
 
 Three kernels: `forward_kernel` (6 products, online softmax), `row_kernel` (s1, s2, dQ, dtQ; 9 products) and
 `column_kernel` (dK, dV, dtK, dtV; 12). Products take the input dtype and accumulate in float32; the rest is float32.
-Saved for the backward: inputs, outputs, two float32 rows, and the bits that rounding took from tO (half its size).
+Saved for the backward: inputs, outputs, two float32 rows, and the next eight bits of tO (half its size).
 """
 import contextlib
 import functools
@@ -173,12 +173,28 @@ if triton is not None:
             return (x[0] + r * y[0].to(tl.float32), x[1] + r * y[1].to(tl.float32))
 
     @triton.jit
-    def residual(x, dtype: tl.constexpr):
-        """256 times what rounding x to dtype takes away."""
+    def bits(x):
+        return x.to(tl.float32).to(tl.int32, bitcast=True)
+
+    @triton.jit
+    def low_bits(x, dtype: tl.constexpr):
+        """The eight bits of float32 tiles that follow those which dtype keeps. Read as signed, they also tell whether
+        rounding to nearest went up (but for exact ties)."""
+        SHIFT: tl.constexpr = 8 if dtype == tl.bfloat16 else 5
         if len(x) == 1:
-            return ((x[0] - x[0].to(dtype).to(tl.float32)) * 256,)
+            return ((bits(x[0]) >> SHIFT).to(tl.int8),)
         else:
-            return ((x[0] - x[0].to(dtype).to(tl.float32)) * 256, (x[1] - x[1].to(dtype).to(tl.float32)) * 256)
+            return ((bits(x[0]) >> SHIFT).to(tl.int8), (bits(x[1]) >> SHIFT).to(tl.int8))
+
+    @triton.jit
+    def with_low_bits(x, lo):
+        """Float32 tiles again."""
+        SHIFT: tl.constexpr = 8 if x[0].dtype == tl.bfloat16 else 5
+        if len(x) == 1:
+            return ((bits(x[0]) + (lo[0].to(tl.int32) << SHIFT)).to(tl.float32, bitcast=True),)
+        else:
+            return ((bits(x[0]) + (lo[0].to(tl.int32) << SHIFT)).to(tl.float32, bitcast=True),
+                    (bits(x[1]) + (lo[1].to(tl.int32) << SHIFT)).to(tl.float32, bitcast=True))
 
     @triton.jit
     def rowsum(x, y):
@@ -195,6 +211,16 @@ if triton is not None:
             return (tl.sum(x[0].to(tl.float32), 0)[None, :],)
         else:
             return (tl.sum(x[0].to(tl.float32), 0)[None, :], tl.sum(x[1].to(tl.float32), 0)[None, :])
+
+    @triton.jit
+    def load_row(X, i, S, R: tl.constexpr, EVEN: tl.constexpr, other: tl.constexpr):
+        """Elements i..i+R of X, `other` from S on."""
+        X += i
+        r = tl.arange(0, R)
+        if EVEN:
+            return tl.load(X + r)
+        else:
+            return tl.load(X + r, mask=i + r < S, other=other)
 
     @triton.jit
     def block_of(S, H, BLOCK: tl.constexpr):
@@ -227,12 +253,16 @@ if triton is not None:
             tS = dot_t(q, tk, dot_t(tq, k, None, PREC), PREC)
             if not EVEN:
                 S = tl.where((n0 + tl.arange(0, BN) < Sk)[None, :], S, float("-inf"))
+            if W[2] >= 64:
+                if n0 == 0:  # centred on the first keys' mean, P (tS - c) keeps its bits where tK has a common offset
+                    c = tl.sum(tS, 1) * (scale / tl.minimum(BN, Sk))
             m_new = tl.maximum(m, tl.max(S, 1) * scale2)
             P = tl.exp2(S * scale2 - m_new[:, None])
             alpha = tl.exp2(m - m_new)
             m = m_new
-            if n0 == 0:  # centred on the first keys' mu, P (tS - c) keeps its bits where tK has an offset or P a peak
-                c = tl.sum(P * tS, 1) / tl.sum(P, 1) * scale
+            if W[2] < 64:  # scores of few products vary most: P has peaks, where its mean is the better centre
+                if n0 == 0:
+                    c = tl.sum(P * tS, 1) / tl.sum(P, 1) * scale
             PN = P * (tS * scale - c[:, None])
             l = l * alpha + tl.sum(P, 1)
             mu = mu * alpha + tl.sum(PN, 1)
@@ -246,8 +276,8 @@ if triton is not None:
         store(O, o, b, h, m0, Sq, sto, W, BM)
         to = plus(times(to, (1 / l)[:, None]), -mu[:, None], o)
         store(TO, to, b, h, m0, Sq, sto, W, BM)
-        if HAS_LO:  # rounding a tO that tV offsets costs s2 its bits: the backward adds these
-            store(LO, residual(to, TO.dtype.element_ty), b, h, m0, Sq, sto, W, BM)
+        if HAS_LO:  # rounding a tO that tV offsets costs s2 its bits: the backward takes these back
+            store(LO, low_bits(to, TO.dtype.element_ty), b, h, m0, Sq, sto, W, BM)
         i = m0 + tl.arange(0, BM)
         tl.store(LSE + tl.cast(bh, tl.int64) * Sq + i, m + tl.log2(l), mask=i < Sq)
         tl.store(MU + tl.cast(bh, tl.int64) * Sq + i, mu + c, mask=i < Sq)
@@ -279,9 +309,9 @@ if triton is not None:
         s2 = rowsum(do, o)
         if HAS_DTO:
             s1 = rowsum(dto, o)
-            s2 += rowsum(dto, to)
             if HAS_LO:
-                s2 += rowsum(dto, lo) / 256
+                to = with_low_bits(to, lo)
+            s2 += rowsum(dto, to)
         if PRIMAL or TANGENT:
             dq = zeros(BM, W)
             if HAS_DTO:
@@ -351,24 +381,19 @@ if triton is not None:
         if TANGENT:
             dtk = zeros(BN, W)
             dtv = zeros(BN, W)
+        row = tl.cast(bh, tl.int64) * Sq
         for m0 in range(0, Sq, BM):
-            i = m0 + tl.arange(0, BM)
-            vec = tl.cast(bh, tl.int64) * Sq + i
-            inside = i < Sq
             q = load(Q, b, h, m0, Sq, stq, W, BM, EVEN, TMA)
-            if EVEN:
-                lse = tl.load(LSE + vec)
-            else:
-                lse = tl.load(LSE + vec, mask=inside, other=float("inf"))  # so P = 0 in rows that do not exist
-            s2 = tl.load(S2 + vec, mask=inside, other=0.0)
+            lse = load_row(LSE + row, m0, Sq, BM, EVEN, float("inf"))  # so P = 0 in rows that do not exist
+            s2 = load_row(S2 + row, m0, Sq, BM, EVEN, 0.0)
             if PRIMAL:
                 do = load(DO, b, h, m0, Sq, stdo, W, BM, EVEN, TMA)
             if HAS_DTO:
                 dto = load(DTO, b, h, m0, Sq, stdto, W, BM, EVEN, TMA)
-                s1 = tl.load(S1 + vec, mask=inside, other=0.0)
+                s1 = load_row(S1 + row, m0, Sq, BM, EVEN, 0.0)
                 if PRIMAL:
                     tq = load(TQ, b, h, m0, Sq, sttq, W, BM, EVEN, TMA)
-                    mu = tl.load(MU + vec, mask=inside, other=0.0)
+                    mu = load_row(MU + row, m0, Sq, BM, EVEN, 0.0)
             if PAIR:
                 A, G = halves(dot_t(v_tv, dto, None, PREC))
                 S, N = halves(dot_t(k_tk, q, None, PREC))
@@ -519,20 +544,20 @@ def _on(x):
 
 def _forward_now(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor, tv: Tensor,
                  scale: float, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> o, to; if save, what rounding took from to (float8_e5m2 as uint8; empty for float32), else an empty tensor;
+    """-> o, to; if save, the eight bits that rounding took from to (int8; empty for float32), else an empty tensor;
     logsumexp (base 2) and mu, both (B, H, Sq) in float32."""
     x = [_rows(t) for t in (q, k, v, tq, tk, tv)]
     o, to, lo, lse, mu = outputs = _empty_outputs(q, save)
     with _on(q):
         _launch(forward_kernel, "forward", q, (1, 2, 4, 5), None,
-                (*x, o, to, lo.view(torch.float8_e5m2), lse, mu), tuple(t.stride() for t in (*x, o)),
+                (*x, o, to, lo, lse, mu), tuple(t.stride() for t in (*x, o)),
                 (q.size(1), q.size(2), k.size(2), scale), HAS_LO=lo.numel() > 0)
     return outputs
 
 
 def _empty_outputs(q, save):
     save = save and q.dtype != torch.float32
-    return (_like(q), _like(q), _like(q, torch.uint8) if save else q.new_empty(0, dtype=torch.uint8),
+    return (_like(q), _like(q), _like(q, torch.int8) if save else q.new_empty(0, dtype=torch.int8),
             *(q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2)))
 
 
@@ -557,8 +582,6 @@ def _backward_now(do: Tensor | None, dto: Tensor | None, q: Tensor, k: Tensor, v
     like_q, like_k = _order(q), _order(k)
     o, to, lo = (t if t.stride() == like_q or t.numel() == 0 else _like(t).copy_(t) for t in (o, to, lo))
     strides, sizes = tuple(t.stride() for t in x), (q.size(1), q.size(2), k.size(2), scale)
-    if has_lo:
-        lo = lo.view(torch.float8_e5m2)
     with _on(q):
         _launch(row_kernel, "row", q, (1, 2, 4, 5), None, (*x, o, to, lo, lse, mu, s1, s2, dq, dtq, x[4]),
                 (*strides, like_q), sizes, HAS_LO=has_lo, HAS_DTO=has_dto, PRIMAL=need[0], TANGENT=need[2])
