@@ -7,14 +7,19 @@ a second implementation. On a CPU in minutes; with a GPU, the tests at the end r
 import ast
 import copy
 import gc
+import glob
 import io
 import json
 import math
+import multiprocessing
 import os
+import random
 import runpy
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 import types
 
 import numpy as np
@@ -1009,6 +1014,275 @@ def test_train_end_to_end(folder, capsys):
     assert torn == ['{"step": 3, "lo\n'] and json.loads(open("out/from/log.jsonl").readlines()[-1])["nfe"] == 4
     os.replace("out/from/ckpt.safetensors", "out/from/state_2.safetensors")
     assert "is not the state of a run" in run_script("train.py", "--name=from", "--steps=2", *SMALL)
+
+
+@pytest.fixture
+def start(folder, monkeypatch):
+    """Starts train.py in a process of its own, forked from a server that has imported everything already, which saves
+    seconds each time. (Not from this process: a fork of one with threads can hang.)"""
+    monkeypatch.setenv("PYTHONPATH", HERE)                                    # where the server finds this file
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_all", "torch._dynamo", "matplotlib.pyplot"])
+    processes = []
+
+    def start(*arguments):
+        processes.append(context.Process(target=train_here, args=(str(folder), arguments)))
+        processes[-1].start()
+        return processes[-1]
+    yield start
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+def train_here(folder, arguments):
+    os.chdir(folder)
+    said = os.open("said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(said, 1), os.dup2(said, 2)
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", *arguments]
+    runpy.run_path(os.path.join(HERE, "train.py"), run_name="__main__")
+
+
+def until(condition, what, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s" + (": " + open("said").read() if os.path.exists("said") else "")
+        time.sleep(0.001)
+    return found
+
+
+def log_lines(name):
+    """The whole lines of a log that may be in the middle of being written."""
+    path = f"out/{name}/log.jsonl"
+    texts = open(path).read().split("\n")[:-1] if os.path.exists(path) else []
+    return [json.loads(text) for text in texts if text.endswith("}")]
+
+
+def steps_done(name):
+    return ([0] + [line["step"] for line in log_lines(name) if "loss" in line])[-1]
+
+
+def said():
+    return open("said").read()
+
+
+def same_end(one, other):
+    """Bitwise: weights, EMAs and optimizer, the file for sample.py, and every loss."""
+    for a, b in ((state(one), state(other)), *[[ckpt.load_tensors(f"out/{name}/ckpt.safetensors")[0] for name in (one, other)]]):
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    losses = [{line["step"]: line["loss"] for line in log_lines(name) if "loss" in line} for name in (one, other)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="stops, kills and limits processes as Linux does")
+def test_torture(start):
+    """Ten kills, some inside a save, a flipped byte, a truncated file and a full disk against an undisturbed run."""
+    import resource
+    every, partial = 10, "out/hurt/*.partial"
+    arguments = (*SMALL, "--steps=280", f"--save_every={every}")
+    run_script("prepare.py", "digits")
+    whole = start("--name=whole", *arguments)
+    whole.join()
+    assert whole.exitcode == 0, said()
+
+    dice, inside = random.Random(0), 0
+    newest = lambda: list(ckpt.states("out/hurt").items())[-1] if os.path.exists("out/hurt") and ckpt.states("out/hurt") else (0, None)
+
+    def inside_a_save(process):
+        while True:
+            until(lambda: glob.glob(partial), "a save")
+            os.kill(process.pid, signal.SIGSTOP)
+            until(lambda: open(f"/proc/{process.pid}/stat").read().rsplit(")")[-1].split()[0] == "T", "a stop")
+            if glob.glob(partial):
+                return 1
+            os.kill(process.pid, signal.SIGCONT)
+
+    for kill in range(10):
+        at, process = newest()[0], start("--name=hurt", *arguments)
+        if kill in (4, 6):                                                    # after which the newest state is damaged
+            until(lambda: len(ckpt.states("out/hurt")) == 2, "two states")
+        if kill == 8:                                                         # for the next save there is no space
+            until(lambda: newest()[0] > at, "a save")
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))
+            until(lambda: "could not write the checkpoint" in said(), "a full disk")
+            before = newest()
+            assert ckpt.load_tensors(before[1]) and not glob.glob(partial)
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            until(lambda: newest()[0] > before[0], "a save after the full disk")
+        if kill % 3 == 0:
+            until(lambda: newest()[0] >= at + every * dice.randrange(2), "a state")
+            inside += inside_a_save(process)
+        else:
+            goal, moment = at + dice.randrange(5, 30), time.monotonic() + (60 if kill % 3 == 1 else dice.random())
+            until(lambda: steps_done("hurt") >= goal or time.monotonic() > moment, "steps")
+            time.sleep(0.02 * dice.random())
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, said()
+        if kill in (4, 6):
+            with open(newest()[1], "rb+") as f:
+                size = f.seek(0, os.SEEK_END)
+                if kill == 4:
+                    f.seek(place := dice.randrange(size))
+                    byte = f.read(1)[0]
+                    f.seek(place), f.write(bytes([byte ^ 1 << dice.randrange(8)]))
+                else:
+                    f.truncate(dice.randrange(size))
+    last = start("--name=hurt", *arguments)
+    last.join()
+    assert last.exitcode == 0, said()
+
+    same_end("hurt", "whole")
+    assert inside == 4 and said().count("is damaged") >= 2 and not glob.glob(partial)
+    repeated, last = [], 0
+    for line in log_lines("hurt"):
+        if "config" in line:
+            repeated.append(last - line["step"])
+            last = line["step"]
+        last = line["step"] if "loss" in line else last
+    assert max(repeated) <= 2 * every and sum(n > every for n in repeated) <= 2, f"{repeated}"
+    print(f"steps repeated at each start: {repeated}")
+
+
+def test_checkpoints_notice_damage(folder):
+    """Whatever bit is flipped, wherever the file ends: what is loaded is what was written, or nothing is."""
+    import safetensors.torch
+    about = dict(config={}, guidance=dict(sampler="constant", w=1, w_min=1, w_max=1), data=dict(class_counts=[], mean=[], std=[]))
+    tensors = {"a": randn(3, 5), "b": torch.tensor(7.0), "half": randn(2, 2).bfloat16(), "c": randn(4, 3).t(), "none": torch.zeros(0, 2)}
+    ckpt.save_tensors("x", tensors, about)
+    whole = open("x", "rb").read()
+    for loaded in (ckpt.load_tensors("x")[0], safetensors.torch.load_file("x")):
+        assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[key], value) for key, value in tensors.items())
+    dice, damaged = random.Random(0), 0
+    for place in range(len(whole)):
+        with open("x", "wb") as f:
+            f.write(whole[:place] + bytes([whole[place] ^ 1 << dice.randrange(8)]) + whole[place + 1:])
+        try:
+            loaded = ckpt.load_tensors("x")
+            assert loaded[1] == about and all(torch.equal(loaded[0][key], value) for key, value in tensors.items())
+        except ckpt.Damaged:
+            damaged += 1
+    assert damaged >= len(whole) - len(ckpt.START)                            # a file may have no checksum
+    for size in range(0, len(whole), 7):
+        with open("x", "wb") as f:
+            f.write(whole[:size])
+        with pytest.raises(ckpt.Damaged):
+            ckpt.load_tensors("x")
+
+
+def test_states(folder, capsys):
+    """The last ones are kept, a damaged one is passed over and then replaced, and it takes one whole one to go on."""
+    about = dict(config={}, guidance=dict(sampler="constant", w=1, w_min=1, w_max=1), data=dict(class_counts=[], mean=[], std=[]))
+    assert ckpt.load_newest(".") is None
+    for step in (5, 90, 100):
+        ckpt.save_state(".", step, {"a": torch.full((9,), float(step))}, about, keep=2)
+    assert list(ckpt.states(".")) == [90, 100] and ckpt.load_newest(".")[2]["step"] == 100
+    with open("state_100.safetensors", "rb+") as f:
+        f.truncate(200)
+    path, tensors, _ = ckpt.load_newest(".")
+    assert path == "./state_90.safetensors" and (tensors["a"] == 90).all()
+    assert capsys.readouterr().err.count("\n") == 1
+    ckpt.save_state(".", 95, tensors, about, keep=2)
+    assert list(ckpt.states(".")) == [90, 95]
+    for path in ckpt.states(".").values():
+        open(path, "w").close()
+    with pytest.raises(ckpt.CheckpointError, match="no state in . is whole"):
+        ckpt.load_newest(".")
+
+
+def test_full_disk(folder, capsys):
+    """Warnings and a run that goes on; at its end an error, and the state before it."""
+    resource = pytest.importorskip("resource")
+    assert run_script("train.py", "--steps=1", *SMALL) is None
+    before, limits = open("out/digits/state_1.safetensors", "rb").read(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        complaint = run_script("train.py", "--steps=4", "--save_every=2", *SMALL)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert complaint == "train.py: the save of step 4 failed; the last good checkpoint is out/digits/state_1.safetensors"
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "could not write the checkpoint of step" in line]
+    assert len(warnings) == 2 and "File too large" in warnings[0]
+    assert open("out/digits/state_1.safetensors", "rb").read() == before and not glob.glob("out/digits/*.partial")
+    assert run_script("train.py", "--steps=4", *SMALL) is None and list(ckpt.states("out/digits")) == [1, 4]
+
+
+def test_one_process_a_run(folder):
+    lock = ckpt.hold("out/digits", 0)
+    complaint = run_script("train.py", "--lock_wait=0", *SMALL)
+    assert f"cannot train in out/digits: process {os.getpid()} on" in complaint
+    lock.close()
+    assert run_script("train.py", "--lock_wait=0", "--steps=1", *SMALL) is None
+
+
+def test_batches(folder, monkeypatch):
+    """Images and labels are those of one seeded permutation an epoch, wherever a run was cut, and for every rank's share."""
+    seen = []
+
+    class Spy(TVM):
+        def forward(self, x0, y, seed, first, total):
+            seen.append((x0, y))
+            return super().forward(x0, y, seed, first, total)
+    monkeypatch.setattr("loss.TVM", Spy)
+    arguments = ("--hidden_size=32", "--depth=1", "--num_heads=2", "--batch_size=600", "--micro_batch=300", "--score_images=2")
+    for steps in (2, 5):
+        assert run_script("train.py", f"--steps={steps}", *arguments) is None
+    data = prepare.load_dataset("data/digits")[1]
+    order = np.concatenate([np.random.default_rng([0, epoch]).permutation(1437) for epoch in range(3)])[:3000]
+    x0, y = (torch.cat(parts) for parts in zip(*seen))
+    assert torch.equal(y, torch.from_numpy(data["train_labels"][order]))
+    assert torch.equal(x0, (torch.from_numpy(data["train_images"][order]) - torch.tensor(127.5)) / 127.5)
+    assert isinstance(data["train_images"], np.memmap)
+
+
+def test_slow_and_broken_data(folder, monkeypatch):
+    """The time spent waiting is in the log; what goes wrong in the thread that reads is raised in the loop."""
+    class Slow:
+        def __init__(self, array):
+            self.array, self.reads = array, 0
+
+        def __getitem__(self, rows):
+            self.reads += 1
+            time.sleep(0.2)
+            if self.reads > 5:
+                raise OSError("the disk is gone")
+            return self.array[rows]
+    load = prepare.load_dataset
+    monkeypatch.setattr(prepare, "load_dataset", lambda path: (lambda header, data: (header, {**data, "train_images": Slow(data["train_images"])}))(*load(path)))
+    with pytest.raises(OSError, match="the disk is gone"):
+        run_script("train.py", *SMALL)
+    waits = [line["data_wait"] for line in log_lines("digits") if "loss" in line]
+    assert len(waits) == 5 and all(0.5 < wait < 1 for wait in waits[1:])
+
+
+def test_signals(start):
+    """The first ends the run after its step and a save, also where it comes twice at once; a later one ends it now."""
+    run_script("prepare.py", "digits")
+    whole, arguments = start("--name=whole", "--steps=40", *SMALL), (*SMALL, "--steps=40", "--name=asked")
+    whole.join()
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process, at = start(*arguments), steps_done("asked")
+        until(lambda: steps_done("asked") > at + 3, "steps")
+        os.kill(process.pid, number), os.kill(process.pid, number)
+        process.join()
+        stopped = steps_done("asked")
+        assert process.exitcode == code and at < stopped < 40 and f"stopped after step {stopped}," in said()
+        assert list(ckpt.states("out/asked"))[-1] == stopped
+    process = start(*arguments)
+    process.join()
+    assert process.exitcode == 0
+    same_end("asked", "whole")
+
+    process = start("--name=now", "--hidden_size=32", "--depth=1", "--num_heads=2", "--batch_size=16384", "--micro_batch=16")
+    until(lambda: log_lines("now"), "a start")
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(2.2)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(5)
+    assert process.exitcode == 143 and not ckpt.states("out/now")
 
 
 def test_two_ranks_have_the_gradients_of_one(folder):
