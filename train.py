@@ -170,7 +170,7 @@ globals().update(config)
 out = os.path.join("out", name)
 
 # ---- ranks and device ----------------------------------------------------------------------------
-rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+rank, ranks, parent = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), os.getppid()
 for keys, low, high in ((("steps", "batch_size", "log_every", "sample_every", "save_every", "keep", "score_images"), 1, math.inf),
                         (("seed",), 0, 2 ** 63), (("micro_batch", "lock_wait", "lr", "eps", "weight_decay", "grad_clip"), 0, math.inf),
                         (("label_dropout", "ema_target", "ema_eval", "beta1", "beta2"), 0, 1)):
@@ -199,7 +199,15 @@ if device.type == "cuda":
 if ranks > 1:
     # A rank that dies ends the others at once, through torchrun or its closed connections; the time-out is for a
     # machine that falls silent, and longer than any save, for which all ranks wait.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    patience = timedelta(minutes=10)
+    # After a restart torchrun's store still has the addresses of ranks that are gone (PyTorch issue 135712). The count
+    # of restarts keeps them apart on one machine; on several, each counts for itself.
+    alone, shared = os.environ.get("GROUP_WORLD_SIZE", "1") == "1", os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True"
+    if not alone and shared and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        fail("on several machines --max_restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of every torchrun")
+    store = next(dist.rendezvous("env://", timeout=patience))[0]
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0", store)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=ranks, timeout=patience)
 half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
 compiled = compile and device.type == "cuda" and importlib.util.find_spec("triton") and torch.cuda.get_device_capability(device) >= (7, 0)
@@ -457,7 +465,7 @@ log(step=first_step, config=config, model=about["config"], data=header["name"], 
 sums, step_sums = torch.zeros(2, 2, 4, 2, device=device)
 skipped = skipped_in_a_row = 0
 since, waited, norms, whole, stop = time.perf_counter(), 0.0, [], True, False
-signals, parent = [], os.getppid()
+signals = []
 
 
 def on_signal(number, frame):
