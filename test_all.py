@@ -737,7 +737,8 @@ def run_script(script, *arguments):
         return stop.code
     finally:
         sys.argv = argv
-        gc.collect()                                                          # the script's globals, its lock among them
+        if os.path.exists("out"):
+            gc.collect()                                                      # the script's globals, its lock among them
 
 
 def test_digits(folder):
