@@ -14,18 +14,15 @@ Semi-Lipschitz control (arXiv 2511.19797, section 4): RMS norms without weights 
 norms, RMS norms on queries and keys, and RMS norms on the modulation vectors.
 """
 import dataclasses
-import json
 import math
-import os
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from attention_jvp import attention, attention_jvp
+from checkpoint import CheckpointError, load_tensors
 
 EPS = 1e-6             # of every norm
 FREQUENCIES = 128      # cosines, and as many sines, of a time embedding
@@ -360,38 +357,6 @@ def positions(grid, dim):
 
 
 # ---- its file ------------------------------------------------------------------------------------
-
-class CheckpointError(Exception):
-    """Something about a checkpoint, in one line for the user."""
-
-
-def save_tensors(path, tensors, about):
-    """Tensors by name, and `about` (anything of JSON), as safetensors: written aside, synced, renamed."""
-    aside = f"{path}.partial"
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, aside, {"tvm": json.dumps(about)})
-    with open(aside, "rb+") as f:
-        os.fsync(f.fileno())
-    os.chmod(aside, 0o644)                                    # safetensors makes it readable for its owner alone
-    os.replace(aside, path)
-
-
-def load_tensors(path, device="cpu"):
-    """What save_tensors wrote -> (tensors, about). Raises CheckpointError; nothing in a file is executed."""
-    try:
-        with safe_open(path, "pt", device=str(device)) as f:
-            about = json.loads((f.metadata() or {}).get("tvm", "null"))
-            tensors = {name: f.get_tensor(name).clone() for name in f.keys()}     # off the file, which may be replaced
-    except FileNotFoundError:
-        raise CheckpointError(f"no checkpoint {path}") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
-    needed = {"config": (), "guidance": ("sampler", "w", "w_min", "w_max"), "data": ("class_counts", "mean", "std")}
-    missing = [key for key, parts in needed.items() if not isinstance(about, dict) or not isinstance(about.get(key), dict)
-               or not set(parts) <= set(about[key])]
-    if missing:
-        raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of this project: no whole {', '.join(missing)} in it")
-    return tensors, about
-
 
 def load_model(path, device="cpu"):
     """A checkpoint -> (DiT in eval mode with its weights in float32, about). Raises CheckpointError."""

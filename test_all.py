@@ -6,15 +6,21 @@ a second implementation. On a CPU in minutes; with a GPU, the tests at the end r
 """
 import ast
 import copy
+import gc
+import glob
 import io
 import json
 import math
+import multiprocessing
 import os
+import random
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 import types
 
 import numpy as np
@@ -24,11 +30,13 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 from torch.autograd import forward_ad as fwAD
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import attention_jvp as A
+import checkpoint as ckpt
 import fid
 import model as m
 import prepare
@@ -730,6 +738,8 @@ def run_script(script, *arguments):
         return stop.code
     finally:
         sys.argv = argv
+        if os.path.exists("out"):
+            gc.collect()                                                      # the script's globals, its lock among them
 
 
 def test_digits(folder):
@@ -851,7 +861,7 @@ def test_draws_depend_on_seed_and_index_alone():
 def make_checkpoint(path, seed=0, guidance=dict(sampler="constant", w=1.0, w_min=1.0, w_max=1.0), **kwargs):
     net = random_model(torch.float32, seed, **{**dict(in_channels=1, input_size=8, num_classes=10), **kwargs})
     header = dict(class_counts=[1] * net.config.num_classes, mean=[127.5] * net.config.in_channels, std=[127.5] * net.config.in_channels)
-    m.save_tensors(str(path), net.state_dict(), dict(config=vars(net.config), guidance=guidance, data=header))
+    ckpt.save_tensors(str(path), net.state_dict(), dict(config=vars(net.config), guidance=guidance, data=header))
     return net
 
 
@@ -908,19 +918,21 @@ def test_sample_refuses(folder):
     os.mkdir("full"), open("full/file", "w").close()
     assert "files in it already" in complain("c.safetensors", "--out", "full")
     whole = open("c.safetensors", "rb").read()
-    for name, content in (("cut", whole[:len(whole) // 2]), ("text", b"hello"), ("empty", b"")):
+    flipped = whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:]
+    for name, content, word in (("cut", whole[:len(whole) // 2], "is damaged"), ("flipped", flipped, "is damaged"),
+                                ("text", b"hello", "not a whole"), ("empty", b"", "not a whole")):
         with open(name, "wb") as f:
             f.write(content)
-        assert "not a whole safetensors file" in complain(name)
-    m.save_file({"a": torch.zeros(2)}, "foreign.safetensors")
+        assert word in complain(name)
+    save_file({"a": torch.zeros(2)}, "foreign.safetensors")
     assert "not a checkpoint of this project" in complain("foreign.safetensors")
-    tensors, about = m.load_tensors("c.safetensors")
+    tensors, about = ckpt.load_tensors("c.safetensors")
     for key in ("data", "guidance"):
-        m.save_tensors("part.safetensors", tensors, {**about, key: {}})
+        ckpt.save_tensors("part.safetensors", tensors, {**about, key: {}})
         assert f"no whole {key}" in complain("part.safetensors")
-    m.save_tensors("part.safetensors", tensors, {**about, "data": {**about["data"], "class_counts": [1] * 11}})
+    ckpt.save_tensors("part.safetensors", tensors, {**about, "data": {**about["data"], "class_counts": [1] * 11}})
     assert "11 class counts for 10 classes" in complain("part.safetensors")
-    m.save_tensors("other.safetensors", tensors, {**about, "config": {**about["config"], "depth": 3}})
+    ckpt.save_tensors("other.safetensors", tensors, {**about, "config": {**about["config"], "depth": 3}})
     assert "does not fit its own config" in complain("other.safetensors")
     done = subprocess.run([sys.executable, os.path.join(HERE, "sample.py"), "gone"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == "sample.py: no checkpoint gone\n"
@@ -952,7 +964,7 @@ SMALL = ("--hidden_size=32", "--depth=1", "--num_heads=2", "--batch_size=8", "--
 
 
 def state(name):
-    return m.load_tensors(f"out/{name}/state.safetensors")[0]
+    return ckpt.load_newest(f"out/{name}")[1]
 
 
 def weights(state, kind):
@@ -978,7 +990,7 @@ def test_train_end_to_end(folder, capsys):
             theta1, theta2 = (states[i][f"model.{key}"].double() for i in (0, 1))
             expected = rate ** 2 * theta0 + (1 - rate) * (rate * theta1 + theta2)
             assert (states[1][f"{kind}.{key}"].double() - expected).abs().max() < 1e-6, key
-    shipped = m.load_tensors("out/whole/ckpt.safetensors")[0]
+    shipped = ckpt.load_tensors("out/whole/ckpt.safetensors")[0]
     assert all((shipped[key] == value).all() for key, value in weights(states[-1], "eval").items())
 
     lines = [json.loads(line) for line in open("out/whole/log.jsonl")]
@@ -1002,11 +1014,278 @@ def test_train_end_to_end(folder, capsys):
     assert run_script("train.py", "--name=from", "--steps=2", *SMALL, "--init_from=out/whole/ckpt.safetensors") is None
     torn = [line for line in open("out/from/log.jsonl") if not line.endswith("}\n")]
     assert torn == ['{"step": 3, "lo\n'] and json.loads(open("out/from/log.jsonl").readlines()[-1])["nfe"] == 4
-    os.replace("out/from/ckpt.safetensors", "out/from/state.safetensors")
+    os.replace("out/from/ckpt.safetensors", "out/from/state_2.safetensors")
     assert "is not the state of a run" in run_script("train.py", "--name=from", "--steps=2", *SMALL)
-    with open("out/whole/state.safetensors", "rb+") as f:
-        f.truncate(1000)
-    assert "not a whole safetensors file" in run_script("train.py", "--name=whole", "--steps=4", *SMALL)
+
+
+@pytest.fixture
+def start(folder, monkeypatch):
+    """Starts train.py in a process of its own, forked from a server that has imported everything already, which saves
+    seconds each time. (Not from this process: a fork of one with threads can hang.)"""
+    monkeypatch.setenv("PYTHONPATH", HERE)                                    # where the server finds this file
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_all", "torch._dynamo", "matplotlib.pyplot"])
+    processes = []
+
+    def start(*arguments):
+        processes.append(context.Process(target=train_here, args=(str(folder), arguments)))
+        processes[-1].start()
+        return processes[-1]
+    yield start
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+def train_here(folder, arguments):
+    os.chdir(folder)
+    said = os.open("said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(said, 1), os.dup2(said, 2)
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", *arguments]
+    runpy.run_path(os.path.join(HERE, "train.py"), run_name="__main__")
+
+
+def until(condition, what, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s" + (": " + open("said").read() if os.path.exists("said") else "")
+        time.sleep(0.001)
+    return found
+
+
+def log_lines(name):
+    """The whole lines of a log that may be in the middle of being written."""
+    path = f"out/{name}/log.jsonl"
+    texts = open(path).read().split("\n")[:-1] if os.path.exists(path) else []
+    return [json.loads(text) for text in texts if text.endswith("}")]
+
+
+def steps_done(name):
+    """Of the last process that has begun."""
+    return ([0] + [line["step"] for line in log_lines(name) if "loss" in line or "config" in line])[-1]
+
+
+def said():
+    return open("said").read()
+
+
+def same_end(one, other):
+    """Bitwise: weights, EMAs and optimizer, the file for sample.py, and every loss."""
+    for a, b in ((state(one), state(other)), *[[ckpt.load_tensors(f"out/{name}/ckpt.safetensors")[0] for name in (one, other)]]):
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    losses = [{line["step"]: line["loss"] for line in log_lines(name) if "loss" in line} for name in (one, other)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="stops, kills and limits processes as Linux does")
+def test_torture(start):
+    """Ten kills, some inside a save, a flipped byte, a truncated file and a full disk against an undisturbed run."""
+    import resource
+    every, partial = 10, "out/hurt/*.partial"
+    arguments = (*SMALL, "--steps=280", f"--save_every={every}")
+    run_script("prepare.py", "digits")
+    whole = start("--name=whole", *arguments)
+    whole.join()
+    assert whole.exitcode == 0, said()
+
+    dice, inside = random.Random(0), 0
+    newest = lambda: list(ckpt.states("out/hurt").items())[-1] if os.path.exists("out/hurt") and ckpt.states("out/hurt") else (0, None)
+
+    def inside_a_save(process):
+        while True:
+            until(lambda: glob.glob(partial), "a save")
+            os.kill(process.pid, signal.SIGSTOP)
+            until(lambda: open(f"/proc/{process.pid}/stat").read().rsplit(")")[-1].split()[0] == "T", "a stop")
+            if glob.glob(partial):
+                return 1
+            os.kill(process.pid, signal.SIGCONT)
+
+    for kill in range(10):
+        at, process = newest()[0], start("--name=hurt", *arguments)
+        if kill in (4, 6):                                                    # after which the newest state is damaged
+            until(lambda: len(ckpt.states("out/hurt")) == 2, "two states")
+        if kill == 8:                                                         # for the next save there is no space
+            until(lambda: newest()[0] > at, "a save")
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))
+            until(lambda: "could not write the checkpoint" in said(), "a full disk")
+            before = newest()
+            assert ckpt.load_tensors(before[1]) and not glob.glob(partial)
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            until(lambda: newest()[0] > before[0], "a save after the full disk")
+        if kill % 3 == 0:
+            until(lambda: newest()[0] >= at + every * dice.randrange(2), "a state")
+            inside += inside_a_save(process)
+        else:
+            goal, moment = at + dice.randrange(5, 30), time.monotonic() + (60 if kill % 3 == 1 else dice.random())
+            until(lambda: steps_done("hurt") >= goal or time.monotonic() > moment, "steps")
+            time.sleep(0.02 * dice.random())
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, said()
+        if kill in (4, 6):
+            with open(newest()[1], "rb+") as f:
+                size = f.seek(0, os.SEEK_END)
+                if kill == 4:
+                    f.seek(place := dice.randrange(size))
+                    byte = f.read(1)[0]
+                    f.seek(place), f.write(bytes([byte ^ 1 << dice.randrange(8)]))
+                else:
+                    f.truncate(dice.randrange(size))
+    last = start("--name=hurt", *arguments)
+    last.join()
+    assert last.exitcode == 0, said()
+
+    same_end("hurt", "whole")
+    assert inside == 4 and said().count("is damaged") >= 2 and not glob.glob(partial)
+    repeated, last = [], 0
+    for line in log_lines("hurt"):
+        if "config" in line:
+            repeated.append(last - line["step"])
+            last = line["step"]
+        last = line["step"] if "loss" in line else last
+    assert max(repeated) <= 2 * every and sum(n > every for n in repeated) <= 2, f"{repeated}"
+    print(f"steps repeated at each start: {repeated}")
+
+
+def test_checkpoints_notice_damage(folder):
+    """Whatever bit is flipped, wherever the file ends: what is loaded is what was written, or nothing is."""
+    import safetensors.torch
+    about = dict(config={}, guidance=dict(sampler="constant", w=1, w_min=1, w_max=1), data=dict(class_counts=[], mean=[], std=[]))
+    tensors = {"a": randn(3, 5), "b": torch.tensor(7.0), "half": randn(2, 2).bfloat16(), "c": randn(4, 3).t(), "none": torch.zeros(0, 2)}
+    ckpt.save_tensors("x", tensors, about)
+    whole = open("x", "rb").read()
+    for loaded in (ckpt.load_tensors("x")[0], safetensors.torch.load_file("x")):
+        assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[key], value) for key, value in tensors.items())
+    dice, damaged = random.Random(0), 0
+    for place in range(len(whole)):
+        with open("x", "wb") as f:
+            f.write(whole[:place] + bytes([whole[place] ^ 1 << dice.randrange(8)]) + whole[place + 1:])
+        try:
+            loaded = ckpt.load_tensors("x")
+            assert loaded[1] == about and all(torch.equal(loaded[0][key], value) for key, value in tensors.items())
+        except ckpt.Damaged:
+            damaged += 1
+    assert damaged >= len(whole) - len(ckpt.START)                            # a file may have no checksum
+    for size in range(0, len(whole), 7):
+        with open("x", "wb") as f:
+            f.write(whole[:size])
+        with pytest.raises(ckpt.Damaged):
+            ckpt.load_tensors("x")
+
+
+def test_states(folder, capsys):
+    """The last ones are kept, a damaged one is passed over and then replaced, and it takes one whole one to go on."""
+    about = dict(config={}, guidance=dict(sampler="constant", w=1, w_min=1, w_max=1), data=dict(class_counts=[], mean=[], std=[]))
+    assert ckpt.load_newest(".") is None
+    for step in (5, 90, 100):
+        ckpt.save_state(".", step, {"a": torch.full((9,), float(step))}, about, keep=2)
+    assert list(ckpt.states(".")) == [90, 100] and ckpt.load_newest(".")[2]["step"] == 100
+    with open("state_100.safetensors", "rb+") as f:
+        f.truncate(200)
+    path, tensors, _ = ckpt.load_newest(".")
+    assert path == "./state_90.safetensors" and (tensors["a"] == 90).all()
+    assert capsys.readouterr().err.count("\n") == 1
+    ckpt.save_state(".", 95, tensors, about, keep=2)
+    assert list(ckpt.states(".")) == [90, 95]
+    for path in ckpt.states(".").values():
+        open(path, "w").close()
+    with pytest.raises(ckpt.CheckpointError, match="no state in . is whole"):
+        ckpt.load_newest(".")
+
+
+def test_full_disk(folder, capsys):
+    """Warnings and a run that goes on; at its end an error, and the state before it."""
+    resource = pytest.importorskip("resource")
+    assert run_script("train.py", "--steps=1", *SMALL) is None
+    before, limits = open("out/digits/state_1.safetensors", "rb").read(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        complaint = run_script("train.py", "--steps=4", "--save_every=2", *SMALL)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert complaint == "train.py: the save of step 4 failed; the last good checkpoint is out/digits/state_1.safetensors"
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "could not write the checkpoint of step" in line]
+    assert len(warnings) == 2 and "File too large" in warnings[0]
+    assert open("out/digits/state_1.safetensors", "rb").read() == before and not glob.glob("out/digits/*.partial")
+    assert run_script("train.py", "--steps=4", *SMALL) is None and list(ckpt.states("out/digits")) == [1, 4]
+
+
+def test_one_process_a_run(folder):
+    lock = ckpt.hold("out/digits", 0)
+    complaint = run_script("train.py", "--lock_wait=0", *SMALL)
+    assert f"cannot train in out/digits: process {os.getpid()} on" in complaint
+    lock.close()
+    assert run_script("train.py", "--lock_wait=0", "--steps=1", *SMALL) is None
+
+
+def test_batches(folder, monkeypatch):
+    """Images and labels are those of one seeded permutation an epoch, wherever a run was cut, and for every rank's share."""
+    seen = []
+
+    class Spy(TVM):
+        def forward(self, x0, y, seed, first, total):
+            seen.append((x0, y))
+            return super().forward(x0, y, seed, first, total)
+    monkeypatch.setattr("loss.TVM", Spy)
+    arguments = ("--hidden_size=32", "--depth=1", "--num_heads=2", "--batch_size=600", "--micro_batch=300", "--score_images=2")
+    for steps in (2, 5):
+        assert run_script("train.py", f"--steps={steps}", *arguments) is None
+    data = prepare.load_dataset("data/digits")[1]
+    order = np.concatenate([np.random.default_rng([0, epoch]).permutation(1437) for epoch in range(3)])[:3000]
+    x0, y = (torch.cat(parts) for parts in zip(*seen))
+    assert torch.equal(y, torch.from_numpy(data["train_labels"][order]))
+    assert torch.equal(x0, (torch.from_numpy(data["train_images"][order]) - torch.tensor(127.5)) / 127.5)
+    assert isinstance(data["train_images"], np.memmap)
+
+
+def test_slow_and_broken_data(folder, monkeypatch):
+    """The time spent waiting is in the log; what goes wrong in the thread that reads is raised in the loop."""
+    class Slow:
+        def __init__(self, array):
+            self.array, self.reads = array, 0
+
+        def __getitem__(self, rows):
+            self.reads += 1
+            time.sleep(0.2)
+            if self.reads > 5:
+                raise OSError("the disk is gone")
+            return self.array[rows]
+    load = prepare.load_dataset
+    monkeypatch.setattr(prepare, "load_dataset", lambda path: (lambda header, data: (header, {**data, "train_images": Slow(data["train_images"])}))(*load(path)))
+    with pytest.raises(OSError, match="the disk is gone"):
+        run_script("train.py", *SMALL)
+    waits = [line["data_wait"] for line in log_lines("digits") if "loss" in line]
+    assert len(waits) == 5 and all(0.3 < wait < 1 for wait in waits[1:])
+
+
+def test_signals(start):
+    """The first ends the run after its step and a save, also where it comes twice at once; a later one ends it now."""
+    run_script("prepare.py", "digits")
+    whole, arguments = start("--name=whole", "--steps=40", *SMALL), (*SMALL, "--steps=40", "--name=asked")
+    whole.join()
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process, at = start(*arguments), steps_done("asked")
+        until(lambda: steps_done("asked") > at + 3, "steps")
+        os.kill(process.pid, number), os.kill(process.pid, number)
+        process.join()
+        stopped = steps_done("asked")
+        assert process.exitcode == code and at < stopped < 40 and f"stopped after step {stopped}," in said()
+        assert list(ckpt.states("out/asked"))[-1] == stopped
+    process = start(*arguments)
+    process.join()
+    assert process.exitcode == 0
+    same_end("asked", "whole")
+
+    process = start("--name=now", "--hidden_size=32", "--depth=1", "--num_heads=2", "--batch_size=16384", "--micro_batch=16")
+    until(lambda: log_lines("now"), "a start")
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(2.2)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(5)
+    assert process.exitcode == 143 and not ckpt.states("out/now")
 
 
 def test_two_ranks_have_the_gradients_of_one(folder):
@@ -1026,10 +1305,59 @@ def test_two_ranks_have_the_gradients_of_one(folder):
     assert (state("two")["target.final_layer.linear.weight"] - one["target.final_layer.linear.weight"]).norm() < 1e-6
 
 
+def test_two_ranks_have_the_losses_of_one(folder, monkeypatch):
+    """In float32, with a loss that is not finite in one sample on the last rank: all ranks skip that step, and say so."""
+    make_checkpoint("start.safetensors", depth=1)
+    script, spot = open(os.path.join(HERE, "train.py")).read(), '(terms["loss"] * (micro_batch / local_batch)).backward()\n'
+    assert spot in script
+    with open("train.py", "w") as f:
+        f.write(script.replace(spot, spot + 12 * " " + 'terms["fm"][-1] *= math.inf if (step, rank, last) == (3, ranks - 1, True) else 1\n'))
+    monkeypatch.setenv("PYTHONPATH", HERE)
+    arguments = (*SMALL, "--steps=8", "--init_from=start.safetensors")
+    assert run_script(str(folder / "train.py"), "--name=one", "--micro_batch=4", *arguments) is None
+    torchrun(str(folder / "train.py"), "--name=two", *arguments)
+    one, two = ([line for line in log_lines(name) if "loss" in line] for name in ("one", "two"))
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2, 3, 5, 6, 7, 8]
+    assert all(abs(a["loss"] / b["loss"] - 1) < 1e-6 for a, b in zip(one, two)) and one[-1]["skipped"] == two[-1]["skipped"] == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ranks_end_together(folder):
+    """A killed rank: torchrun starts all of them again, and without restarts left ends with an error. A killed torchrun:
+    the ranks, left alone, save at one step and end, which lets go of the lock."""
+    def launch(restarts):
+        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max_restarts={restarts}",
+                                 os.path.join(HERE, "train.py"), *SMALL, "--steps=100000", "--save_every=10"], stdout=open("said", "a"),
+                                stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    starts = lambda: [line["step"] for line in log_lines("digits") if "config" in line]
+    ranks_of = lambda process: [int(pid) for pid in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
+    process = launch(restarts=1)
+    try:
+        until(lambda: steps_done("digits") > 12, "steps")
+        os.kill(ranks_of(process)[-1], signal.SIGKILL)
+        until(lambda: len(starts()) == 2, "a restart")
+        until(lambda: steps_done("digits") > starts()[1] + 2, "steps")
+        process.kill()
+        process.wait()
+        ckpt.hold("out/digits", 20).close()                                   # waits for it
+        stopped = steps_done("digits")
+        assert list(ckpt.states("out/digits"))[-1] == stopped and f"stopped after step {stopped}," in said()
+
+        process = launch(restarts=0)
+        until(lambda: steps_done("digits") > stopped + 2, "steps")
+        os.kill(ranks_of(process)[-1], signal.SIGKILL)
+        assert process.wait(20) != 0 and "Signal 9 (SIGKILL)" in said()
+        assert starts()[0] == 0 and starts()[1] >= 10 and starts()[1] % 10 == 0 and starts()[2] == stopped
+    finally:
+        process.terminate()
+        process.wait()
+
+
 def test_a_run_that_blows_up_stops(folder):
     """The first update puts the weights near +-1e30; from then on no gradient is finite, and nothing is updated."""
     complaint = run_script("train.py", *SMALL, "--steps=20", "--save_every=2", "--lr=1e30")
-    assert "not finite in 10 steps in a row" in complaint and "is of step 10" in complaint
+    assert "not finite in 10 steps in a row" in complaint and "is out/digits/state_10.safetensors" in complaint
     lines = [json.loads(line) for line in open("out/digits/log.jsonl")]
     assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
     assert all(value.isfinite().all() for value in state("digits").values())

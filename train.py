@@ -10,11 +10,13 @@ The presets im256_* and im512_* are DiT-XL/2 on ImageNet latents, which prepare.
 
 Edit the constants in place; --name=value overrides one. A preset replaces a group of them: preset,
 else the edited constant, and a flag beats both. Output, in out/NAME/:
-    ckpt.safetensors     the evaluation EMA, with everything that sample.py needs
-    state.safetensors    weights, both EMAs, optimizer, step: the same command again continues from it
-    log.jsonl            config and commit, then losses and scores
-    samples_STEP.png     rows: 1, 2, 4 steps; columns: classes
-    curve.png            the loss
+    ckpt.safetensors        the evaluation EMA, with everything that sample.py needs
+    state_STEP.safetensors  weights, both EMAs, optimizer: the same command again continues from the newest whole one
+    log.jsonl               config and commit, then losses and scores
+    samples_STEP.png        rows: 1, 2, 4 steps; columns: classes
+    curve.png               the loss
+    lock                    held by the process that trains NAME
+SIGTERM and SIGINT (Ctrl-C) end a run after its step and a save; a second one, seconds later, at once.
 """
 import ast
 import copy
@@ -25,10 +27,14 @@ import importlib.util
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -37,8 +43,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import fid
+from checkpoint import CheckpointError, hold, load_newest, load_tensors, save_state, save_tensors, states
 from loss import TVM
-from model import SIZES, Block, CheckpointError, DiT, DiTConfig, load_tensors, save_tensors
+from model import SIZES, Block, DiT, DiTConfig
 from prepare import HERE, DataError, load_dataset
 from sample import draw, find_device, grid, sample, to_images
 
@@ -82,6 +89,8 @@ ema_eval = 0.995         # the network that is sampled and kept
 log_every = 50
 sample_every = 500
 save_every = 500
+keep = 2                 # so many of the last states stay
+lock_wait = 30           # seconds that a new process gives an old one to let go of out/NAME
 score_images = 2000      # at most so many samples against as many held-out images, at the end
 classifier = "1-nn"      # who judges labels: "1-nn" in pixels, or "cnn", trained at the end
 
@@ -105,10 +114,10 @@ PRESETS = {
                         batch_size=1024, steps=200_000),
 }
 WHOLE = {"seed", "hidden_size", "depth", "num_heads", "patch_size", "steps", "batch_size", "micro_batch", "log_every",
-         "sample_every", "save_every", "score_images"}   # the whole numbers; other numbers may have fractions
+         "sample_every", "save_every", "keep", "lock_wait", "score_images"}   # the whole numbers; other numbers may have fractions
 # These may differ between a run and its continuation; all others must not.
-MAY_CHANGE = {"device", "compile", "steps", "micro_batch", "log_every", "sample_every", "save_every", "score_images", "classifier",
-              "init_from"}
+MAY_CHANGE = {"device", "compile", "steps", "micro_batch", "log_every", "sample_every", "save_every", "keep", "lock_wait", "score_images",
+              "classifier", "init_from"}
 
 # ---- the constants, as this run has them ---------------------------------------------------------
 def fail(message):
@@ -161,9 +170,9 @@ globals().update(config)
 out = os.path.join("out", name)
 
 # ---- ranks and device ----------------------------------------------------------------------------
-rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-for keys, low, high in ((("steps", "batch_size", "log_every", "sample_every", "save_every", "score_images"), 1, math.inf),
-                        (("seed",), 0, 2 ** 63), (("micro_batch", "lr", "eps", "weight_decay", "grad_clip"), 0, math.inf),
+rank, ranks, parent = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), os.getppid()
+for keys, low, high in ((("steps", "batch_size", "log_every", "sample_every", "save_every", "keep", "score_images"), 1, math.inf),
+                        (("seed",), 0, 2 ** 63), (("micro_batch", "lock_wait", "lr", "eps", "weight_decay", "grad_clip"), 0, math.inf),
                         (("label_dropout", "ema_target", "ema_eval", "beta1", "beta2"), 0, 1)):
     for key in keys:
         if not low <= config[key] < high:
@@ -188,7 +197,17 @@ except CheckpointError as error:
 if device.type == "cuda":
     torch.cuda.set_device(device)
 if ranks > 1:
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # A rank that dies ends the others at once, through torchrun or its closed connections; the time-out is for a
+    # machine that falls silent, and longer than any save, for which all ranks wait.
+    patience = timedelta(minutes=10)
+    # After a restart torchrun's store still has the addresses of ranks that are gone (PyTorch issue 135712). The count
+    # of restarts keeps them apart on one machine; on several, each counts for itself.
+    alone, shared = os.environ.get("GROUP_WORLD_SIZE", "1") == "1", os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True"
+    if not alone and shared and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        fail("on several machines --max_restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of every torchrun")
+    store = next(dist.rendezvous("env://", timeout=patience))[0]
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0", store)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=ranks, timeout=patience)
 half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
 compiled = compile and device.type == "cuda" and importlib.util.find_spec("triton") and torch.cuda.get_device_capability(device) >= (7, 0)
@@ -224,10 +243,15 @@ def batch_indices(step):
     return np.concatenate([epoch_order(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)])
 
 
-def load(indices):
-    """Training images in network units (B, C, H, W) and their labels (B,), on the device."""
-    images = torch.from_numpy(data["train_images"][indices]).to(device)
-    return (images - mean) / std, torch.from_numpy(data["train_labels"][indices]).to(device)
+def fetch(step):
+    """This rank's rows of a step's batch, images (n, C, H, W) as they are on disk and labels (n,), on the host. Runs
+    in a thread of its own, ahead of the loop: the disk is read, and pages are pinned, while the device computes."""
+    rows = batch_indices(step)[rank * local_batch:(rank + 1) * local_batch]
+    batch = [torch.from_numpy(data[key][rows]) for key in ("train_images", "train_labels")]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)                    # a thread starts on GPU 0
+        batch = [a.pin_memory() for a in batch]
+    return batch
 
 
 # ---- model, target network, evaluation network ---------------------------------------------------
@@ -281,21 +305,35 @@ about = dict(config=dataclasses.asdict(model_config), guidance=guidance_config, 
              data=header, commit=commit)
 
 
+def attempt(what, write, *arguments):
+    """Rank 0 writes; a disk that is full or away costs this file and a warning, not the run. Returns success."""
+    try:
+        if rank == 0:
+            write(*arguments)
+        return True
+    except OSError as error:
+        tqdm.write(f"train.py: could not write {what}, and go on without it: {error}", file=sys.stderr)
+        return False
+
+
+def last_good():
+    return f"the last good checkpoint is {[*states(out).values()][-1]}" if states(out) else "nothing was saved yet"
+
+
 def save(step):
     """The evaluation network for sample.py, then everything for a continuation."""
-    if rank == 0:
-        save_tensors(os.path.join(out, "ckpt.safetensors"), evaluated.state_dict(), {**about, "step": step})
-        state = {f"{kind}.{key}": v for kind, net in nets.items() for key, v in net.state_dict().items()}
-        state |= {f"optimizer.{key}.{kind}": v for key, p in parameters.items() for kind, v in optimizer.state[p].items()}
-        save_tensors(os.path.join(out, "state.safetensors"), state, {**about, "step": step})
+    save_tensors(os.path.join(out, "ckpt.safetensors"), evaluated.state_dict(), {**about, "step": step})
+    state = {f"{kind}.{key}": v for kind, net in nets.items() for key, v in net.state_dict().items()}
+    state |= {f"optimizer.{key}.{kind}": v for key, p in parameters.items() for kind, v in optimizer.state[p].items()}
+    save_state(out, step, state, about, keep)
 
 
 def resume():
-    """Everything from state.safetensors, where there is one; returns the step to go on from."""
-    path = os.path.join(out, "state.safetensors")
-    if not os.path.exists(path):
+    """Everything from the newest whole state, where there is one; returns the step to go on from."""
+    found = load_newest(out, device, quiet=rank > 0)
+    if not found:
         return 0
-    state, was = load_tensors(path, device)
+    path, state, was = found
     missing = [key for key in ("train", "step") if key not in was] or [f"{kind}.pos_embed" for kind in nets if f"{kind}.pos_embed" not in state]
     if missing:
         fail(f"{path} is not the state of a run: no {', '.join(missing)} in it")
@@ -315,6 +353,14 @@ def resume():
 
 nets = {"model": model, "target": target, "eval": evaluated}
 try:
+    lock, complaint = rank == 0 and hold(out, lock_wait), [None]
+except OSError as error:
+    complaint = [f"cannot train in {out}: {error}"]
+if ranks > 1:
+    dist.broadcast_object_list(complaint)
+if complaint[0]:
+    fail(complaint[0])
+try:
     first_step = resume()
 except (CheckpointError, KeyError, RuntimeError) as error:
     fail(error)
@@ -328,11 +374,12 @@ if first_step > steps:
 
 # ---- reports -------------------------------------------------------------------------------------
 def log(**line):
-    if rank == 0:
+    def append():
         with open(os.path.join(out, "log.jsonl"), "a+b") as f:
             if f.tell() and not (f.seek(-1, os.SEEK_END), f.read() == b"\n")[1]:
                 f.write(b"\n")                           # a line that a crash cut off
             f.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+    attempt("a line of log.jsonl", append)
 
 
 def images_of(indices, nfe, classes=None):
@@ -407,10 +454,6 @@ def scores():
 
 sampling_w = w if guidance == "constant" else (w_min * w_max) ** 0.5
 if rank == 0:
-    try:
-        os.makedirs(out, exist_ok=True)
-    except OSError as error:
-        fail(f"cannot write to {out}: {error}")
     print(*(f"{key}={value!r}" for key, value in config.items()))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {header['count']['train']:,} images, {ranks} x {device.type}, "
           f"{'bfloat16' if half else 'float32'}, {'compiled' if compiled else 'eager'}, commit {commit}" + f", from step {first_step}" * bool(first_step))
@@ -421,25 +464,48 @@ log(step=first_step, config=config, model=about["config"], data=header["name"], 
 # The loss terms by quarter of their times: terminal by t, fm by s'; each their sum and the number of samples.
 sums, step_sums = torch.zeros(2, 2, 4, 2, device=device)
 skipped = skipped_in_a_row = 0
-since, norms, saved = time.perf_counter(), [], first_step
+since, waited, norms, whole, stop = time.perf_counter(), 0.0, [], True, False
+signals = []
+
+
+def on_signal(number, frame):
+    """Ask for a stop; seconds later, end at once. (A scheduler's signal comes twice: from it and through torchrun.)"""
+    if signals and time.monotonic() - signals[0][1] > 2:
+        os._exit(128 + number)
+    signals.append((number, time.monotonic()))
+
+
+handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+pool = ThreadPoolExecutor(1)
+batches = deque(pool.submit(fetch, step) for step in range(first_step, min(first_step + 3, steps)))
 progress = tqdm(range(first_step, steps), initial=first_step, total=steps, desc=name, disable=rank > 0, unit="step", mininterval=1)
 for step in progress:
-    indices = batch_indices(step)
+    start = time.perf_counter()
+    images, labels = batches.popleft().result()          # what fetch raises is raised here
+    waited += time.perf_counter() - start
+    if step + 3 < steps:
+        batches.append(pool.submit(fetch, step + 3))
     noise_seed = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
     step_sums.zero_()
-    for first in range(rank * local_batch, (rank + 1) * local_batch, micro_batch):
-        x0, y = load(indices[first:first + micro_batch])
-        last = first + micro_batch == (rank + 1) * local_batch
+    for first in range(0, local_batch, micro_batch):
+        x0, y = (a[first:first + micro_batch].to(device, non_blocking=True) for a in (images, labels))
+        last = first + micro_batch == local_batch
         with objective.no_sync() if ranks > 1 and not last else nullcontext():
             with autocast():
-                terms = objective(x0, y, noise_seed, first, batch_size)
+                terms = objective((x0 - mean) / std, y, noise_seed, rank * local_batch + first, batch_size)
             (terms["loss"] * (micro_batch / local_batch)).backward()
         for i, (term, at) in enumerate((("terminal", "t"), ("fm", "s_fm"))):
             quarter = (terms[at] * 4).long().clamp(max=3)
             step_sums[i].index_add_(0, quarter, torch.stack([terms[term], torch.ones_like(terms[term])], dim=1))
 
-    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), grad_clip or math.inf).item()
-    if math.isfinite(norm):                              # all ranks have the same gradients, so they agree
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), grad_clip or math.inf)
+    asked = bool(signals) or "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent    # torchrun was killed
+    # What all ranks must agree on, in one reduction of three numbers and one copy to the host.
+    common = torch.stack([norm, step_sums[..., 0].sum(), torch.full_like(norm, asked)])
+    if ranks > 1:
+        dist.all_reduce(common)
+    norm, loss, stop = (common / ranks).tolist()
+    if math.isfinite(norm) and math.isfinite(loss):
         optimizer.step()
         for kind, rate in (("target", ema_target), ("eval", ema_eval)):
             torch._foreach_lerp_(emas[kind], list(parameters.values()), 1 - rate)
@@ -449,8 +515,7 @@ for step in progress:
     else:
         skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
         if skipped_in_a_row == 10:
-            last_good = f"{out}/ckpt.safetensors is of step {saved}" if saved else "nothing was saved yet"
-            fail(f"the gradient was not finite in 10 steps in a row, the last of them {step}; {last_good}")
+            fail(f"the loss or its gradient was not finite in 10 steps in a row, the last of them {step}; {last_good()}")
     optimizer.zero_grad()
 
     done = step + 1
@@ -465,18 +530,29 @@ for step in progress:
         rate = total[1, 1].item() / seconds
         if norms:
             log(step=done, loss=terminal + fm, terminal=terminal, fm=fm, terminal_by_t=by_quarter[0], fm_by_s=by_quarter[1],
-                grad_norm=float(np.mean(norms)), images_per_second=round(rate, 1), skipped=skipped)
-        progress.set_postfix_str(f"terminal {terminal:.4f} fm {fm:.4f} {rate:.0f} img/s" + f" {skipped} skipped" * bool(skipped))
+                grad_norm=float(np.mean(norms)), images_per_second=round(rate, 1), data_wait=round(waited / seconds, 4), skipped=skipped)
+        progress.set_postfix_str(f"terminal {terminal:.4f} fm {fm:.4f} {rate:.0f} img/s, {waited / seconds:.1%} data wait"
+                                 + f", {skipped} skipped" * bool(skipped))
         sums.zero_(), norms.clear()
-    if done % save_every == 0 or done == steps:
-        save(done)
-        saved = done
-    if rank == 0 and (done % sample_every == 0 or done == steps):
-        picture(done)
+        waited = 0.0
+    if done % save_every == 0 or done == steps or stop:
+        whole = attempt(f"the checkpoint of step {done}", save, done)
+    if stop:
+        break
+    if done % sample_every == 0 or done == steps:
+        attempt(f"samples_{done}.png", picture, done)
 
+for number, handler in handlers.items():
+    signal.signal(number, handler)
 if ranks > 1:
     dist.destroy_process_group()                         # nobody waits while rank 0 scores
+if not whole:
+    fail(f"the save of step {done} failed; {last_good()}")
+if stop:                                                 # not 0: training is not complete, as a scheduler or && must know
+    if rank == 0:
+        print(f"train.py: stopped after step {done}, which is saved; the same command goes on from there", file=sys.stderr)
+    sys.exit(128 + (signals[0][0] if signals else signal.SIGTERM))
 if rank == 0:
     scores()
-    curve()
+    attempt("curve.png", curve)
     print(f"{out}: ckpt.safetensors, samples_{steps}.png, curve.png, log.jsonl. More images: python sample.py {out}/ckpt.safetensors")
