@@ -2,18 +2,30 @@
 Every speed, measured.
 
     python bench.py attention [--quick]     # attention_jvp on one GPU, beside plain attention: speed, memory, error
+    python bench.py step [--size=XL/2] [--input_size=32] [--batch=32] [--modes=compiled,...]   # a whole training step
+    torchrun --nproc_per_node=4 bench.py step --modes=compiled      # the same on several GPUs, --batch on each
+    python bench.py sample [--size=XL/2] [--input_size=32] [--batch=64]
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python bench.py sanitize     # or racecheck
 
 Times are medians of triton.testing.do_bench in milliseconds (cold L2), bfloat16. "plain" is
 F.scaled_dot_product_attention as torch dispatches it, without any derivative in forward mode; "maths" the same formulas
 in PyTorch operations. Useful products: 6 forward, 15 backward, each 2 B H S S D operations.
 """
+import copy
+import functools
+import os
 import sys
+import time
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import attention_jvp as A
+from loss import TVM
+from model import Block, DiT, DiTConfig
+from sample import sample
 
 SHAPES = [(32, 18, 256, 64), (8, 18, 1024, 64), (32, 16, 256, 72), (1, 24, 4096, 128), (1, 24, 8192, 128)]
 
@@ -142,16 +154,164 @@ def attention_plot(path, quick=False, H=24, D=128):
     plt.savefig(path, dpi=150)
 
 
+# ---- a whole step --------------------------------------------------------------------------------
+
+MODES = dict(eager=dict(compiled=False), compiled={}, checkpointed=dict(checkpoint=True), detach_jvp=dict(detach=True),
+             flow_matching=dict(flow=True))
+KINDS = dict(  # of GPU kernels, by what their names hold
+    attention=("forward_kernel", "row_kernel", "column_kernel", "flash", "fmha", "sdpa"),
+    optimizer_and_EMAs=("multi_tensor", "foreach"), NCCL=("nccl",), products=("nvjet", "gemm", "cutlass", "cublas", "xmma", "splitK"))
+
+
+class FlowMatching(torch.nn.Module):
+    """Plain flow matching with the same network, for comparison."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x0, y, seed, first=0, total=None):
+        noise, t = torch.randn_like(x0), torch.rand(len(x0), device=x0.device)
+        at = t.view(-1, 1, 1, 1)
+        u = self.model(x0 + at * (noise - x0), t, t, y, torch.ones_like(t))
+        return {"loss": (u - (noise - x0)).square().mean()}
+
+
+def stepper(size, input_size, batch, compiled=True, checkpoint=False, detach=False, flow=False):
+    """A function that makes one step, as train.py does: bfloat16 autocast, AdamW, two EMAs, the check for finite numbers."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if ranks > 1 else 0
+    model = DiT(DiTConfig.named(size, input_size=input_size, in_channels=4, num_classes=1000)).cuda()
+    emas = [copy.deepcopy(model).requires_grad_(False) for _ in range(2)]
+    model.checkpoint_blocks = len(model.blocks) * checkpoint
+    if compiled:
+        model.run_block = emas[0].run_block = torch.compile(Block.forward, fullgraph=True, dynamic=False)
+    objective = FlowMatching(model) if flow else TVM(model, emas[0], guidance=dict(w=2.0), detach_jvp=detach)
+    if ranks > 1:
+        objective = DistributedDataParallel(objective, device_ids=[torch.cuda.current_device()])
+    pairs = [(p, [dict(net.named_parameters())[name] for net in emas]) for name, p in model.named_parameters() if p.requires_grad]
+    parameters = [p for p, _ in pairs]
+    optimizer = torch.optim.AdamW(parameters, 1e-4, (0.9, 0.95), fused=True)
+    images = torch.randn(64, batch, 4, input_size, input_size).pin_memory()
+    labels = torch.randint(1000, (64, batch)).pin_memory()
+
+    def step(n):
+        x0, y = (a[n % 64].to("cuda", non_blocking=True) for a in (images, labels))
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = objective(x0, y, n, rank * batch, ranks * batch)["loss"]
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf"))
+        if torch.stack([norm, loss.detach()]).isfinite().all().item():
+            optimizer.step()
+            for i, rate in enumerate((0.99, 0.9999)):
+                torch._foreach_lerp_([ema[i] for _, ema in pairs], parameters, 1 - rate)
+        optimizer.zero_grad()
+    return step
+
+
+def step_row(mode, size, input_size, batch, steps=20):
+    """Median milliseconds of a step, peak bytes, seconds of compiling, and GPU milliseconds by kind of kernel."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    step, start = stepper(size, input_size, batch, **MODES[mode]), time.perf_counter()
+    for n in range(5):
+        step(n)
+    torch.cuda.synchronize()
+    warm, times = time.perf_counter() - start, []
+    for n in range(steps):
+        start = time.perf_counter()
+        step(n)
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    kinds = dict.fromkeys([*KINDS, "other"], 0.0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step(0)
+        torch.cuda.synchronize()
+    others = {}
+    for event in profile.key_averages():
+        kind = next((k for k, names in KINDS.items() if any(n in event.key for n in names)), "other")
+        kinds[kind] += event.device_time_total / 1e3
+        if kind == "other":
+            others[event.key] = event.device_time_total / 1e3, event.count
+    return dict(ms=sorted(times)[steps // 2], peak=torch.cuda.max_memory_allocated(), warm=warm, kinds=kinds, others=others)
+
+
+def product_rate(n=8192):
+    """TFLOP/s of an n x n x n bfloat16 matrix product."""
+    from triton.testing import do_bench
+    a, b = torch.randn(2, n, n, device="cuda", dtype=torch.bfloat16)
+    return 2 * n ** 3 / do_bench(lambda: a @ b, return_mode="median") * 1e-9
+
+
+def forward_tflop(size, input_size, batch):
+    """Of one forward pass: blocks' products and attention, which are nearly all of it."""
+    c = DiTConfig.named(size, input_size=input_size)
+    T, D = (c.input_size // c.patch_size) ** 2, c.hidden_size
+    return 2 * batch * c.depth * (T * D * D * (4 + 2 * c.mlp_ratio) + 2 * T * T * D + 6 * D * D) * 1e-12
+
+
+def step_table(size="XL/2", input_size=32, batch=32, modes=tuple(MODES), verbose=False):
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+    show = functools.partial(print, flush=True) if ranks == 1 or dist.get_rank() == 0 else lambda *a: None
+    rate = product_rate()
+    show(f"{ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}, {size}, {input_size}x{input_size}x4, batch {batch} a GPU; "
+         f"8192^3 bfloat16 product {rate:.0f} TFLOP/s")
+    show(f"{'mode':>13} | {'ms':>6} {'img/s':>6} {'TF/s':>4} {'of it':>5} {'peak GB':>7} {'start s':>7} | GPU ms: " + ", ".join([*KINDS, "other"]))
+    rows = {}
+    for mode in modes:
+        r = rows[mode] = step_row(mode, size, input_size, batch)
+        passes = 3 if mode == "flow_matching" else 9 if mode == "detach_jvp" else 11
+        tflops = passes * forward_tflop(size, input_size, batch) / r["ms"] * 1e3
+        show(f"{mode:>13} | {r['ms']:6.1f} {ranks * batch / r['ms'] * 1e3:6.0f} {tflops:4.0f} {tflops / rate:5.0%} {r['peak'] / 1e9:7.1f} {r['warm']:7.1f} | "
+             + ", ".join(f"{ms:.1f}" for ms in r["kinds"].values()))
+        if verbose:
+            for key, (ms, count) in sorted(r["others"].items(), key=lambda kv: -kv[1][0])[:20]:
+                show(f"{ms:14.2f} ms {count:5} x {key[:110]}")
+    if ranks > 1:
+        dist.destroy_process_group()
+    return rows
+
+
+@torch.no_grad()
+def sample_table(size="XL/2", input_size=32, batch=64):
+    """Images a second of one- and four-step sampling, latents only."""
+    model = DiT(DiTConfig.named(size, input_size=input_size, in_channels=4, num_classes=1000)).cuda().eval()
+    x1, y = torch.randn(batch, 4, input_size, input_size, device="cuda"), torch.randint(1000, (batch,), device="cuda")
+    w = torch.full((batch,), 2.0, device="cuda")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {size}, {input_size}x{input_size}x4, batch {batch}")
+    for name, dtype, compiled in (("float32, eager", torch.float32, False), ("bfloat16, eager", torch.bfloat16, False),
+                                  ("bfloat16, compiled", torch.bfloat16, True)):
+        model.run_block = torch.compile(Block.forward, fullgraph=True, dynamic=False) if compiled else Block.forward
+        for nfe in (1, 4):
+            from triton.testing import do_bench
+            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+                ms = do_bench(lambda: sample(model, x1, y, w, nfe), warmup=300, rep=500, return_mode="median")
+            tflops = nfe * forward_tflop(size, input_size, batch) / ms * 1e3
+            print(f"{name:>20}, {nfe} step{'s' * (nfe > 1)}: {batch / ms * 1e3:6.0f} images/s, {tflops:.0f} TFLOP/s", flush=True)
+
+
 def main():
-    what, options = sys.argv[1:2], sys.argv[2:]
-    if what not in (["attention"], ["sanitize"]) or any(o != "--quick" and not o.startswith("--plot=") for o in options):
-        sys.exit("bench.py: python bench.py attention [--quick] [--plot=FILE.png], or python bench.py sanitize")
+    what, options = sys.argv[1:2], dict(o.removeprefix("--").partition("=")[::2] for o in sys.argv[2:])
+    known = dict(attention={"quick", "plot"}, step={"size", "input_size", "batch", "modes", "verbose"},
+                 sample={"size", "input_size", "batch"}, sanitize=set())
+    if len(what) != 1 or what[0] not in known or not set(options) <= known[what[0]]:
+        sys.exit("bench.py: " + " ".join(__doc__.split("\n\n")[1].split()))
     if not torch.cuda.is_available():
         sys.exit("bench.py: no CUDA device here")
     if what == ["sanitize"]:
         attention_sanitize()
+    elif what == ["attention"]:
+        attention_table(quick="quick" in options, plot=options.get("plot", "attention.png"))
     else:
-        attention_table(quick="--quick" in options, plot=next((o[7:] for o in options if o.startswith("--plot=")), "attention.png"))
+        arguments = {key: int(value) if key in ("input_size", "batch") else value for key, value in options.items()}
+        if "modes" in arguments:
+            arguments["modes"] = arguments["modes"].split(",")
+        (step_table if what == ["step"] else sample_table)(**arguments)
 
 
 if __name__ == "__main__":

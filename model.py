@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from attention_jvp import attention, attention_jvp
 from checkpoint import CheckpointError, load_tensors
@@ -308,6 +309,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = Final(config)
         self.run_block = Block.forward    # the trainer puts torch.compile(Block.forward) here, one function for all blocks
+        self.checkpoint_blocks = 0        # so many blocks keep only their input for the backward, and run again there
         self.initialize()
 
     @torch.no_grad()
@@ -333,8 +335,11 @@ class DiT(nn.Module):
         c = self.t_embedder(t) + self.s_embedder(t - s) + self.guidance_embedder(1 / w) + self.y_embedder(y)   # (B, D)
         c = silu(c)
         x = self.x_embedder(x) + self.pos_embed                                       # (B, T, D)
-        for block in self.blocks:
-            x = self.run_block(block, x, c)
+        for i, block in enumerate(self.blocks):
+            if i < self.checkpoint_blocks and torch.is_grad_enabled():
+                x = checkpoint(self.run_block, block, x, c, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = self.run_block(block, x, c)
         x = self.final_layer(x, c)                                                    # (B, T, p p C)
         grid, p = self.config.input_size // self.config.patch_size, self.config.patch_size
         return linear_map(lambda x: rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=grid, p=p, q=p), x)

@@ -1470,6 +1470,19 @@ def step_gradients(device, dtype, half=False):
     return {name: p.grad.double().cpu() for name, p in net.named_parameters() if p.requires_grad}
 
 
+def test_checkpointed_blocks():
+    """The gradient of the whole loss does not change by a bit, whether blocks keep their insides or run again."""
+    net, target = random_model(seed=0), random_model(seed=1)
+    x0, noise = randn(3, 2, 4, 4), randn(3, 2, 4, 4, seed=1)
+    y, w = torch.tensor([0, 1, 3]), torch.tensor([1.5, 2.0, 1.0], dtype=F64)
+    t, s, s_fm = (torch.tensor(a, dtype=F64) for a in ([0.9, 0.5, 0.7], [0.1, 0.2, 0.7], [0.3, 0.6, 0.8]))
+    gradients = []
+    for net.checkpoint_blocks in (0, 1, 2):
+        terms = tvm_loss(net, target, x0, noise, y, w, t, s, s_fm)
+        gradients.append(torch.autograd.grad((terms["terminal"] + terms["fm"]).sum(), [p for p in net.parameters() if p.requires_grad]))
+    assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other))
+
+
 def test_readme_snippets():
     """What README.md tells others to write runs, its derivative is the finite difference, its gradient reaches everything."""
     with open(os.path.join(HERE, "README.md")) as f:

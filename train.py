@@ -63,6 +63,7 @@ depth = 4
 num_heads = 4
 patch_size = 2
 semi_lipschitz = True    # False: LayerNorm, no QK norm, plain modulation
+checkpoint_blocks = 0    # so many blocks keep only their input for the backward: less memory, one more forward pass
 time_init = "spectral"   # of the time MLPs: "spectral" or "normal"
 scaled = True            # displacement (s-t) w F instead of (s-t) F
 # objective
@@ -113,10 +114,10 @@ PRESETS = {
     "im256_short": dict(IMAGENET, dataset="im256", w=2.0, scaled=True, time_init="spectral", grad_clip=0.0,
                         batch_size=1024, steps=200_000),
 }
-WHOLE = {"seed", "hidden_size", "depth", "num_heads", "patch_size", "steps", "batch_size", "micro_batch", "log_every",
+WHOLE = {"seed", "hidden_size", "depth", "num_heads", "patch_size", "checkpoint_blocks", "steps", "batch_size", "micro_batch", "log_every",
          "sample_every", "save_every", "keep", "lock_wait", "score_images"}   # the whole numbers; other numbers may have fractions
 # These may differ between a run and its continuation; all others must not.
-MAY_CHANGE = {"device", "compile", "steps", "micro_batch", "log_every", "sample_every", "save_every", "keep", "lock_wait", "score_images",
+MAY_CHANGE = {"device", "compile", "checkpoint_blocks", "steps", "micro_batch", "log_every", "sample_every", "save_every", "keep", "lock_wait", "score_images",
               "classifier", "init_from"}
 
 # ---- the constants, as this run has them ---------------------------------------------------------
@@ -172,7 +173,7 @@ out = os.path.join("out", name)
 # ---- ranks and device ----------------------------------------------------------------------------
 rank, ranks, parent = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), os.getppid()
 for keys, low, high in ((("steps", "batch_size", "log_every", "sample_every", "save_every", "keep", "score_images"), 1, math.inf),
-                        (("seed",), 0, 2 ** 63), (("micro_batch", "lock_wait", "lr", "eps", "weight_decay", "grad_clip"), 0, math.inf),
+                        (("seed",), 0, 2 ** 63), (("micro_batch", "checkpoint_blocks", "lock_wait", "lr", "eps", "weight_decay", "grad_clip"), 0, math.inf),
                         (("label_dropout", "ema_target", "ema_eval", "beta1", "beta2"), 0, 1)):
     for key in keys:
         if not low <= config[key] < high:
@@ -277,6 +278,7 @@ if init_from:
         fail(f"init_from: {error}")
 target = copy.deepcopy(model).requires_grad_(False)      # theta*
 evaluated = copy.deepcopy(model).requires_grad_(False)   # theta**
+model.checkpoint_blocks = checkpoint_blocks
 if compiled:
     model.run_block = target.run_block = torch.compile(Block.forward, fullgraph=True, dynamic=False)
 parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
