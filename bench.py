@@ -13,6 +13,7 @@ in PyTorch operations. Useful products: 6 forward, 15 backward, each 2 B H S S D
 """
 import copy
 import functools
+import gc
 import os
 import sys
 import time
@@ -183,7 +184,8 @@ def stepper(size, input_size, batch, compiled=True, checkpoint=False, detach=Fal
     torch._dynamo.reset()
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if ranks > 1 else 0
-    model = DiT(DiTConfig.named(size, input_size=input_size, in_channels=4, num_classes=1000)).cuda()
+    with torch.device("cuda"):
+        model = DiT(DiTConfig.named(size, input_size=input_size, in_channels=4, num_classes=1000))
     emas = [copy.deepcopy(model).requires_grad_(False) for _ in range(2)]
     model.checkpoint_blocks = len(model.blocks) * checkpoint
     if compiled:
@@ -213,12 +215,14 @@ def stepper(size, input_size, batch, compiled=True, checkpoint=False, detach=Fal
 
 def step_row(mode, size, input_size, batch, steps=20):
     """Median milliseconds of a step, peak bytes, seconds of compiling, and GPU milliseconds by kind of kernel."""
+    gc.unfreeze(), gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     step, start = stepper(size, input_size, batch, **MODES[mode]), time.perf_counter()
     for n in range(5):
         step(n)
     torch.cuda.synchronize()
+    gc.collect(), gc.freeze()
     warm, times = time.perf_counter() - start, []
     for n in range(steps):
         start = time.perf_counter()
@@ -280,7 +284,8 @@ def step_table(size="XL/2", input_size=32, batch=32, modes=tuple(MODES), verbose
 @torch.no_grad()
 def sample_table(size="XL/2", input_size=32, batch=64):
     """Images a second of one- and four-step sampling, latents only."""
-    model = DiT(DiTConfig.named(size, input_size=input_size, in_channels=4, num_classes=1000)).cuda().eval()
+    with torch.device("cuda"):
+        model = DiT(DiTConfig.named(size, input_size=input_size, in_channels=4, num_classes=1000)).eval()
     x1, y = torch.randn(batch, 4, input_size, input_size, device="cuda"), torch.randint(1000, (batch,), device="cuda")
     w = torch.full((batch,), 2.0, device="cuda")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {size}, {input_size}x{input_size}x4, batch {batch}")
@@ -311,6 +316,8 @@ def main():
         arguments = {key: int(value) if key in ("input_size", "batch") else value for key, value in options.items()}
         if "modes" in arguments:
             arguments["modes"] = arguments["modes"].split(",")
+        if "verbose" in arguments:
+            arguments["verbose"] = True
         (step_table if what == ["step"] else sample_table)(**arguments)
 
 

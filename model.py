@@ -239,10 +239,12 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = [Scale(D // config.num_heads) if config.qk_norm else None for _ in range(2)]
 
     def forward(self, x):                                                             # (B, T, D)
-        qkv = lambda x: rearrange(x, "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
-        q, k, v = split(lambda x: qkv(x).unbind(0), linear(self.qkv, x))              # (B, H, T, d) each
+        # Taken apart as (b t three h d), so that the gradients lie together as the product of the backward wants them.
+        heads = lambda x: x.unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = split(lambda x: heads(x).unbind(2), linear(self.qkv, x))            # (B, T, H, d) each
         if self.q_norm is not None:
             q, k = rms_norm(q, self.q_norm.weight), rms_norm(k, self.k_norm.weight)
+        q, k, v = (linear_map(lambda x: x.transpose(1, 2), x) for x in (q, k, v))     # (B, H, T, d)
         x = linear_map(lambda x: rearrange(x, "b h t d -> b t (h d)"), attend(q, k, v))
         return linear(self.proj, x)                                                   # (B, T, D)
 

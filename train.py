@@ -23,6 +23,7 @@ import copy
 import dataclasses
 import difflib
 import functools
+import gc
 import importlib.util
 import json
 import math
@@ -519,6 +520,8 @@ for step in progress:
         if skipped_in_a_row == 10:
             fail(f"the loss or its gradient was not finite in 10 steps in a row, the last of them {step}; {last_good()}")
     optimizer.zero_grad()
+    if step == first_step:
+        gc.collect(), gc.freeze()                        # what is alive now stays: the collector need not walk it again
 
     done = step + 1
     if done % log_every == 0 or done == steps:
