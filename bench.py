@@ -189,10 +189,11 @@ def stepper(size, input_size, batch, compiled=True, checkpoint=False, detach=Fal
     emas = [copy.deepcopy(model).requires_grad_(False) for _ in range(2)]
     model.checkpoint_blocks = len(model.blocks) * checkpoint
     if compiled:
-        model.run_block = emas[0].run_block = torch.compile(Block.forward, fullgraph=True, dynamic=False)
+        block = Block.forward_detached if detach else Block.forward
+        model.run_block = emas[0].run_block = torch.compile(block, fullgraph=True, dynamic=False)
     objective = FlowMatching(model) if flow else TVM(model, emas[0], guidance=dict(w=2.0), detach_jvp=detach)
     if ranks > 1:
-        objective = DistributedDataParallel(objective, device_ids=[torch.cuda.current_device()])
+        objective = DistributedDataParallel(objective, device_ids=[torch.cuda.current_device()], gradient_as_bucket_view=True)
     pairs = [(p, [dict(net.named_parameters())[name] for net in emas]) for name, p in model.named_parameters() if p.requires_grad]
     parameters = [p for p, _ in pairs]
     optimizer = torch.optim.AdamW(parameters, 1e-4, (0.9, 0.95), fused=True)

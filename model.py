@@ -286,6 +286,11 @@ class Block(Modulated):
         x = x + gate2 * self.mlp(modulate(self.norm(x), shift2, scale2))
         return x                                                                      # (B, T, D)
 
+    def forward_detached(self, x, c):
+        """forward, its tangent without a gradient: what a compiled block must know, or it does the work for nothing."""
+        x = self.forward(x, c)
+        return Dual(x.value, x.tangent.detach()) if isinstance(x, Dual) else x
+
 
 class Final(Modulated):
     def __init__(self, config):
@@ -311,7 +316,9 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = Final(config)
         self.run_block = Block.forward    # the trainer puts torch.compile(Block.forward) here, one function for all blocks
-        self.checkpoint_blocks = 0        # so many blocks keep only their input for the backward, and run again there
+        # In a pass with a derivative so many blocks keep only their input for the backward, and run again there. (Passes
+        # without one keep a third as much, and give it up before the backward of the others begins.)
+        self.checkpoint_blocks = 0
         self.initialize()
 
     @torch.no_grad()
@@ -338,7 +345,7 @@ class DiT(nn.Module):
         c = silu(c)
         x = self.x_embedder(x) + self.pos_embed                                       # (B, T, D)
         for i, block in enumerate(self.blocks):
-            if i < self.checkpoint_blocks and torch.is_grad_enabled():
+            if i < self.checkpoint_blocks and isinstance(c, Dual) and torch.is_grad_enabled():
                 x = checkpoint(self.run_block, block, x, c, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = self.run_block(block, x, c)

@@ -1483,6 +1483,19 @@ def test_checkpointed_blocks():
     assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other))
 
 
+def test_detached_blocks():
+    """forward_detached changes nothing but what detach_jvp throws away."""
+    net, target = random_model(seed=0), random_model(seed=1)
+    x0, noise = randn(3, 2, 4, 4), randn(3, 2, 4, 4, seed=1)
+    y, w = torch.tensor([0, 1, 3]), torch.tensor([1.5, 2.0, 1.0], dtype=F64)
+    t, s, s_fm = (torch.tensor(a, dtype=F64) for a in ([0.9, 0.5, 0.7], [0.1, 0.2, 0.7], [0.3, 0.6, 0.8]))
+    gradients = []
+    for net.run_block in (m.Block.forward, m.Block.forward_detached):
+        terms = tvm_loss(net, target, x0, noise, y, w, t, s, s_fm, detach_jvp=True)
+        gradients.append(torch.autograd.grad((terms["terminal"] + terms["fm"]).sum(), [p for p in net.parameters() if p.requires_grad]))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
 def test_readme_snippets():
     """What README.md tells others to write runs, its derivative is the finite difference, its gradient reaches everything."""
     with open(os.path.join(HERE, "README.md")) as f:

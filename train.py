@@ -19,6 +19,7 @@ else the edited constant, and a flag beats both. Output, in out/NAME/:
 SIGTERM and SIGINT (Ctrl-C) end a run after its step and a save; a second one, seconds later, at once.
 """
 import ast
+import atexit
 import copy
 import dataclasses
 import difflib
@@ -64,7 +65,7 @@ depth = 4
 num_heads = 4
 patch_size = 2
 semi_lipschitz = True    # False: LayerNorm, no QK norm, plain modulation
-checkpoint_blocks = 0    # so many blocks keep only their input for the backward: less memory, one more forward pass
+checkpoint_blocks = 0    # so many blocks keep only their input for the backward: less memory, a fifth more time
 time_init = "spectral"   # of the time MLPs: "spectral" or "normal"
 scaled = True            # displacement (s-t) w F instead of (s-t) F
 # objective
@@ -281,7 +282,8 @@ target = copy.deepcopy(model).requires_grad_(False)      # theta*
 evaluated = copy.deepcopy(model).requires_grad_(False)   # theta**
 model.checkpoint_blocks = checkpoint_blocks
 if compiled:
-    model.run_block = target.run_block = torch.compile(Block.forward, fullgraph=True, dynamic=False)
+    block = Block.forward_detached if detach_jvp else Block.forward
+    model.run_block = target.run_block = torch.compile(block, fullgraph=True, dynamic=False)
 parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
 emas = {key: [dict(net.named_parameters())[p] for p in parameters] for key, net in (("target", target), ("eval", evaluated))}
 optimizer = torch.optim.AdamW(parameters.values(), lr, (beta1, beta2), eps, weight_decay, fused=device.type != "mps")
@@ -292,7 +294,7 @@ try:
 except ValueError as error:
     fail(error)
 if ranks > 1:
-    objective = DistributedDataParallel(objective, device_ids=[device] if device.type == "cuda" else None)
+    objective = DistributedDataParallel(objective, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
 # ---- saving and resuming -------------------------------------------------------------------------
 def git_commit():
@@ -522,6 +524,7 @@ for step in progress:
     optimizer.zero_grad()
     if step == first_step:
         gc.collect(), gc.freeze()                        # what is alive now stays: the collector need not walk it again
+        atexit.register(gc.unfreeze)
 
     done = step + 1
     if done % log_every == 0 or done == steps:
