@@ -88,7 +88,6 @@ def tvm_loss(model, target, x0, noise, y, w, t, s, s_fm, detach_jvp=False):
     F, dF = map(at_least_float32, model.jvp(x_t, t, s, y, w, ds=torch.ones_like(s)))
     dF = dF.detach() if detach_jvp else dF
     df = column(k) * (F + column(s - t) * dF)                           # d/ds f
-    F_fm = at_least_float32(model(x_fm, s_fm, s_fm, y, w))
 
     with torch.no_grad():                                               # the target, at both points at once
         x_s = x_t + column((s - t) * k) * F
@@ -98,6 +97,7 @@ def tvm_loss(model, target, x0, noise, y, w, t, s, s_fm, detach_jvp=False):
         F_s, F_none = at_least_float32(F_target).chunk(2)
         u_s, u_fm = column(k) * F_s, column(w) * v + column(1 - w) * F_none
 
+    F_fm = at_least_float32(model(x_fm, s_fm, s_fm, y, w))              # last: what it keeps is not there before
     square = lambda x: x.square().mean((1, 2, 3)) / w.square()
     return {"terminal": square(df - u_s) * (t != s), "fm": square(column(k) * F_fm - u_fm)}
 

@@ -739,7 +739,7 @@ def run_script(script, *arguments):
     finally:
         sys.argv = argv
         if os.path.exists("out"):
-            gc.collect()                                                      # the script's globals, its lock among them
+            gc.unfreeze(), gc.collect()                                       # the script's globals, its lock among them
 
 
 def test_digits(folder):
