@@ -1256,7 +1256,7 @@ def test_slow_and_broken_data(folder, monkeypatch):
     with pytest.raises(OSError, match="the disk is gone"):
         run_script("train.py", *SMALL)
     waits = [line["data_wait"] for line in log_lines("digits") if "loss" in line]
-    assert len(waits) == 5 and all(0.3 < wait < 1 for wait in waits[1:])
+    assert len(waits) == 5 and all(0.3 < wait < 1 for wait in waits[3:])      # the first three are fetched during a slow first step
 
 
 def test_signals(start):
