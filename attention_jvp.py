@@ -177,24 +177,34 @@ if triton is not None:
         return x.to(tl.float32).to(tl.int32, bitcast=True)
 
     @triton.jit
-    def low_bits(x, dtype: tl.constexpr):
-        """The eight bits of float32 tiles that follow those which dtype keeps. Read as signed, they also tell whether
-        rounding to nearest went up (but for exact ties)."""
+    def low_byte(x, dtype: tl.constexpr):
+        """The eight bits of float32 x that follow those which dtype keeps, signed: what rounding to nearest took."""
         SHIFT: tl.constexpr = 8 if dtype == tl.bfloat16 else 5
+        tie_down = (bits(x) & ((512 << SHIFT) - 1)) == (128 << SHIFT)  # to even: 128, but for the 127 that fits
+        return tl.where(tie_down, 127, bits(x) >> SHIFT).to(tl.int8)
+
+    @triton.jit
+    def with_low_byte(x, lo):
+        """Float32 again, from rounded x."""
+        if x.dtype == tl.bfloat16:
+            return (bits(x) + (lo.to(tl.int32) << 8)).to(tl.float32, bitcast=True)
+        else:  # below 2^-14 float16 keeps other bits than those
+            y = (bits(x) + (lo.to(tl.int32) << 5)).to(tl.float32, bitcast=True)
+            return tl.where(tl.abs(x.to(tl.float32)) >= 2 ** -14, y, x.to(tl.float32))
+
+    @triton.jit
+    def low_bits(x, dtype: tl.constexpr):
         if len(x) == 1:
-            return ((bits(x[0]) >> SHIFT).to(tl.int8),)
+            return (low_byte(x[0], dtype),)
         else:
-            return ((bits(x[0]) >> SHIFT).to(tl.int8), (bits(x[1]) >> SHIFT).to(tl.int8))
+            return (low_byte(x[0], dtype), low_byte(x[1], dtype))
 
     @triton.jit
     def with_low_bits(x, lo):
-        """Float32 tiles again."""
-        SHIFT: tl.constexpr = 8 if x[0].dtype == tl.bfloat16 else 5
         if len(x) == 1:
-            return ((bits(x[0]) + (lo[0].to(tl.int32) << SHIFT)).to(tl.float32, bitcast=True),)
+            return (with_low_byte(x[0], lo[0]),)
         else:
-            return ((bits(x[0]) + (lo[0].to(tl.int32) << SHIFT)).to(tl.float32, bitcast=True),
-                    (bits(x[1]) + (lo[1].to(tl.int32) << SHIFT)).to(tl.float32, bitcast=True))
+            return (with_low_byte(x[0], lo[0]), with_low_byte(x[1], lo[1]))
 
     @triton.jit
     def rowsum(x, y):
@@ -668,7 +678,8 @@ def _plain(x):
     """Whether nothing but autograd watches these tensors: no compiler, transform, dispatch mode or subclass."""
     return (not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
             and torch._C._len_torch_dispatch_stack() == 0
-            and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in x))
+            and all(t is None or type(t) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_legacy_batchedtensor(t)
+                    for t in x))
 
 
 def _transforms():

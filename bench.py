@@ -1,13 +1,13 @@
 """
 Every speed, measured.
 
-    python bench.py attention [--quick]     # attention_jvp on one GPU, beside plain attention: speed, memory, error
+    python bench.py attention [--quick] [--plot=attention.png]    # attention_jvp beside plain attention: speed, memory, error
     python bench.py step [--size=XL/2] [--input_size=32] [--batch=32] [--modes=compiled,...]   # a whole training step
     torchrun --nproc_per_node=4 bench.py step --modes=compiled      # the same on several GPUs, --batch on each
     python bench.py sample [--size=XL/2] [--input_size=32] [--batch=64]
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python bench.py sanitize     # or racecheck
 
-Times are medians of triton.testing.do_bench in milliseconds (cold L2), bfloat16. "plain" is
+Attention and sampling: medians of triton.testing.do_bench (cold L2), bfloat16; a step: median by the wall clock. "plain" is
 F.scaled_dot_product_attention as torch dispatches it, without any derivative in forward mode; "maths" the same formulas
 in PyTorch operations. Useful products: 6 forward, 15 backward, each 2 B H S S D operations.
 """

@@ -175,6 +175,22 @@ def interpreted(function):
     assert p.returncode == 0, p.stderr[-3000:]
 
 
+def low_bits_keep_small_values():
+    """Float16 gradients where float16 keeps little or nothing of tO, whose low bits are then no continuation."""
+    for size in (1.0, 1e-4, 1e-8, 0.0):
+        x = [t.half() for t in six(1, 2, 33, 33, 16)]
+        x[3:] = [(t * size).half() for t in x[3:]]
+        d = [t.half() for t in six(1, 2, 33, 33, 16, seed=1)[:2]]
+        got = A._backward_now(*d, *x, *A._forward_now(*x, 0.25, True), 0.25, [True] * 4)
+        y = [t.double().requires_grad_() for t in x]
+        want = torch.autograd.grad(A.attention_jvp_reference(*y, scale=0.25), y, [t.double() for t in d])
+        assert max(rel(a, b) for a, b in zip(got, want)) < 1e-3, size
+
+
+def test_low_bits():
+    interpreted("low_bits_keep_small_values")
+
+
 def kernels_match_float64():
     assert A.INTERPRET and A._fused(torch.zeros(1, 1, 1, 8))
     for shape in [(2, 2, 37, 50, 64), (1, 2, 64, 64, 32), (1, 1, 33, 70, 72), (2, 1, 1, 1, 8), (1, 1, 5, 1, 16),

@@ -56,7 +56,7 @@ preset = ""              # a group of PRESETS below, or none
 name = ""                # out/NAME; default: the preset's or the dataset's name
 dataset = "digits"       # data/NAME, made by prepare.py (digits and shapes are made here when missing)
 device = ""              # "cpu", "cuda", "mps"; default: a GPU where there is one
-compile = True           # torch.compile on a CUDA device: a minute once, then a faster step
+compile = True           # torch.compile on a CUDA device: up to a minute once, then a faster step
 seed = 0                 # of weights, data order, noise and times
 init_from = ""           # a checkpoint to take the weights from, before step 0
 # network (its input size, channels and classes are the data's)
@@ -556,7 +556,7 @@ if ranks > 1:
     dist.destroy_process_group()                         # nobody waits while rank 0 scores
 if not whole:
     fail(f"the save of step {done} failed; {last_good()}")
-if stop:                                                 # not 0: training is not complete, as a scheduler or && must know
+if stop or signals:                                      # not 0: training or its scores are not complete, as a scheduler or && must know
     if rank == 0:
         print(f"train.py: stopped after step {done}, which is saved; the same command goes on from there", file=sys.stderr)
     sys.exit(128 + (signals[0][0] if signals else signal.SIGTERM))
