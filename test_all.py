@@ -1486,29 +1486,25 @@ def step_gradients(device, dtype, half=False):
     return {name: p.grad.double().cpu() for name, p in net.named_parameters() if p.requires_grad}
 
 
+def loss_gradients(net, **options):
+    x0, noise, t, s_, y, w = random_inputs(6)
+    terms = tvm_loss(net, random_model(seed=1), x0, noise, y, w, t, s_, s_.flip(0), **options)
+    return torch.autograd.grad(sum(term.sum() for term in terms.values()), [p for p in net.parameters() if p.requires_grad])
+
+
 def test_checkpointed_blocks():
     """The gradient of the whole loss does not change by a bit, whether blocks keep their insides or run again."""
-    net, target = random_model(seed=0), random_model(seed=1)
-    x0, noise = randn(3, 2, 4, 4), randn(3, 2, 4, 4, seed=1)
-    y, w = torch.tensor([0, 1, 3]), torch.tensor([1.5, 2.0, 1.0], dtype=F64)
-    t, s, s_fm = (torch.tensor(a, dtype=F64) for a in ([0.9, 0.5, 0.7], [0.1, 0.2, 0.7], [0.3, 0.6, 0.8]))
-    gradients = []
+    net, gradients = random_model(), []
     for net.checkpoint_blocks in (0, 1, 2):
-        terms = tvm_loss(net, target, x0, noise, y, w, t, s, s_fm)
-        gradients.append(torch.autograd.grad((terms["terminal"] + terms["fm"]).sum(), [p for p in net.parameters() if p.requires_grad]))
+        gradients.append(loss_gradients(net))
     assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other))
 
 
 def test_detached_blocks():
     """forward_detached changes nothing but what detach_jvp throws away."""
-    net, target = random_model(seed=0), random_model(seed=1)
-    x0, noise = randn(3, 2, 4, 4), randn(3, 2, 4, 4, seed=1)
-    y, w = torch.tensor([0, 1, 3]), torch.tensor([1.5, 2.0, 1.0], dtype=F64)
-    t, s, s_fm = (torch.tensor(a, dtype=F64) for a in ([0.9, 0.5, 0.7], [0.1, 0.2, 0.7], [0.3, 0.6, 0.8]))
-    gradients = []
+    net, gradients = random_model(), []
     for net.run_block in (m.Block.forward, m.Block.forward_detached):
-        terms = tvm_loss(net, target, x0, noise, y, w, t, s, s_fm, detach_jvp=True)
-        gradients.append(torch.autograd.grad((terms["terminal"] + terms["fm"]).sum(), [p for p in net.parameters() if p.requires_grad]))
+        gradients.append(loss_gradients(net, detach_jvp=True))
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
