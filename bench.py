@@ -178,32 +178,32 @@ class FlowMatching(torch.nn.Module):
         return {"loss": (u - (noise - x0)).square().mean()}
 
 
-def stepper(size, input_size, batch, compiled=True, checkpoint=False, detach=False, flow=False):
+def stepper(config, batch, compiled=True, checkpoint=False, detach=False, flow=False, objective="tvm", device="cuda"):
     """A function that makes one step, as train.py does: bfloat16 autocast, AdamW, two EMAs, the check for finite numbers."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if ranks > 1 else 0
-    with torch.device("cuda"):
-        model = DiT(DiTConfig.named(size, input_size=input_size, in_channels=4, num_classes=1000))
+    with torch.device(device):
+        model = DiT(config)
     emas = [copy.deepcopy(model).requires_grad_(False) for _ in range(2)]
     model.checkpoint_blocks = len(model.blocks) * checkpoint
     if compiled:
-        block = Block.forward_detached if detach else Block.forward
+        block = Block.forward_detached if detach or objective == "meanflow" else Block.forward
         model.run_block = emas[0].run_block = torch.compile(block, fullgraph=True, dynamic=False)
-    objective = FlowMatching(model) if flow else TVM(model, emas[0], guidance=dict(w=2.0), detach_jvp=detach)
+    loss_module = FlowMatching(model) if flow else TVM(model, emas[0], guidance=dict(w=2.0), detach_jvp=detach, objective=objective)
     if ranks > 1:
-        objective = DistributedDataParallel(objective, device_ids=[torch.cuda.current_device()], gradient_as_bucket_view=True)
+        loss_module = DistributedDataParallel(loss_module, device_ids=[torch.cuda.current_device()], gradient_as_bucket_view=True)
     pairs = [(p, [dict(net.named_parameters())[name] for net in emas]) for name, p in model.named_parameters() if p.requires_grad]
     parameters = [p for p, _ in pairs]
     optimizer = torch.optim.AdamW(parameters, 1e-4, (0.9, 0.95), fused=True)
-    images = torch.randn(64, batch, 4, input_size, input_size).pin_memory()
-    labels = torch.randint(1000, (64, batch)).pin_memory()
+    data = torch.randn(64, batch, config.in_channels, *[config.input_size] * 2), torch.randint(config.num_classes, (64, batch))
+    images, labels = (a.pin_memory() if device == "cuda" else a for a in data)
 
     def step(n):
-        x0, y = (a[n % 64].to("cuda", non_blocking=True) for a in (images, labels))
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = objective(x0, y, n, rank * batch, ranks * batch)["loss"]
+        x0, y = (a[n % 64].to(device, non_blocking=True) for a in (images, labels))
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = loss_module(x0, y, n, rank * batch, ranks * batch)["loss"]
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf"))
         if torch.stack([norm, loss.detach()]).isfinite().all().item():
@@ -219,7 +219,8 @@ def step_row(mode, size, input_size, batch, steps=20):
     gc.unfreeze(), gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    step, start = stepper(size, input_size, batch, **MODES[mode]), time.perf_counter()
+    config = DiTConfig.named(size, input_size=input_size, in_channels=4, num_classes=1000)
+    step, start = stepper(config, batch, **MODES[mode]), time.perf_counter()
     for n in range(5):
         step(n)
     torch.cuda.synchronize()
