@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import attention_jvp as A
-from loss import TVM
+from loss import TVM, Graph
 from model import Block, DiT, DiTConfig
 from sample import sample
 
@@ -172,7 +172,12 @@ class FlowMatching(torch.nn.Module):
         self.model = model
 
     def forward(self, x0, y, seed, first=0, total=None):
-        noise, t = torch.randn_like(x0), torch.rand(len(x0), device=x0.device)
+        return self.loss(x0, y, *self.draw(x0, seed))
+
+    def draw(self, x0, seed):
+        return torch.randn_like(x0), torch.rand(len(x0), device=x0.device)
+
+    def loss(self, x0, y, noise, t):
         at = t.view(-1, 1, 1, 1)
         u = self.model(x0 + at * (noise - x0), t, t, y, torch.ones_like(t))
         return {"loss": (u - (noise - x0)).square().mean()}
@@ -200,17 +205,29 @@ def stepper(config, batch, compiled=True, checkpoint=False, detach=False, flow=F
     data = torch.randn(64, batch, config.in_channels, *[config.input_size] * 2), torch.randint(config.num_classes, (64, batch))
     images, labels = (a.pin_memory() if device == "cuda" else a for a in data)
 
-    def step(n):
-        x0, y = (a[n % 64].to(device, non_blocking=True) for a in (images, labels))
+    def gradients(*inputs):
+        optimizer.zero_grad()
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = loss_module(x0, y, n, rank * batch, ranks * batch)["loss"]
+            loss = (loss_module.loss if graphed else loss_module)(*inputs)["loss"]
         loss.backward()
+        return loss
+
+    graphed, graph = compiled and device == "cuda" and ranks == 1, None
+
+    def step(n):
+        nonlocal graph
+        x0, y = (a[n % 64].to(device, non_blocking=True) for a in (images, labels))
+        if graphed:
+            inputs = x0, y, *loss_module.draw(x0, n)
+            graph = graph or Graph(gradients, *inputs)
+            loss = graph(*inputs)
+        else:
+            loss = gradients(x0, y, n, rank * batch, ranks * batch)
         norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf"))
         if torch.stack([norm, loss.detach()]).isfinite().all().item():
             optimizer.step()
             for i, rate in enumerate((0.99, 0.9999)):
                 torch._foreach_lerp_([ema[i] for _, ema in pairs], parameters, 1 - rate)
-        optimizer.zero_grad()
     return step
 
 

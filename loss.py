@@ -163,6 +163,10 @@ class TVM(nn.Module):
     def forward(self, x0, y, seed, first=0, total=None):
         """x0 (B, C, H, W), y (B,): rows first to first + B of a global batch of `total` (default B).
         Returns {"loss": what is to be minimized, "terminal", "fm", "t", "s_fm": (B,), detached}."""
+        return self.loss(x0, y, *self.draw(x0, seed, first, total))
+
+    def draw(self, x0, seed, first=0, total=None):
+        """All that is random of these rows: noise like x0, and t, s, s_fm, w, drop (B,)."""
         B, total = len(x0), len(x0) if total is None else total
         source = x0.device if x0.device.type == "cuda" else torch.device("cpu")      # Apple's GPUs lack some of these
         g = torch.Generator(source).manual_seed(seed)
@@ -171,7 +175,10 @@ class TVM(nn.Module):
         noise = rows(torch.randn(total, *x0.shape[1:], **options))
         t, s, s_fm = map(rows, sample_times(total, **self.times, **options))
         w = rows(sample_guidance(total, **self.guidance, **options))
-        drop = rows(torch.rand(total, **options)) < self.label_dropout
+        return noise, t, s, s_fm, w, rows(torch.rand(total, **options)) < self.label_dropout
+
+    def loss(self, x0, y, noise, t, s, s_fm, w, drop):
+        """What forward returns, a function of its arguments alone."""
         y, w_drop = y.masked_fill(drop, self.model.config.num_classes), w.masked_fill(drop, 1.0)
 
         if self.objective == "meanflow":                                # logged by where t = s, which is fm, and where not
@@ -183,3 +190,25 @@ class TVM(nn.Module):
             terms = flow_matching_loss(*both, s_fm) if self.objective == "flow_matching" else tvm_loss(*both, t, s, s_fm, self.detach_jvp)
             loss = (terms["terminal"] + terms["fm"]).mean()
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}, "t": t, "s_fm": s_fm}
+
+
+class Graph:
+    """A function of CUDA tensors as one CUDA graph, without the host's time between its kernels, which is most of a small
+    network's step. Its inputs and outputs, gradients of parameters among them, stay where they are: calls overwrite them."""
+
+    def __init__(self, function, *inputs):
+        self.inputs, stream = [a.clone() for a in inputs], torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):                                          # what is compiled and allocated once
+                function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.empty_cache()                                        # the graph has memory of its own
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = function(*self.inputs)
+
+    def __call__(self, *inputs):
+        torch._foreach_copy_(self.inputs, inputs)
+        self.graph.replay()
+        return self.outputs

@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import fid
 from checkpoint import CheckpointError, hold, load_newest, load_tensors, save_state, save_tensors, states
-from loss import TVM
+from loss import TVM, Graph
 from model import SIZES, Block, DiT, DiTConfig
 from prepare import HERE, DataError, load_dataset
 from sample import draw, find_device, grid, sample, to_images
@@ -482,6 +482,16 @@ def on_signal(number, frame):
     signals.append((number, time.monotonic()))
 
 
+def gradients(*inputs):
+    """A whole batch forward and backward: the terms, and gradients in place of those that were."""
+    optimizer.zero_grad()
+    with autocast():
+        terms = loss_module.loss(*inputs)
+    terms["loss"].backward()
+    return terms
+
+
+graphed, graph = compiled and device.type == "cuda" and ranks == 1 and micro_batch == local_batch, None
 handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
 pool = ThreadPoolExecutor(1)
 batches = deque(pool.submit(fetch, step) for step in range(first_step, min(first_step + 3, steps)))
@@ -496,11 +506,17 @@ for step in progress:
     step_sums.zero_()
     for first in range(0, local_batch, micro_batch):
         x0, y = (a[first:first + micro_batch].to(device, non_blocking=True) for a in (images, labels))
-        last = first + micro_batch == local_batch
-        with loss_module.no_sync() if ranks > 1 and not last else nullcontext():
-            with autocast():
-                terms = loss_module((x0 - mean) / std, y, noise_seed, rank * local_batch + first, batch_size)
-            (terms["loss"] * (micro_batch / local_batch)).backward()
+        x0, place = (x0 - mean) / std, (noise_seed, rank * local_batch + first, batch_size)
+        if graphed:
+            inputs = x0, y, *loss_module.draw(x0, *place)
+            graph = graph or Graph(gradients, *inputs)
+            terms = graph(*inputs)
+        else:
+            last = first + micro_batch == local_batch
+            with loss_module.no_sync() if ranks > 1 and not last else nullcontext():
+                with autocast():
+                    terms = loss_module(x0, y, *place)
+                (terms["loss"] * (micro_batch / local_batch)).backward()
         for i, (term, at) in enumerate((("terminal", "t"), ("fm", "s_fm"))):
             quarter = (terms[at] * 4).long().clamp(max=3)
             step_sums[i].index_add_(0, quarter, torch.stack([terms[term], torch.ones_like(terms[term])], dim=1))
@@ -523,7 +539,8 @@ for step in progress:
         skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
         if skipped_in_a_row == 10:
             fail(f"the loss or its gradient was not finite in 10 steps in a row, the last of them {step}; {last_good()}")
-    optimizer.zero_grad()
+    if not graphed:
+        optimizer.zero_grad()
     if step == first_step:
         gc.collect(), gc.freeze()                        # what is alive now stays: the collector need not walk it again
         atexit.register(gc.unfreeze)
