@@ -171,13 +171,10 @@ class FlowMatching(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x0, y, seed, first=0, total=None):
-        return self.loss(x0, y, *self.draw(x0, seed))
-
-    def draw(self, x0, seed):
+    def draw(self, x0, seed, first=0, total=None):
         return torch.randn_like(x0), torch.rand(len(x0), device=x0.device)
 
-    def loss(self, x0, y, noise, t):
+    def forward(self, x0, y, noise, t):
         at = t.view(-1, 1, 1, 1)
         u = self.model(x0 + at * (noise - x0), t, t, y, torch.ones_like(t))
         return {"loss": (u - (noise - x0)).square().mean()}
@@ -197,6 +194,7 @@ def stepper(config, batch, compiled=True, checkpoint=False, detach=False, flow=F
         block = Block.forward_detached if detach or objective == "meanflow" else Block.forward
         model.run_block = emas[0].run_block = torch.compile(block, fullgraph=True, dynamic=False)
     loss_module = FlowMatching(model) if flow else TVM(model, emas[0], guidance=dict(w=2.0), detach_jvp=detach, objective=objective)
+    draw, graphed, graph = loss_module.draw, compiled and device == "cuda", None
     if ranks > 1:
         loss_module = DistributedDataParallel(loss_module, device_ids=[torch.cuda.current_device()], gradient_as_bucket_view=True)
     pairs = [(p, [dict(net.named_parameters())[name] for net in emas]) for name, p in model.named_parameters() if p.requires_grad]
@@ -208,21 +206,17 @@ def stepper(config, batch, compiled=True, checkpoint=False, detach=False, flow=F
     def gradients(*inputs):
         optimizer.zero_grad()
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = (loss_module.loss if graphed else loss_module)(*inputs)["loss"]
+            loss = loss_module(*inputs)["loss"]
         loss.backward()
         return loss
-
-    graphed, graph = compiled and device == "cuda" and ranks == 1, None
 
     def step(n):
         nonlocal graph
         x0, y = (a[n % 64].to(device, non_blocking=True) for a in (images, labels))
+        inputs = x0, y, *draw(x0, n, rank * batch, ranks * batch)
         if graphed:
-            inputs = x0, y, *loss_module.draw(x0, n)
-            graph = graph or Graph(gradients, *inputs)
-            loss = graph(*inputs)
-        else:
-            loss = gradients(x0, y, n, rank * batch, ranks * batch)
+            graph = graph or Graph(gradients, inputs, 3 if ranks == 1 else 11)
+        loss = (graph or gradients)(*inputs)
         norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf"))
         if torch.stack([norm, loss.detach()]).isfinite().all().item():
             optimizer.step()
@@ -232,7 +226,7 @@ def stepper(config, batch, compiled=True, checkpoint=False, detach=False, flow=F
 
 
 def step_row(mode, size, input_size, batch, steps=20):
-    """Median milliseconds of a step, peak bytes, seconds of compiling, and GPU milliseconds by kind of kernel."""
+    """Median milliseconds of a step, peak bytes (all that PyTorch took from the device), seconds of compiling, and GPU milliseconds by kind of kernel."""
     gc.unfreeze(), gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -258,7 +252,7 @@ def step_row(mode, size, input_size, batch, steps=20):
         kinds[kind] += event.device_time_total / 1e3
         if kind == "other":
             others[event.key] = event.device_time_total / 1e3, event.count
-    return dict(ms=sorted(times)[steps // 2], peak=torch.cuda.max_memory_allocated(), warm=warm, kinds=kinds, others=others)
+    return dict(ms=sorted(times)[steps // 2], peak=torch.cuda.max_memory_reserved(), warm=warm, kinds=kinds, others=others)
 
 
 def product_rate(n=8192):

@@ -144,9 +144,9 @@ def meanflow_loss(model, x0, noise, y, w, t, s, kappa=0.5, c=1e-3, p=1.0):
 
 
 class TVM(nn.Module):
-    """The whole training loss as one module, which is what DistributedDataParallel wraps: its forward
-    draws noise, times, guidance and label dropout for the global batch and keeps the rows it is given,
-    so that the numbers depend on the seed and a sample's place in the batch, not on the ranks."""
+    """The whole training loss as one module, which is what DistributedDataParallel wraps: loss(x0, y, *loss.draw(x0, seed)).
+    All that is random is drawn for the global batch, of which a caller keeps its rows, so that the numbers depend on the
+    seed and a sample's place in the batch, not on the ranks."""
 
     def __init__(self, model, target, times={}, guidance={}, label_dropout=0.1, detach_jvp=False, objective="tvm", kappa=0.5):
         """times and guidance: keyword arguments of sample_times and sample_guidance. objective: "tvm", "meanflow" (with
@@ -160,13 +160,9 @@ class TVM(nn.Module):
         self.model, self.target, self.times, self.guidance = model, target, times, guidance
         self.label_dropout, self.detach_jvp, self.objective, self.kappa = label_dropout, detach_jvp, objective, kappa
 
-    def forward(self, x0, y, seed, first=0, total=None):
-        """x0 (B, C, H, W), y (B,): rows first to first + B of a global batch of `total` (default B).
-        Returns {"loss": what is to be minimized, "terminal", "fm", "t", "s_fm": (B,), detached}."""
-        return self.loss(x0, y, *self.draw(x0, seed, first, total))
-
     def draw(self, x0, seed, first=0, total=None):
-        """All that is random of these rows: noise like x0, and t, s, s_fm, w, drop (B,)."""
+        """Noise like x0 (B, C, H, W), and t, s, s_fm, w (B,) and drop (B,) bool, for rows first to first + B of a global
+        batch of `total` (default B)."""
         B, total = len(x0), len(x0) if total is None else total
         source = x0.device if x0.device.type == "cuda" else torch.device("cpu")      # Apple's GPUs lack some of these
         g = torch.Generator(source).manual_seed(seed)
@@ -177,8 +173,9 @@ class TVM(nn.Module):
         w = rows(sample_guidance(total, **self.guidance, **options))
         return noise, t, s, s_fm, w, rows(torch.rand(total, **options)) < self.label_dropout
 
-    def loss(self, x0, y, noise, t, s, s_fm, w, drop):
-        """What forward returns, a function of its arguments alone."""
+    def forward(self, x0, y, noise, t, s, s_fm, w, drop):
+        """x0 (B, C, H, W), y (B,) and what was drawn -> {"loss": what is to be minimized, "terminal", "fm", "t", "s_fm":
+        (B,), detached}."""
         y, w_drop = y.masked_fill(drop, self.model.config.num_classes), w.masked_fill(drop, 1.0)
 
         if self.objective == "meanflow":                                # logged by where t = s, which is fm, and where not
@@ -196,16 +193,17 @@ class Graph:
     """A function of CUDA tensors as one CUDA graph, without the host's time between its kernels, which is most of a small
     network's step. Its inputs and outputs, gradients of parameters among them, stay where they are: calls overwrite them."""
 
-    def __init__(self, function, *inputs):
+    def __init__(self, function, inputs, warm_up=3):
+        """Takes warm_up calls to compile and allocate what is compiled and allocated once (DistributedDataParallel: 11)."""
         self.inputs, stream = [a.clone() for a in inputs], torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):                                          # what is compiled and allocated once
+            for _ in range(warm_up):
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.empty_cache()                                        # the graph has memory of its own
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):       # others may pin memory meanwhile
             self.outputs = function(*self.inputs)
 
     def __call__(self, *inputs):

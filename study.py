@@ -1,7 +1,7 @@
 """
 TVM beside MeanFlow and flow matching: one network, one trainer, one data set, equal training time.
 
-    python study.py [--seconds=45] [--workers=9] [--images=5000]     # one GPU; the same command again goes on
+    python study.py [--seconds=45] [--workers=9] [--images=5000]     # one GPU or several; the same command again goes on
     python study.py --report [--log=FILE]                            # tables and figure from the log alone
     python study.py --tiny                                           # all of it in a minute on a CPU; its numbers mean nothing
 
@@ -20,6 +20,7 @@ Two-sample accuracy is that of fid.py, given also for samples and fresh images a
 nearest neighbours, make it 1 for the ones and 0 for the others.
 """
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -53,7 +54,7 @@ RATES, SEEDS, NFES = (5e-4, 1e-3, 2e-3), (0, 1, 2), (1, 2, 4, 50)
 ABLATIONS = {
     "unscaled": dict(scaled=False),
     **{f"ema_target {rate:g}": dict(ema_target=rate) for rate in (0.0, 0.9, 0.999)},
-    "gap": dict(times="gap"), "trunc": dict(times="trunc", mu=1.0), "clamp": dict(times="clamp", mu=1.0),
+    "wider gaps": dict(mu=0.5), "gap": dict(times="gap"), "trunc": dict(times="trunc", mu=1.0), "clamp": dict(times="clamp", mu=1.0),
     "detach_jvp": dict(detach_jvp=True), "no Lipschitz control": dict(semi_lipschitz=False),
 }
 SCORES = {"features": "Fréchet, features", "pixels": "Fréchet, pixels", "label": "label accuracy", "two_sample": "two-sample accuracy",
@@ -235,6 +236,7 @@ def study():
         write(dict(first, real=judge.real))
     done, active, failed = read(options["log"])[1], {}, {}
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "4", **({"OMP_NUM_THREADS": "1"} if device.type == "cuda" else {})}
+    turns, gpus = itertools.count(), torch.cuda.device_count()
     total = len(plan({})) + (len(SEEDS) - 1) * len(METHODS)
     with ThreadPoolExecutor(2) as scorer, tqdm(total=total, initial=len(done), desc="runs", unit="run") as bar:
         try:
@@ -267,7 +269,8 @@ def study():
                     if run not in done | active | failed and training < options["workers"]:
                         steps, words = command(run, constants, first["step_ms"])
                         with open(os.path.join(FOLDER, folder_of(run) + ".txt"), "w") as f:
-                            active[run] = subprocess.Popen(words, stdout=f, stderr=f, env=environment), steps
+                            devices = {"CUDA_VISIBLE_DEVICES": str(next(turns) % gpus)} if gpus else {}
+                            active[run] = subprocess.Popen(words, stdout=f, stderr=f, env=environment | devices), steps
                 if not active:
                     break
                 time.sleep(0.1)

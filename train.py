@@ -295,6 +295,7 @@ try:
     loss_module = TVM(model, target, times_config, guidance_config, label_dropout, detach_jvp, objective, kappa)
 except ValueError as error:
     fail(error)
+draw_batch = loss_module.draw
 if ranks > 1:
     loss_module = DistributedDataParallel(loss_module, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
@@ -483,15 +484,16 @@ def on_signal(number, frame):
 
 
 def gradients(*inputs):
-    """A whole batch forward and backward: the terms, and gradients in place of those that were."""
-    optimizer.zero_grad()
+    """A micro-batch forward and backward: its terms."""
+    if graphed:
+        optimizer.zero_grad()
     with autocast():
-        terms = loss_module.loss(*inputs)
-    terms["loss"].backward()
+        terms = loss_module(*inputs)
+    (terms["loss"] * (micro_batch / local_batch)).backward()
     return terms
 
 
-graphed, graph = compiled and device.type == "cuda" and ranks == 1 and micro_batch == local_batch, None
+graphed, graph = compiled and device.type == "cuda" and micro_batch == local_batch, None
 handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
 pool = ThreadPoolExecutor(1)
 batches = deque(pool.submit(fetch, step) for step in range(first_step, min(first_step + 3, steps)))
@@ -506,17 +508,13 @@ for step in progress:
     step_sums.zero_()
     for first in range(0, local_batch, micro_batch):
         x0, y = (a[first:first + micro_batch].to(device, non_blocking=True) for a in (images, labels))
-        x0, place = (x0 - mean) / std, (noise_seed, rank * local_batch + first, batch_size)
+        x0 = (x0 - mean) / std
+        inputs = x0, y, *draw_batch(x0, noise_seed, rank * local_batch + first, batch_size)
         if graphed:
-            inputs = x0, y, *loss_module.draw(x0, *place)
-            graph = graph or Graph(gradients, *inputs)
-            terms = graph(*inputs)
-        else:
-            last = first + micro_batch == local_batch
-            with loss_module.no_sync() if ranks > 1 and not last else nullcontext():
-                with autocast():
-                    terms = loss_module(x0, y, *place)
-                (terms["loss"] * (micro_batch / local_batch)).backward()
+            graph = graph or Graph(gradients, inputs, 3 if ranks == 1 else 11)
+        last = first + micro_batch == local_batch
+        with loss_module.no_sync() if ranks > 1 and not last else nullcontext():
+            terms = (graph or gradients)(*inputs)
         for i, (term, at) in enumerate((("terminal", "t"), ("fm", "s_fm"))):
             quarter = (terms[at] * 4).long().clamp(max=3)
             step_sums[i].index_add_(0, quarter, torch.stack([terms[term], torch.ones_like(terms[term])], dim=1))
