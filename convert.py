@@ -31,13 +31,13 @@ MODULES = ("torch.nn.", "torch._dynamo.", "torch._inductor.", "timm.", "dnnlib."
 NAMES = {"torch": {"device", "Size", "_TorchCompileInductorWrapper", "float16", "bfloat16", "float32", "float64", "int64", "bool"},
          "builtins": {"dict", "list", "tuple", "set", "frozenset", "int", "float", "bool", "str", "object"}, "copyreg": {"_reconstructor"},
          "collections": {"OrderedDict", "defaultdict"}, "typing": {"Any"}, "contextlib": {"nullcontext"}}
-LATENTS = {  # of stabilityai/sd-vae-ft-ema, by their height: what the published models subtract, and divide by
-    32: dict(name="im256", mean=[0.86488, -0.27787343, 0.21616915, 0.3738409], std=[4.85503674, 5.31922414, 3.93725398, 3.9870003]),
-    64: dict(name="im512", mean=[1.56, -0.695, 0.483, 0.729], std=[5.27, 5.91, 4.21, 4.31])}
+VAE = "stabilityai/sd-vae-ft-ema"    # and, by the height of its latents, what the published models subtract and divide by:
+LATENTS = {32: dict(name="im256", mean=[0.86488, -0.27787343, 0.21616915, 0.3738409], std=[4.85503674, 5.31922414, 3.93725398, 3.9870003]),
+           64: dict(name="im512", mean=[1.56, -0.695, 0.483, 0.729], std=[5.27, 5.91, 4.21, 4.31])}
 
 
 class Stub(dict):
-    """What an object of the file becomes: it has items, the arguments it was made with, a state or a tensor, and does nothing."""
+    """What an object of the file becomes. It has items, arguments, a state, perhaps a tensor, and does nothing."""
     state, tensor = {}, None
 
     def __new__(cls, *args, **kwargs):
@@ -64,11 +64,10 @@ def holding(**what):
 class Reader(pickle.Unpickler):
     def find_class(self, module, name):
         known = {"torch.storage._load_from_bytes": self.storage, "builtins.getattr": self.attribute,
-                 "torch._utils._rebuild_parameter": (first := lambda data, *rest: data), "torch._utils._rebuild_parameter_with_state": first,
+                 "torch._utils._rebuild_parameter": (first := lambda data, *_: data), "torch._utils._rebuild_parameter_with_state": first,
                  # as_strided keeps within the storage, or raises
-                 "torch._utils._rebuild_tensor_v2": lambda storage, at, size, stride, *rest: holding(tensor=storage.tensor.as_strided(size, stride, at)),
-                 # the source that lies beside the state goes no further
-                 "torch_utils.persistence._reconstruct_persistent_obj": lambda meta: holding(state=meta["state"])}
+                 "torch._utils._rebuild_tensor_v2": lambda flat, at, size, stride, *_: holding(tensor=flat.tensor.as_strided(size, stride, at)),
+                 "torch_utils.persistence._reconstruct_persistent_obj": lambda meta: holding(state=meta["state"])}   # not its source
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)      # as old protocols have them
         if f"{module}.{name}" in known:
             return known[f"{module}.{name}"]
@@ -158,13 +157,14 @@ def main():
         raise CheckpointError(f"{args.snapshot} does not hold a TVMWrapper with its DiT under ema or net: {error}") from None
     config, side = model.config, model.config.input_size
     if config.in_channels != 4 or side not in LATENTS:
-        raise CheckpointError(f"{args.snapshot} is of {config.in_channels}x{side}x{side} data, for which nobody published a mean and std")
+        raise CheckpointError(f"{args.snapshot} is of {config.in_channels}x{side}x{side} data, whose mean and std are not published")
     counts = load_dataset(args.labels)[0]["class_counts"] if args.labels else [1] * config.num_classes
     if len(counts) != config.num_classes:
         raise CheckpointError(f"{args.labels} has {len(counts)} classes, and {args.snapshot} {config.num_classes}")
-    header = dict(LATENTS[side], kind="latents", vae="stabilityai/sd-vae-ft-ema", shape=[4, side, side], num_classes=len(counts), class_counts=counts)
-    save_tensors(args.checkpoint, model.state_dict(), dict(config=dataclasses.asdict(config), data=header, source=os.path.basename(args.snapshot),
-                                                           guidance=dict(sampler="constant", w=args.w, w_min=args.w, w_max=args.w)))
+    header = dict(LATENTS[side], kind="latents", vae=VAE, shape=[4, side, side], num_classes=len(counts), class_counts=counts)
+    guidance = dict(sampler="constant", w=args.w, w_min=args.w, w_max=args.w)
+    about = dict(config=dataclasses.asdict(config), guidance=guidance, data=header, source=os.path.basename(args.snapshot))
+    save_tensors(args.checkpoint, model.state_dict(), about)
     print(f"{args.checkpoint}: {config}, guidance {args.w:g}, classes drawn {'as in ' + args.labels if args.labels else 'all alike'}")
 
 
