@@ -124,14 +124,17 @@ if triton is not None:
         return tl.split(tl.permute(tl.reshape(x, (2, x.shape[0] // 2, x.shape[1])), (1, 2, 0)))
 
     @triton.jit
-    def store(X, x, b, h, row, S, st, W: tl.constexpr, R: tl.constexpr):
+    def store(X, x, b, h, row, S, st, W: tl.constexpr, R: tl.constexpr, EVEN: tl.constexpr):
         U: tl.constexpr = W[0]
         D: tl.constexpr = W[1]
         X += (tl.cast(b, tl.int64) * st[0] + tl.cast(h, tl.int64) * st[1] + tl.cast(row, tl.int64) * st[2]) * U
         r = tl.arange(0, R)[:, None]
         for i in tl.static_range(len(x)):
             c = i * x[0].shape[1] + tl.arange(0, x[i].shape[1])[None, :]
-            tl.store(X + r * (st[2] * U) + c, x[i].to(X.dtype.element_ty), mask=(row + r < S) & (c < D))
+            if EVEN and (i + 1) * x[0].shape[1] <= D:
+                tl.store(X + r * (st[2] * U) + c, x[i].to(X.dtype.element_ty))
+            else:
+                tl.store(X + r * (st[2] * U) + c, x[i].to(X.dtype.element_ty), mask=(row + r < S) & (c < D))
 
     @triton.jit
     def zeros(R: tl.constexpr, W: tl.constexpr):
@@ -176,35 +179,36 @@ if triton is not None:
     def bits(x):
         return x.to(tl.float32).to(tl.int32, bitcast=True)
 
-    @triton.jit
-    def low_byte(x, dtype: tl.constexpr):
-        """The eight bits of float32 x that follow those which dtype keeps, signed: what rounding to nearest took."""
-        SHIFT: tl.constexpr = 8 if dtype == tl.bfloat16 else 5
-        tie_down = (bits(x) & ((512 << SHIFT) - 1)) == (128 << SHIFT)  # to even: 128, but for the 127 that fits
-        return tl.where(tie_down, 127, bits(x) >> SHIFT).to(tl.int8)
-
-    @triton.jit
-    def with_low_byte(x, lo):
-        """Float32 again, from rounded x."""
-        if x.dtype == tl.bfloat16:
-            return (bits(x) + (lo.to(tl.int32) << 8)).to(tl.float32, bitcast=True)
-        else:  # below 2^-14 float16 keeps other bits than those
-            y = (bits(x) + (lo.to(tl.int32) << 5)).to(tl.float32, bitcast=True)
-            return tl.where(tl.abs(x.to(tl.float32)) >= 2 ** -14, y, x.to(tl.float32))
+    @triton.constexpr_function
+    def low_width(W):
+        """W of the rows of LO: half a byte an element, padding included."""
+        return (W[2] + W[3]) // 2, (W[2] + W[3]) // 2, W[2] // 2, W[3] // 2
 
     @triton.jit
     def low_bits(x, dtype: tl.constexpr):
+        """What rounding float32 tiles x to nearest even in dtype drops: of the sum whose upper bits are the result, the
+        next four, those of two columns in a byte."""
+        SHIFT: tl.constexpr = 12 if dtype == tl.bfloat16 else 9
+        lo = (bits(x[0]) + ((8 << SHIFT) - 1) + ((bits(x[0]) >> (SHIFT + 4)) & 1)) >> SHIFT
+        even, odd = tl.split(tl.reshape(lo & 15, (lo.shape[0], lo.shape[1] // 2, 2)))
+        lo = (even | odd << 4).to(tl.int8)
         if len(x) == 1:
-            return (low_byte(x[0], dtype),)
+            return (lo,)
         else:
-            return (low_byte(x[0], dtype), low_byte(x[1], dtype))
+            return (lo, low_bits((x[1],), dtype)[0])
 
     @triton.jit
     def with_low_bits(x, lo):
+        """Float32 again, from rounded x."""
+        SHIFT: tl.constexpr = 12 if x[0].dtype == tl.bfloat16 else 9
+        y = tl.reshape(tl.join(lo[0] & 15, lo[0] >> 4 & 15), x[0].shape).to(tl.int32)
+        y = (bits(x[0]) + ((y - 7 - (bits(x[0]) >> (SHIFT + 4) & 1)) << SHIFT)).to(tl.float32, bitcast=True)
+        if x[0].dtype == tl.float16:  # below 2^-14 it keeps other bits than those
+            y = tl.where(tl.abs(x[0].to(tl.float32)) >= 2 ** -14, y, x[0].to(tl.float32))
         if len(x) == 1:
-            return (with_low_byte(x[0], lo[0]),)
+            return (y,)
         else:
-            return (with_low_byte(x[0], lo[0]), with_low_byte(x[1], lo[1]))
+            return (y, with_low_bits((x[1],), (lo[1],))[0])
 
     @triton.jit
     def rowsum(x, y):
@@ -233,26 +237,29 @@ if triton is not None:
             return tl.load(X + r, mask=i + r < S, other=other)
 
     @triton.jit
-    def block_of(S, H, BLOCK: tl.constexpr):
-        """Grid axis 0 holds everything (the others end at 65,535); blocks of one head are neighbours and share L2."""
-        pid = tl.program_id(0)
-        blocks = tl.cdiv(S, BLOCK)
-        bh = pid // blocks
-        return bh, bh // H, bh % H, (pid % blocks) * BLOCK
+    def block_of(S, H, BLOCK: tl.constexpr, FLAT: tl.constexpr):
+        """Blocks of one head are neighbours and share L2. FLAT: all on grid axis 0, for the others end at 65,535."""
+        if FLAT:
+            blocks = tl.cdiv(S, BLOCK)
+            bh = tl.program_id(0) // blocks
+            return bh, bh // H, bh % H, (tl.program_id(0) % blocks) * BLOCK
+        else:
+            b, h = tl.program_id(2), tl.program_id(1)
+            return b * H + h, b, h, tl.program_id(0) * BLOCK
 
     @triton.jit
     def forward_kernel(Q, K, V, TQ, TK, TV, O, TO, LO, LSE, MU, stq, stk, stv, sttq, sttk, sttv, sto, H, Sq, Sk, scale,
                        HAS_LO: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
-                       TMA: tl.constexpr, SAME: tl.constexpr, PREC: tl.constexpr):
+                       TMA: tl.constexpr, FULL: tl.constexpr, SAME: tl.constexpr, FLAT: tl.constexpr, PREC: tl.constexpr):
         if SAME:
             stv, sttk, sttv = stk, stk, stk
-        bh, b, h, m0 = block_of(Sq, H, BM)
-        q = load(Q, b, h, m0, Sq, stq, W, BM, False, False)
-        tq = load(TQ, b, h, m0, Sq, sttq, W, BM, False, False)
+        bh, b, h, m0 = block_of(Sq, H, BM, FLAT)
+        q = load(Q, b, h, m0, Sq, stq, W, BM, FULL, False)
+        tq = load(TQ, b, h, m0, Sq, sttq, W, BM, FULL, False)
         c = tl.full((BM,), 0.0, tl.float32)
         m = tl.full((BM,), float("-inf"), tl.float32)  # running maximum, in units of log2
-        l = tl.full((BM,), 0.0, tl.float32)
-        mu = tl.full((BM,), 0.0, tl.float32)
+        l = tl.full((BM, 8), 0.0, tl.float32)
+        mu = tl.full((BM, 8), 0.0, tl.float32)
         o = zeros(BM, W)
         to = zeros(BM, W)
         scale2 = scale * LOG2E
@@ -263,31 +270,32 @@ if triton is not None:
             tS = dot_t(q, tk, dot_t(tq, k, None, PREC), PREC)
             if not EVEN:
                 S = tl.where((n0 + tl.arange(0, BN) < Sk)[None, :], S, float("-inf"))
-            if W[2] >= 64:
-                if n0 == 0:  # centred on the first keys' mean, P (tS - c) keeps its bits where tK has a common offset
-                    c = tl.sum(tS, 1) * (scale / tl.minimum(BN, Sk))
             m_new = tl.maximum(m, tl.max(S, 1) * scale2)
             P = tl.exp2(S * scale2 - m_new[:, None])
-            alpha = tl.exp2(m - m_new)
-            m = m_new
-            if W[2] < 64:  # scores of few products vary most: P has peaks, where its mean is the better centre
-                if n0 == 0:
+            if n0 == 0:  # centred on the first keys' mean, P (tS - c) keeps its bits where tK has a common offset
+                if W[2] >= 64:
+                    c = tl.sum(tS, 1) * (scale / tl.minimum(BN, Sk))
+                else:  # scores of few products vary most: P has peaks, where its mean is the better centre
                     c = tl.sum(P * tS, 1) / tl.sum(P, 1) * scale
+            alpha = tl.exp2(m - m_new)
+            l, mu, o, to = l * alpha[:, None], mu * alpha[:, None], times(o, alpha[:, None]), times(to, alpha[:, None])
+            m = m_new
             PN = P * (tS * scale - c[:, None])
-            l = l * alpha + tl.sum(P, 1)
-            mu = mu * alpha + tl.sum(PN, 1)
+            l += tl.sum(tl.reshape(P, (BM, BN // 8, 8)), 1)
+            mu += tl.sum(tl.reshape(PN, (BM, BN // 8, 8)), 1)
             v = load(V, b, h, n0, Sk, stv, W, BN, EVEN, TMA)
             tv = load(TV, b, h, n0, Sk, sttv, W, BN, EVEN, TMA)
             P = P.to(v[0].dtype)
-            o = dot(P, v, times(o, alpha[:, None]), PREC)
-            to = dot(P, tv, dot(PN.to(v[0].dtype), v, times(to, alpha[:, None]), PREC), PREC)
-        mu = mu / l
+            o = dot(P, v, o, PREC)
+            to = dot(P, tv, dot(PN.to(v[0].dtype), v, to, PREC), PREC)
+        l = tl.sum(l, 1)
+        mu = tl.sum(mu, 1) / l
         o = times(o, (1 / l)[:, None])
-        store(O, o, b, h, m0, Sq, sto, W, BM)
+        store(O, o, b, h, m0, Sq, sto, W, BM, FULL)
         to = plus(times(to, (1 / l)[:, None]), -mu[:, None], o)
-        store(TO, to, b, h, m0, Sq, sto, W, BM)
+        store(TO, to, b, h, m0, Sq, sto, W, BM, FULL)
         if HAS_LO:  # rounding a tO that tV offsets costs s2 its bits: the backward takes these back
-            store(LO, low_bits(to, TO.dtype.element_ty), b, h, m0, Sq, sto, W, BM)
+            store(LO, low_bits(to, TO.dtype.element_ty), b, h, m0, Sq, (H * Sq, Sq, 1), low_width(W), BM, FULL)
         i = m0 + tl.arange(0, BM)
         tl.store(LSE + tl.cast(bh, tl.int64) * Sq + i, m + tl.log2(l), mask=i < Sq)
         tl.store(MU + tl.cast(bh, tl.int64) * Sq + i, mu + c, mask=i < Sq)
@@ -296,11 +304,11 @@ if triton is not None:
     def row_kernel(Q, K, V, TQ, TK, TV, DO, DTO, O, TO, LO, LSE, MU, S1, S2, DQ, DTQ, TK0, stq, stk, stv, sttq, sttk,
                    sttv, stdo, stdto, sto, H, Sq, Sk, scale, HAS_LO: tl.constexpr, HAS_DTO: tl.constexpr,
                    PRIMAL: tl.constexpr, TANGENT: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                   EVEN: tl.constexpr, TMA: tl.constexpr, SAME: tl.constexpr, PREC: tl.constexpr):
+                   EVEN: tl.constexpr, TMA: tl.constexpr, SAME: tl.constexpr, FLAT: tl.constexpr, PREC: tl.constexpr):
         """s1, s2 of a block of rows; dQ if PRIMAL, dtQ if TANGENT (which needs HAS_DTO)."""
         if SAME:
             stv, sttk, sttv = stk, stk, stk
-        bh, b, h, m0 = block_of(Sq, H, BM)
+        bh, b, h, m0 = block_of(Sq, H, BM, FLAT)
         i = m0 + tl.arange(0, BM)
         vec = tl.cast(bh, tl.int64) * Sq + i
         o = load(O, b, h, m0, Sq, sto, W, BM, False, False)
@@ -309,7 +317,7 @@ if triton is not None:
             dto = load(DTO, b, h, m0, Sq, stdto, W, BM, False, False)
             to = load(TO, b, h, m0, Sq, sto, W, BM, False, False)
             if HAS_LO:
-                lo = load(LO, b, h, m0, Sq, sto, W, BM, False, False)
+                lo = load(LO, b, h, m0, Sq, (H * Sq, Sq, 1), low_width(W), BM, False, False)
         if PRIMAL or TANGENT:
             q = load(Q, b, h, m0, Sq, stq, W, BM, False, False)
             lse = tl.load(LSE + vec, mask=i < Sq, other=0.0)
@@ -361,9 +369,9 @@ if triton is not None:
                     # the sum (delta) would meet it: taking the mean of some rows off tK changes nothing else.
                     first = colsum(load(TK0, b, h, 0, Sk, sttk, W, 16, False, False))
                     dq = plus(dq, tl.sum(delta, 1)[:, None] / (-8 * tl.minimum(Sk, 16)), first)
-                store(DQ, times(dq, scale), b, h, m0, Sq, sto, W, BM)
+                store(DQ, times(dq, scale), b, h, m0, Sq, sto, W, BM, False)
             if TANGENT:
-                store(DTQ, times(dtq, scale), b, h, m0, Sq, sto, W, BM)
+                store(DTQ, times(dtq, scale), b, h, m0, Sq, sto, W, BM, False)
         if HAS_DTO:
             tl.store(S1 + vec, s1, mask=i < Sq)
         tl.store(S2 + vec, s2, mask=i < Sq)
@@ -372,11 +380,11 @@ if triton is not None:
     def column_kernel(Q, K, V, TQ, TK, TV, DO, DTO, LSE, MU, S1, S2, DK, DV, DTK, DTV, stq, stk, stv, sttq, sttk, sttv,
                       stdo, stdto, sto, H, Sq, Sk, scale, HAS_DTO: tl.constexpr, PRIMAL: tl.constexpr,
                       TANGENT: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
-                      TMA: tl.constexpr, SAME: tl.constexpr, PAIR: tl.constexpr, PREC: tl.constexpr):
+                      TMA: tl.constexpr, SAME: tl.constexpr, FLAT: tl.constexpr, PAIR: tl.constexpr, PREC: tl.constexpr):
         """dK and dV if PRIMAL, dtK and dtV if TANGENT (which needs HAS_DTO), of a block of keys. Tiles are (BN, BM)."""
         if SAME:
             sttq, stdo, stdto = stq, stq, stq
-        bh, b, h, n0 = block_of(Sk, H, BN)
+        bh, b, h, n0 = block_of(Sk, H, BN, FLAT)
         k = load(K, b, h, n0, Sk, stk, W, BN, False, False)
         v = load(V, b, h, n0, Sk, stv, W, BN, False, False)
         if PRIMAL:
@@ -437,11 +445,11 @@ if triton is not None:
             if PRIMAL:
                 dk = dot((P * G).to(q[0].dtype), q, dk, PREC)
         if PRIMAL:
-            store(DV, dv, b, h, n0, Sk, sto, W, BN)
-            store(DK, times(dk, scale), b, h, n0, Sk, sto, W, BN)
+            store(DV, dv, b, h, n0, Sk, sto, W, BN, False)
+            store(DK, times(dk, scale), b, h, n0, Sk, sto, W, BN, False)
         if TANGENT:
-            store(DTV, dtv, b, h, n0, Sk, sto, W, BN)
-            store(DTK, times(dtk, scale), b, h, n0, Sk, sto, W, BN)
+            store(DTV, dtv, b, h, n0, Sk, sto, W, BN, False)
+            store(DTK, times(dtk, scale), b, h, n0, Sk, sto, W, BN, False)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -452,6 +460,8 @@ if triton is not None:
 TILES = {
     # Chunks of 16 columns (D = 72) have no descriptor; at D = 128 pointers were faster.
     "forward": {64: (64, 64, 4, 3, 1, 0), 96: (64, 64, 4, 2, 0, 0), 128: (128, 64, 8, 2, 0, 0)},
+    # A short loop is mostly waiting at its ends: three programs a multiprocessor then beat two.
+    "short": {64: (64, 32, 4, 3, 0, 0)},
     # Four score tiles live at once: half the keys of the forward, but for D = 64, where they just fit.
     "row": {64: (64, 64, 4, 2, 1, 0), 96: (64, 32, 4, 3, 0, 0), 128: (128, 32, 8, 3, 0, 0)},
     # All four gradients in one pass, where their accumulators fit; otherwise "primal" and "tangent".
@@ -501,17 +511,20 @@ def _like(x, dtype=None):
 def _plan(name, shape, dtype, device, streamed, other_S, strides):
     """All that a launch over the blocks of a tensor of this shape needs but the addresses."""
     B, H, S, D = shape
-    BM, BN, num_warps, num_stages, tma, pair = _tiles(name, D, dtype, device)
-    own, other = (BM, BN) if name in ("forward", "row") else (BN, BM)
     D0, D1 = _chunks(D)
+    short = name == "forward" and D0 == 64 and D1 == 0 and other_S < 512
+    BM, BN, num_warps, num_stages, tma, pair = _tiles("short" if short else name, D, dtype, device)
+    own, other = (BM, BN) if name in ("forward", "row") else (BN, BM)
     U = 8 if all(s % 8 == 0 for st in strides for s in st[:3]) else 1
     # Descriptors want strides in multiples of 16 bytes, and rows that do not overlap; short loops do not repay making them.
     tma = bool(tma) and other_S >= 1024 and U == 8 and D1 == 0 and all(0 not in strides[i] for i in streamed)
     same = len({strides[i] for i in streamed}) == 1  # the compiler then keeps one set of offsets, not four
-    meta = dict(W=(U, D, D0, D1), BM=BM, BN=BN, EVEN=other_S % other == 0, SAME=same)
+    flat = max(B, H) > 65535
+    meta = dict(W=(U, D, D0, D1), BM=BM, BN=BN, EVEN=other_S % other == 0, SAME=same, FLAT=flat)
     units = [tuple(s // U for s in st[:3]) for st in strides]
     options = dict(num_warps=num_warps, num_stages=num_stages)
-    return (B * H * -(-S // own), 1, 1), meta, options, units, tma, bool(pair), [1, 1, other, D0]
+    blocks = -(-S // own)
+    return (blocks * H * B, 1, 1) if flat else (blocks, H, B), meta, options, units, tma, bool(pair), [1, 1, other, D0]
 
 
 _compiled = {}  # Triton's own launch sorts some sixty arguments, which takes longer than a small call's work on the GPU
@@ -561,13 +574,13 @@ def _forward_now(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor, tv: Te
     with _on(q):
         _launch(forward_kernel, "forward", q, (1, 2, 4, 5), None,
                 (*x, o, to, lo, lse, mu), tuple(t.stride() for t in (*x, o)),
-                (q.size(1), q.size(2), k.size(2), scale), HAS_LO=lo.numel() > 0)
+                (q.size(1), q.size(2), k.size(2), scale), HAS_LO=lo.numel() > 0, FULL=q.size(2) % 64 == 0)
     return outputs
 
 
 def _empty_outputs(q, save):
     save = save and q.dtype != torch.float32
-    return (_like(q), _like(q), _like(q, torch.int8) if save else q.new_empty(0, dtype=torch.int8),
+    return (_like(q), _like(q), q.new_empty((*q.shape[:3], sum(_chunks(q.size(3))) // 2 if save else 0), dtype=torch.int8),
             *(q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2)))
 
 
@@ -590,7 +603,7 @@ def _backward_now(do: Tensor | None, dto: Tensor | None, q: Tensor, k: Tensor, v
     grads = dq, dk, dv, dtq, dtk, dtv = _empty_grads(q, k, v, need)
     s1, s2 = torch.empty_like(lse), torch.empty_like(lse)
     like_q, like_k = _order(q), _order(k)
-    o, to, lo = (t if t.stride() == like_q or t.numel() == 0 else _like(t).copy_(t) for t in (o, to, lo))
+    o, to = (t if t.stride() == like_q else _like(t).copy_(t) for t in (o, to))
     strides, sizes = tuple(t.stride() for t in x), (q.size(1), q.size(2), k.size(2), scale)
     with _on(q):
         _launch(row_kernel, "row", q, (1, 2, 4, 5), None, (*x, o, to, lo, lse, mu, s1, s2, dq, dtq, x[4]),

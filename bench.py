@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import attention_jvp as A
-from loss import TVM
+from loss import TVM, Graph
 from model import Block, DiT, DiTConfig
 from sample import sample
 
@@ -174,55 +174,67 @@ class FlowMatching(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x0, y, seed, first=0, total=None):
-        noise, t = torch.randn_like(x0), torch.rand(len(x0), device=x0.device)
+    def draw(self, x0, seed, first=0, total=None):
+        return torch.randn_like(x0), torch.rand(len(x0), device=x0.device)
+
+    def forward(self, x0, y, noise, t):
         at = t.view(-1, 1, 1, 1)
         u = self.model(x0 + at * (noise - x0), t, t, y, torch.ones_like(t))
         return {"loss": (u - (noise - x0)).square().mean()}
 
 
-def stepper(size, input_size, batch, compiled=True, checkpoint=False, detach=False, flow=False):
+def stepper(config, batch, compiled=True, checkpoint=False, detach=False, flow=False, objective="tvm", device="cuda"):
     """A function that makes one step, as train.py does: bfloat16 autocast, AdamW, two EMAs, the check for finite numbers."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if ranks > 1 else 0
-    with torch.device("cuda"):
-        model = DiT(DiTConfig.named(size, input_size=input_size, in_channels=4, num_classes=1000))
+    with torch.device(device):
+        model = DiT(config)
     emas = [copy.deepcopy(model).requires_grad_(False) for _ in range(2)]
     model.checkpoint_blocks = len(model.blocks) * checkpoint
     if compiled:
-        block = Block.forward_detached if detach else Block.forward
+        block = Block.forward_detached if detach or objective == "meanflow" else Block.forward
         model.run_block = emas[0].run_block = torch.compile(block, fullgraph=True, dynamic=False)
-    objective = FlowMatching(model) if flow else TVM(model, emas[0], guidance=dict(w=2.0), detach_jvp=detach)
+    loss_module = FlowMatching(model) if flow else TVM(model, emas[0], guidance=dict(w=2.0), detach_jvp=detach, objective=objective)
+    draw, graphed, graph = loss_module.draw, compiled and device == "cuda", None
     if ranks > 1:
-        objective = DistributedDataParallel(objective, device_ids=[torch.cuda.current_device()], gradient_as_bucket_view=True)
+        loss_module = DistributedDataParallel(loss_module, device_ids=[torch.cuda.current_device()], gradient_as_bucket_view=True)
     pairs = [(p, [dict(net.named_parameters())[name] for net in emas]) for name, p in model.named_parameters() if p.requires_grad]
     parameters = [p for p, _ in pairs]
     optimizer = torch.optim.AdamW(parameters, 1e-4, (0.9, 0.95), fused=True)
-    images = torch.randn(64, batch, 4, input_size, input_size).pin_memory()
-    labels = torch.randint(1000, (64, batch)).pin_memory()
+    data = torch.randn(64, batch, config.in_channels, *[config.input_size] * 2), torch.randint(config.num_classes, (64, batch))
+    images, labels = (a.pin_memory() if device == "cuda" else a for a in data)
+
+    def gradients(*inputs):
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = loss_module(*inputs)["loss"]
+        loss.backward()
+        return loss
 
     def step(n):
-        x0, y = (a[n % 64].to("cuda", non_blocking=True) for a in (images, labels))
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = objective(x0, y, n, rank * batch, ranks * batch)["loss"]
-        loss.backward()
+        nonlocal graph
+        x0, y = (a[n % 64].to(device, non_blocking=True) for a in (images, labels))
+        inputs = x0, y, *draw(x0, n, rank * batch, ranks * batch)
+        if graphed:
+            graph = graph or Graph(gradients, inputs, 3 if ranks == 1 else 11)
+        loss = (graph or gradients)(*inputs)
         norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf"))
         if torch.stack([norm, loss.detach()]).isfinite().all().item():
             optimizer.step()
             for i, rate in enumerate((0.99, 0.9999)):
                 torch._foreach_lerp_([ema[i] for _, ema in pairs], parameters, 1 - rate)
-        optimizer.zero_grad()
     return step
 
 
 def step_row(mode, size, input_size, batch, steps=20):
-    """Median milliseconds of a step, peak bytes, seconds of compiling, and GPU milliseconds by kind of kernel."""
+    """Median milliseconds of a step, peak bytes (all that PyTorch took from the device), seconds of compiling, and GPU milliseconds by kind of kernel."""
     gc.unfreeze(), gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    step, start = stepper(size, input_size, batch, **MODES[mode]), time.perf_counter()
+    config = DiTConfig.named(size, input_size=input_size, in_channels=4, num_classes=1000)
+    step, start = stepper(config, batch, **MODES[mode]), time.perf_counter()
     for n in range(5):
         step(n)
     torch.cuda.synchronize()
@@ -243,7 +255,7 @@ def step_row(mode, size, input_size, batch, steps=20):
         kinds[kind] += event.device_time_total / 1e3
         if kind == "other":
             others[event.key] = event.device_time_total / 1e3, event.count
-    return dict(ms=sorted(times)[steps // 2], peak=torch.cuda.max_memory_allocated(), warm=warm, kinds=kinds, others=others)
+    return dict(ms=sorted(times)[steps // 2], peak=torch.cuda.max_memory_reserved(), warm=warm, kinds=kinds, others=others)
 
 
 def product_rate(n=8192):

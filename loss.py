@@ -16,6 +16,9 @@ The loss of one sample, with F* the target network (an EMA of the trained weight
     fm       = || k F(x_s', s', s', y, w) - [w v + (1-w) F*(x_s', s', s', none, 1)] ||^2 / w^2      (15)
 with || ||^2 the mean over the elements. Gradients flow through d/ds f, dF/ds included; the point
 x_t + f and everything of F* are constants.
+
+For comparison, on the same network: flow matching, which is fm alone and samples by Euler steps F(x, t, t), and
+MeanFlow (Geng et al., arXiv 2505.13447), below.
 """
 import torch
 from torch import nn
@@ -32,17 +35,22 @@ def sample_times(n, device="cpu", sampler="gap*", mu=-0.8, sigma=1.0, mu_s=-0.4,
     gap*   the same, with s_fm ~ LN(mu_s, sigma_s) drawn on its own
     trunc  t ~ LN(mu, sigma), s ~ LN(mu_s, sigma_s) truncated to s <= t; s_fm = s
     clamp  t ~ LN(mu, sigma), s ~ LN(mu_s, sigma_s), replaced by t where larger; s_fm = s
+    two    t the larger and s the smaller of two draws of LN(mu_s, sigma_s); s_fm = s (MeanFlow's)
 
-    Then t becomes s with probability p_equal. Raises ValueError for arguments out of range.
+    Then t becomes s with probability p_equal; with two, s becomes t. Raises ValueError for arguments out of range.
     """
     if sigma <= 0 or sigma_s <= 0 or not 0 <= p_equal <= 1:
         raise ValueError(f"sigma and sigma_s must be above 0 and p_equal in [0, 1], not {sigma:g}, {sigma_s:g}, {p_equal:g}")
-    if sampler not in ("gap*", "gap", "trunc", "clamp"):
-        raise ValueError(f'times must be "gap*", "gap", "trunc" or "clamp", not {sampler!r}')
+    if sampler not in ("gap*", "gap", "trunc", "clamp", "two"):
+        raise ValueError(f'times must be "gap*", "gap", "trunc", "clamp" or "two", not {sampler!r}')
     wide = widest(device)
     normal = lambda: torch.randn(n, dtype=wide, device=device, generator=generator)
     uniform = lambda: torch.rand(n, dtype=wide, device=device, generator=generator)
 
+    if sampler == "two":
+        s, t = torch.sigmoid(mu_s + sigma_s * torch.stack([normal(), normal()])).sort(0).values.float()
+        s = torch.where(uniform() < p_equal, t, s)
+        return t, s, s
     first = torch.sigmoid(mu + sigma * normal())                        # g or t
     if sampler == "clamp":
         t, s = first, torch.minimum(first, torch.sigmoid(mu_s + sigma_s * normal()))
@@ -102,22 +110,59 @@ def tvm_loss(model, target, x0, noise, y, w, t, s, s_fm, detach_jvp=False):
     return {"terminal": square(df - u_s) * (t != s), "fm": square(column(k) * F_fm - u_fm)}
 
 
+def flow_matching_loss(model, target, x0, noise, y, w, s_fm):
+    """tvm_loss, of the same arguments, with a terminal term of 0."""
+    column = lambda a: a.view(-1, 1, 1, 1)
+    k, one, v = w if model.config.scaled else torch.ones_like(w), torch.ones_like(w), noise - x0
+    x_fm = x0 + column(s_fm) * v
+    with torch.no_grad():
+        F_none = at_least_float32(target(x_fm, s_fm, s_fm, torch.full_like(y, model.config.num_classes), one))
+        u_fm = column(w) * v + column(1 - w) * F_none
+    F_fm = at_least_float32(model(x_fm, s_fm, s_fm, y, w))
+    return {"terminal": torch.zeros_like(w), "fm": (column(k) * F_fm - u_fm).square().mean((1, 2, 3)) / w.square()}
+
+
+def meanflow_loss(model, x0, noise, y, w, t, s, kappa=0.5, c=1e-3, p=1.0):
+    """MeanFlow in the symbols above, arguments and k as tvm_loss's: k F is the mean velocity from t to s,
+
+        loss = || k F - [v~ + (s-t) k (v~ dF/dx + dF/dt)] ||^2,   the bracket a constant, times a constant 1/(|| ||^2 + c)^p
+        v~   = omega v + kappa k F(x_t, t, t, y) + (1-omega-kappa) k F(x_t, t, t, none)
+
+    with F the trained network throughout and omega = w (1-kappa), which makes the guidance weight w as in fm; v~ = v where
+    y is no class or w = 1. w is one constant. Returns {"loss": (B,), "error": (B,), || ||^2 detached}."""
+    column = lambda a: a.view(-1, 1, 1, 1)
+    k, v, none = column(w) if model.config.scaled else 1, noise - x0, torch.full_like(y, model.config.num_classes)
+    x_t = x0 + column(t) * v
+    with torch.no_grad():
+        two_t = torch.cat([t, t])
+        u, u_none = at_least_float32(model(torch.cat([x_t, x_t]), two_t, two_t, torch.cat([y, none]), torch.cat([w, w]))).chunk(2)
+        guided = (1 - kappa) * (column(w) * v + (1 - column(w)) * k * u_none) + kappa * k * u
+        v = torch.where(column((y != none) & (w != 1)), guided, v)
+    F, dF = map(at_least_float32, model.jvp(x_t, t, s, y, w, dx=v, dt=torch.ones_like(t)))
+    error = (k * F - (v + column(s - t) * k * dF).detach()).square().mean((1, 2, 3))
+    return {"loss": error / (error.detach() + c) ** p, "error": error.detach()}
+
+
 class TVM(nn.Module):
-    """The whole training loss as one module, which is what DistributedDataParallel wraps: its forward
-    draws noise, times, guidance and label dropout for the global batch and keeps the rows it is given,
-    so that the numbers depend on the seed and a sample's place in the batch, not on the ranks."""
+    """The whole training loss as one module, which is what DistributedDataParallel wraps: loss(x0, y, *loss.draw(x0, seed)).
+    All that is random is drawn for the global batch, of which a caller keeps its rows, so that the numbers depend on the
+    seed and a sample's place in the batch, not on the ranks."""
 
-    def __init__(self, model, target, times={}, guidance={}, label_dropout=0.1, detach_jvp=False):
-        """times and guidance: keyword arguments of sample_times and sample_guidance."""
+    def __init__(self, model, target, times={}, guidance={}, label_dropout=0.1, detach_jvp=False, objective="tvm", kappa=0.5):
+        """times and guidance: keyword arguments of sample_times and sample_guidance. objective: "tvm", "meanflow" (with
+        its kappa) or "flow_matching". Raises ValueError for arguments out of range."""
         super().__init__()
+        if objective not in ("tvm", "meanflow", "flow_matching"):
+            raise ValueError(f'objective must be "tvm", "meanflow" or "flow_matching", not {objective!r}')
+        if objective == "meanflow" and (guidance.get("sampler", "constant") != "constant" or not 0 <= kappa < 1):
+            raise ValueError(f'meanflow takes guidance "constant" and kappa at least 0 and below 1, not {kappa:g}')
         sample_times(1, **times), sample_guidance(1, **guidance)         # complain now rather than in a step
-        self.model, self.target = model, target
-        self.times, self.guidance = times, guidance
-        self.label_dropout, self.detach_jvp = label_dropout, detach_jvp
+        self.model, self.target, self.times, self.guidance = model, target, times, guidance
+        self.label_dropout, self.detach_jvp, self.objective, self.kappa = label_dropout, detach_jvp, objective, kappa
 
-    def forward(self, x0, y, seed, first=0, total=None):
-        """x0 (B, C, H, W), y (B,): rows first to first + B of a global batch of `total` (default B).
-        Returns {"loss": the mean of terminal + fm, "terminal", "fm", "t", "s_fm": (B,), detached}."""
+    def draw(self, x0, seed, first=0, total=None):
+        """Noise like x0 (B, C, H, W), and t, s, s_fm, w (B,) and drop (B,) bool, for rows first to first + B of a global
+        batch of `total` (default B)."""
         B, total = len(x0), len(x0) if total is None else total
         source = x0.device if x0.device.type == "cuda" else torch.device("cpu")      # Apple's GPUs lack some of these
         g = torch.Generator(source).manual_seed(seed)
@@ -126,9 +171,42 @@ class TVM(nn.Module):
         noise = rows(torch.randn(total, *x0.shape[1:], **options))
         t, s, s_fm = map(rows, sample_times(total, **self.times, **options))
         w = rows(sample_guidance(total, **self.guidance, **options))
-        drop = rows(torch.rand(total, **options)) < self.label_dropout
-        y, w = y.masked_fill(drop, self.model.config.num_classes), w.masked_fill(drop, 1.0)
+        return noise, t, s, s_fm, w, rows(torch.rand(total, **options)) < self.label_dropout
 
-        terms = tvm_loss(self.model, self.target, x0, noise, y, w, t, s, s_fm, self.detach_jvp)
-        loss = (terms["terminal"] + terms["fm"]).mean()
+    def forward(self, x0, y, noise, t, s, s_fm, w, drop):
+        """x0 (B, C, H, W), y (B,) and what was drawn -> {"loss": what is to be minimized, "terminal", "fm", "t", "s_fm":
+        (B,), detached}."""
+        y, w_drop = y.masked_fill(drop, self.model.config.num_classes), w.masked_fill(drop, 1.0)
+
+        if self.objective == "meanflow":                                # logged by where t = s, which is fm, and where not
+            terms = meanflow_loss(self.model, x0, noise, y, w, t, s, self.kappa)
+            loss, error = terms["loss"].mean(), terms["error"]
+            terms = {"terminal": error * (t != s), "fm": error * (t == s)}
+        else:
+            both = self.model, self.target, x0, noise, y, w_drop
+            terms = flow_matching_loss(*both, s_fm) if self.objective == "flow_matching" else tvm_loss(*both, t, s, s_fm, self.detach_jvp)
+            loss = (terms["terminal"] + terms["fm"]).mean()
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}, "t": t, "s_fm": s_fm}
+
+
+class Graph:
+    """A function of CUDA tensors as one CUDA graph, without the host's time between its kernels, which is most of a small
+    network's step. Its inputs and outputs, gradients of parameters among them, stay where they are: calls overwrite them."""
+
+    def __init__(self, function, inputs, warm_up=3):
+        """Takes warm_up calls to compile and allocate what is compiled and allocated once (DistributedDataParallel: 11)."""
+        self.inputs, stream = [a.clone() for a in inputs], torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(warm_up):
+                function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.empty_cache()                                        # the graph has memory of its own
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):       # others may pin memory meanwhile
+            self.outputs = function(*self.inputs)
+
+    def __call__(self, *inputs):
+        torch._foreach_copy_(self.inputs, inputs)
+        self.graph.replay()
+        return self.outputs

@@ -345,7 +345,8 @@ class DiT(nn.Module):
         c = silu(c)
         x = self.x_embedder(x) + self.pos_embed                                       # (B, T, D)
         for i, block in enumerate(self.blocks):
-            if i < self.checkpoint_blocks and isinstance(c, Dual) and torch.is_grad_enabled():
+            kept = i >= (self.checkpoint_blocks if isinstance(c, Dual) else self.checkpoint_blocks // 4)
+            if torch.is_grad_enabled() and not kept:
                 x = checkpoint(self.run_block, block, x, c, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = self.run_block(block, x, c)

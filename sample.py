@@ -25,8 +25,9 @@ from prepare import Parser
 
 
 @torch.no_grad()
-def sample(model, x1, y, w, nfe):
-    """Noise x1 (B, C, H, W) -> x0, in nfe steps of one network call each: x += (t_next - t) k F(x, t, t_next).
+def sample(model, x1, y, w, nfe, euler=False):
+    """Noise x1 (B, C, H, W) -> x0, in nfe steps of one network call each: x += (t_next - t) k F(x, t, t_next);
+    with euler, for a network that was trained by flow matching, F(x, t, t).
 
     y (B,) int64, w (B,) the guidance weight. The state is float64 between steps (float32 where the
     device has no float64), the network is fed in its parameters' dtype."""
@@ -37,7 +38,8 @@ def sample(model, x1, y, w, nfe):
     k = w.to(wide).view(-1, 1, 1, 1) if model.config.scaled else 1
     x, w = x1.to(wide), w.to(dtype)
     for t, t_next in itertools.pairwise(times):
-        F = model(x.to(dtype), t.to(dtype).expand(len(x)), t_next.to(dtype).expand(len(x)), y, w)
+        s = t if euler else t_next
+        F = model(x.to(dtype), t.to(dtype).expand(len(x)), s.to(dtype).expand(len(x)), y, w)
         x = x + (t_next - t) * k * F.to(wide)
     return x
 
@@ -164,7 +166,8 @@ def main():
         if classes:
             y = torch.tensor([classes[i % len(classes)] for i in indices])
         start = time.perf_counter()
-        x0 = sample(model, x1.to(device), y.to(device), torch.full((len(y),), w, device=device), args.nfe)
+        x0 = sample(model, x1.to(device), y.to(device), torch.full((len(y),), w, device=device), args.nfe,
+                    about.get("objective") == "flow_matching")
         images.append(to_images(x0, header))                             # waits for the device
         seconds += time.perf_counter() - start
     images = np.concatenate(images) if images else np.empty((0, config.input_size, config.input_size, config.in_channels), np.uint8)

@@ -43,8 +43,8 @@ import model as m
 import prepare
 import sample as s
 from attention_jvp import attention, attention_jvp
-from loss import TVM, sample_guidance, sample_times, tvm_loss
-from model import DiT, DiTConfig, Dual
+from loss import TVM, Graph, flow_matching_loss, meanflow_loss, sample_guidance, sample_times, tvm_loss
+from model import Block, DiT, DiTConfig, Dual
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = dict(input_size=4, in_channels=2, num_classes=3)
@@ -516,8 +516,10 @@ class GaussianFlow:
         k = w.view(-1, 1, 1, 1) if self.config.scaled else 1
         return (slope * (x - (1 - t) * self.mean) - self.mean) / k
 
-    def jvp(self, x, t, s_, y, w, ds):
-        return torch.func.jvp(lambda s_: self(x, t, s_, y, w), (s_,), (ds,))
+    def jvp(self, x, t, s_, y, w, **tangents):
+        of = {"dx": x, "dt": t, "ds": s_}
+        zeros = {key: torch.zeros_like(a) for key, a in of.items()}
+        return torch.func.jvp(lambda x, t, s_: self(x, t, s_, y, w), tuple(of.values()), tuple({**zeros, **tangents}.values()))
 
 
 @pytest.mark.parametrize("w", [1.0, 2.0])
@@ -586,7 +588,7 @@ def truncated(s_, top, mu, sigma):
     return cdf(s_) / cdf(top)
 
 
-@pytest.mark.parametrize("sampler, mu, sigma", [("gap*", -0.8, 1.0), ("gap", -0.5, 0.7), ("trunc", 1.0, 1.0), ("clamp", 1.0, 1.2)])
+@pytest.mark.parametrize("sampler, mu, sigma", [("gap*", -0.8, 1.0), ("gap", -0.5, 0.7), ("trunc", 1.0, 1.0), ("clamp", 1.0, 1.2), ("two", 0.0, 1.0)])
 def test_time_samplers(sampler, mu, sigma):
     n, mu_s, sigma_s = 20000, -0.4, 0.9
     times = sample_times(n, sampler=sampler, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, generator=torch.Generator().manual_seed(0))
@@ -601,6 +603,10 @@ def test_time_samplers(sampler, mu, sigma):
         first, u = t - s_, truncated(s_, 1 - (t - s_), mu_s, sigma_s)
     elif sampler == "trunc":
         first, u = t, truncated(s_, t, mu_s, sigma_s)
+    elif sampler == "two":
+        one = logit_normal(mu_s, sigma_s)
+        assert p(t, lambda x: one(x) ** 2) > 1e-3 and p(s_, lambda x: 1 - (1 - one(x)) ** 2) > 1e-3
+        first, u, mu, sigma = np.concatenate([t[::2], s_[1::2]]), None, mu_s, sigma_s     # of independent pairs, one each
     else:
         first = t
         both = lambda x: 1 - (1 - logit_normal(mu_s, sigma_s)(x)) * (1 - logit_normal(mu, sigma)(x))
@@ -629,16 +635,19 @@ def test_guidance_samplers():
             f(2, sampler="no")
 
 
-def test_objective_is_a_function_of_seed_and_place():
+@pytest.mark.parametrize("kind", ["tvm", "meanflow", "flow_matching"])
+def test_objective_is_a_function_of_seed_and_place(kind):
     net = random_model(torch.float32)
-    objective = TVM(net, copy.deepcopy(net), guidance=dict(w=2.0))
+    objective = TVM(net, copy.deepcopy(net), guidance=dict(w=2.0), objective=kind, times=dict(sampler="two", p_equal=0.5))
     x0, y = randn(8, 2, 4, 4, dtype=torch.float32), torch.arange(8) % 3
-    whole = objective(x0, y, seed=5)
-    halves = [objective(x0[i:i + 4], y[i:i + 4], 5, i, 8) for i in (0, 4)]
+    whole = objective(x0, y, *objective.draw(x0, 5))
+    halves = [objective(x0[i:i + 4], y[i:i + 4], *objective.draw(x0[i:i + 4], 5, i, 8)) for i in (0, 4)]
     for key in ("terminal", "fm", "t", "s_fm"):
-        close(torch.cat([half[key] for half in halves]), whole[key], 1e-5)
-    close(whole["loss"], (whole["terminal"] + whole["fm"]).mean(), 1e-6)
-    assert (whole["t"] != objective(x0, y, seed=6)["t"]).any()
+        assert kind == "flow_matching" and key == "terminal" or whole[key].norm() > 0
+        assert torch.allclose(torch.cat([half[key] for half in halves]), whole[key], rtol=1e-5, atol=1e-6)
+    if kind != "meanflow":                                            # which weighs the errors
+        close(whole["loss"], (whole["terminal"] + whole["fm"]).mean(), 1e-6)
+    assert (whole["t"] != objective.draw(x0, 6)[1]).any()
 
 
 class Recorder:
@@ -660,10 +669,142 @@ def test_label_dropout():
     objective.model = objective.target = None                        # Recorder is no module
     object.__setattr__(objective, "model", net), object.__setattr__(objective, "target", Recorder())
     y = torch.arange(n) % 3
-    objective(torch.zeros(n, 1, 2, 2), y, seed=0)
+    x0 = torch.zeros(n, 1, 2, 2)
+    objective(x0, y, *objective.draw(x0, 0))
     dropped = net.y == 3
     assert abs(dropped.double().mean() - 0.1) < 4 * math.sqrt(0.09 / n)
     assert (net.w[dropped] == 1).all() and (net.w[~dropped] == 2).all() and (net.y[~dropped] == y[~dropped]).all()
+
+
+# ---- loss.py and study.py: MeanFlow and flow matching --------------------------------------------
+
+@pytest.mark.parametrize("w", [1.0, 2.0])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_meanflow_on_gaussian_data(scaled, w):
+    """The exact mean velocity satisfies MeanFlow's identity along the marginal velocity, and so the error is zero for
+    pairs whose v is that. For others, by hand: the error is (1 + (s-t) dF/dx) (v~ - u), with v~ - u = omega (v - u)."""
+    n, mean, c, kappa = 500, 0.7, 0.5, 0.25
+    flow, y, guide = GaussianFlow(mean, c, scaled), torch.zeros(n, dtype=torch.long), torch.full((n,), w, dtype=F64)
+    t, s_, _ = (a.double() for a in sample_times(n, sampler="two", p_equal=0.3, generator=torch.Generator().manual_seed(0)))
+    x0, noise = mean + c * randn(n, 2, 3, 3), randn(n, 2, 3, 3, seed=1)
+    r, k = t.view(-1, 1, 1, 1), w if scaled else 1
+    x_t = (1 - r) * x0 + r * noise
+    u = k * flow(x_t, t, t, y, guide)
+    on_the_way = meanflow_loss(flow, x_t - r * u, x_t + (1 - r) * u, y, guide, t, s_, kappa)
+    assert on_the_way["error"].max() < 1e-24
+    slope = k * (flow(x_t + 1, t, s_, y, guide) - flow(x_t, t, s_, y, guide))               # F is linear in x
+    omega = 1 if w == 1 else w * (1 - kappa)
+    error = ((1 + (s_ - t).view(-1, 1, 1, 1) * slope) * omega * (noise - x0 - u)).square().mean((1, 2, 3))
+    terms = meanflow_loss(flow, x0, noise, y, guide, t, s_, kappa)
+    close(terms["error"], error, 1e-10)
+    close(terms["loss"], error / (error + 1e-3), 1e-10)
+    none = meanflow_loss(flow, x0, noise, y + 1, guide, t, s_, kappa)                              # y = no class: nothing guides
+    close(none["error"], error / omega ** 2, 1e-10)
+
+
+def naive_meanflow(net, x0, x1, y, w, t, s_, kappa, c, power):
+    """One sample after the other, the derivative by PyTorch's forward mode, straight from the paper."""
+    losses = []
+    for i in range(len(x0)):
+        k, call = w[i] if net.config.scaled else 1.0, lambda x, t, r, y: net(x, t.view(1), r.view(1), y.view(1), w[i].view(1))
+        v, z = x1[i:i + 1] - x0[i:i + 1], (1 - t[i]) * x0[i:i + 1] + t[i] * x1[i:i + 1]
+        none, omega = torch.tensor(net.config.num_classes), w[i] * (1 - kappa)
+        if y[i] != none and w[i] != 1:
+            v = omega * v + kappa * k * call(z, t[i], t[i], y[i]) + (1 - omega - kappa) * k * call(z, t[i], t[i], none)
+        u, du = torch.func.jvp(lambda z, t: k * call(z, t, s_[i], y[i]), (z, t[i]), (v.detach(), torch.ones_like(t[i])))
+        error = ((u - (v - (t[i] - s_[i]) * du).detach()) ** 2).mean()
+        losses.append(error / (error.detach() + c) ** power)
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_meanflow_against_a_naive_one(scaled):
+    """Loss and gradients in float64, and the derivative against finite differences."""
+    net = random_model(scaled=scaled)
+    x0, noise, t, s_, y, w = random_inputs(B=5)
+    s_[2], y[3], w[4] = t[2], 3, 1.0
+    ours = meanflow_loss(net, x0, noise, y, w, t, s_, 0.4, 0.01, 0.7)["loss"]
+    naive = naive_meanflow(net, x0, noise, y, w, t, s_, 0.4, 0.01, 0.7)
+    close(ours, naive, 1e-12)
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    for a, b in zip(torch.autograd.grad(ours.sum(), parameters), torch.autograd.grad(naive.sum(), parameters)):
+        assert (a - b).norm() <= 1e-10 * b.norm() + 1e-13
+    with torch.no_grad():
+        h, v = 1e-6, noise - x0
+        finite = (net(x0 + h * v, t + h, s_, y, w) - net(x0 - h * v, t - h, s_, y, w)) / (2 * h)
+        close(net.jvp(x0, t, s_, y, w, dx=v, dt=torch.ones_like(t))[1], finite, 1e-7)
+
+
+def test_flow_matching_is_the_fm_term():
+    net, target = random_model(), random_model(seed=1)
+    x0, noise, t, s_, y, w = random_inputs(B=5)
+    alone, both = flow_matching_loss(net, target, x0, noise, y, w, s_), tvm_loss(net, target, x0, noise, y, w, t, s_, s_)
+    close(alone["fm"], both["fm"], 1e-12)
+    assert (alone["terminal"] == 0).all()
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    for a, b in zip(*[torch.autograd.grad(terms["fm"].sum(), parameters) for terms in (alone, both)]):
+        assert (a - b).norm() <= 1e-10 * b.norm() + 1e-13
+    x, k = noise, w.view(-1, 1, 1, 1)
+    with torch.no_grad():
+        for t in (1.0, 0.75, 0.5, 0.25):
+            t = torch.full((5,), t, dtype=F64)
+            x = x - 0.25 * k * net(x, t, t, y, w)
+    close(s.sample(net, noise, y, w, 4, euler=True), x, 1e-12)
+
+
+def test_meanflow_compiles_once():
+    """The trainer's compiled block needs three graphs, all in the first step: without a derivative, and with one, whose tangent
+    has a gradient in the first block alone."""
+    torch._dynamo.reset()
+    net, graphs = random_model(torch.float32), []
+    count = lambda graph, inputs: graphs.append(graph) or graph.forward
+    net.run_block = torch.compile(m.Block.forward_detached, fullgraph=True, dynamic=False, backend=count)
+    objective = TVM(net, copy.deepcopy(net), guidance=dict(w=2.0), objective="meanflow", times=dict(sampler="two", p_equal=0.75))
+    seen = []
+    for step in range(3):
+        x0 = randn(8, 2, 4, 4, dtype=torch.float32)
+        objective(x0, torch.arange(8) % 3, *objective.draw(x0, step))["loss"].backward()
+        seen.append(len(graphs))
+    assert seen == [3, 3, 3]
+
+
+def test_other_objectives_train(folder):
+    """The checkpoint says how it is sampled, and nonsense is refused."""
+    assert run_script("train.py", "--steps=2", "--name=fm", "--objective=flow_matching", *SMALL) is None
+    assert run_script("sample.py", "out/fm/ckpt.safetensors", "--n", 4, "--nfe", 3, "--out", "a.npz") is None
+    net, about = m.load_model("out/fm/ckpt.safetensors")
+    x1, y = s.draw(0, range(4), (1, 8, 8), about["data"]["class_counts"])
+    euler, other = [s.to_images(s.sample(net, x1, y, torch.full((4,), 1.25), 3, e), about["data"]) for e in (True, False)]
+    assert (np.load("a.npz")["arr_0"] == euler).all() and about["objective"] == "flow_matching"
+    assert run_script("train.py", "--steps=2", "--name=mf", "--objective=meanflow", "--times=two", "--p_equal=0.75", *SMALL) is None
+    assert run_script("sample.py", "out/mf/ckpt.safetensors", "--n", 4, "--out", "b.npz") is None
+    complain = lambda *a: run_script("train.py", *a)
+    assert "objective must be" in complain("--objective=no")
+    assert 'meanflow takes guidance "constant"' in complain("--objective=meanflow", "--guidance=inverse", "--w_max=2")
+    assert "kappa" in complain("--objective=meanflow", "--kappa=1")
+
+
+def test_study(folder):
+    """The whole study at toy size, ended in the middle and begun again; its report comes from the log alone."""
+    study = [sys.executable, os.path.join(HERE, "study.py")]
+    lines = lambda: open("out/study/log.jsonl").read().splitlines() if os.path.exists("out/study/log.jsonl") else []
+    first = subprocess.Popen([*study, "--tiny"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    until(lambda: len(lines()) > 1, "the first run")
+    first.terminate()
+    assert first.wait() == 143
+    some = lines()
+    done = subprocess.run([*study, "--tiny"], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    runs = [json.loads(line)["run"] for line in lines()[1:]]
+    assert lines()[:len(some)] == some and len(runs) == len(set(runs)) == 7 and "tvm-0.001-1" in runs and "ablation-gap" in runs
+    os.makedirs("elsewhere")
+    os.replace("out/study/log.jsonl", "elsewhere/log.jsonl")
+    again = subprocess.run([*study, "--report", "--log=elsewhere/log.jsonl"], capture_output=True, text=True)
+    assert again.stdout == open("out/study/tables.md").read() == open("elsewhere/tables.md").read()
+    assert Image.open("elsewhere/study.png").size[0] > 300 and Image.open("out/study/study-tvm-0.001-1.png").size[0] > 300
+    for arguments, word in ((["--secs=3"], "no option"), (["--report", "--log=no"], "is not the log of a study"), (["--seconds=0"], "above 0")):
+        refused = subprocess.run([*study, *arguments], capture_output=True, text=True)
+        assert refused.returncode == 1 and word in refused.stderr and refused.stderr.count("\n") == 1
 
 
 # ---- fid.py --------------------------------------------------------------------------------------
@@ -1452,7 +1593,7 @@ def test_two_ranks_have_the_losses_of_one(folder, monkeypatch):
     script, spot = open(os.path.join(HERE, "train.py")).read(), '(terms["loss"] * (micro_batch / local_batch)).backward()\n'
     assert spot in script
     with open("train.py", "w") as f:
-        f.write(script.replace(spot, spot + 12 * " " + 'terms["fm"][-1] *= math.inf if (step, rank, last) == (3, ranks - 1, True) else 1\n'))
+        f.write(script.replace(spot, spot + 4 * " " + 'terms["fm"][-1] *= math.inf if (step, rank, last) == (3, ranks - 1, True) else 1\n'))
     monkeypatch.setenv("PYTHONPATH", HERE)
     arguments = (*SMALL, "--steps=8", "--init_from=start.safetensors")
     assert run_script(str(folder / "train.py"), "--name=one", "--micro_batch=4", *arguments) is None
@@ -1620,7 +1761,7 @@ def loss_gradients(net, **options):
 def test_checkpointed_blocks():
     """The gradient of the whole loss does not change by a bit, whether blocks keep their insides or run again."""
     net, gradients = random_model(), []
-    for net.checkpoint_blocks in (0, 1, 2):
+    for net.checkpoint_blocks in (0, 1, 2, 8):                        # of plain passes a quarter as many
         gradients.append(loss_gradients(net))
     assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other))
 
@@ -1690,6 +1831,39 @@ def test_attention_gpu_offsets(D):
         x = [t.requires_grad_() for t in x]
         o = A.attention_jvp(*x)
         assert all(t.isfinite().all() for t in (*o, *torch.autograd.grad(o, x, list(o))))
+
+
+@gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_graph_gpu(compiled):
+    """The loss and its gradients as a CUDA graph are what they are without it, for other inputs than it was made with."""
+    model = random_model(torch.float32).cuda()
+    model.checkpoint_blocks = 1
+    if compiled:
+        model.run_block = torch.compile(Block.forward, fullgraph=True, dynamic=False)
+    module = TVM(model, copy.deepcopy(model).requires_grad_(False), guidance=dict(w=2.0))
+    parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
+
+    def gradients(*inputs):
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            terms = module(*inputs)
+        terms["loss"].backward()
+        return terms
+
+    def batch(seed):
+        x0 = torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(seed)).cuda()
+        return x0, (torch.arange(6) % 3).cuda(), *module.draw(x0, seed)
+
+    def results(function, seed):
+        terms = function(*batch(seed))
+        return {key: a.clone() for key, a in [*terms.items(), *((key, p.grad) for key, p in parameters.items())]}
+
+    graph = Graph(gradients, batch(0))
+    got = [results(graph, seed) for seed in (1, 2)]
+    for seed in (1, 2):
+        want = results(gradients, seed)
+        assert all(rel(got[seed - 1][key], want[key]) < 1e-5 for key in want if want[key].norm() > 0)
 
 
 @gpu

@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import fid
 from checkpoint import CheckpointError, hold, load_newest, load_tensors, save_state, save_tensors, states
-from loss import TVM
+from loss import TVM, Graph
 from model import SIZES, Block, DiT, DiTConfig
 from prepare import HERE, DataError, load_dataset
 from sample import draw, find_device, grid, sample, to_images
@@ -69,7 +69,9 @@ checkpoint_blocks = 0    # so many blocks keep only their input for the backward
 time_init = "spectral"   # of the time MLPs: "spectral" or "normal"
 scaled = True            # displacement (s-t) w F instead of (s-t) F
 # objective
-times = "gap*"           # "gap*", "gap", "trunc", "clamp"
+objective = "tvm"        # or, to compare: "flow_matching"; "meanflow", whose own are times "two", p_equal 0.75, scaled False
+kappa = 0.5              # meanflow's; its omega is w (1-kappa)
+times = "gap*"           # "gap*", "gap", "trunc", "clamp", "two"
 mu, sigma = -0.8, 1.0    # logit-normal of the gap (gap, gap*) or of t (trunc, clamp)
 mu_s, sigma_s = -0.4, 1.0
 p_equal = 0.0            # the probability of t = s
@@ -282,7 +284,7 @@ target = copy.deepcopy(model).requires_grad_(False)      # theta*
 evaluated = copy.deepcopy(model).requires_grad_(False)   # theta**
 model.checkpoint_blocks = checkpoint_blocks
 if compiled:
-    block = Block.forward_detached if detach_jvp else Block.forward
+    block = Block.forward_detached if detach_jvp or objective == "meanflow" else Block.forward
     model.run_block = target.run_block = torch.compile(block, fullgraph=True, dynamic=False)
 parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
 emas = {key: [dict(net.named_parameters())[p] for p in parameters] for key, net in (("target", target), ("eval", evaluated))}
@@ -290,11 +292,12 @@ optimizer = torch.optim.AdamW(parameters.values(), lr, (beta1, beta2), eps, weig
 times_config = dict(sampler=times, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, p_equal=p_equal)
 guidance_config = dict(sampler=guidance, w=w, w_min=w_min, w_max=w_max)
 try:
-    objective = TVM(model, target, times_config, guidance_config, label_dropout, detach_jvp)
+    loss_module = TVM(model, target, times_config, guidance_config, label_dropout, detach_jvp, objective, kappa)
 except ValueError as error:
     fail(error)
+draw_batch = loss_module.draw
 if ranks > 1:
-    objective = DistributedDataParallel(objective, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    loss_module = DistributedDataParallel(loss_module, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
 # ---- saving and resuming -------------------------------------------------------------------------
 def git_commit():
@@ -306,7 +309,7 @@ def git_commit():
 
 
 commit = git_commit()
-about = dict(config=dataclasses.asdict(model_config), guidance=guidance_config, times=times_config, train=config,
+about = dict(config=dataclasses.asdict(model_config), objective=objective, guidance=guidance_config, times=times_config, train=config,
              data=header, commit=commit)
 
 
@@ -395,7 +398,7 @@ def images_of(indices, nfe, classes=None):
         x1, y = draw(seed, indices[first:first + 250], header["shape"], header["class_counts"])
         y = y if classes is None else torch.tensor(classes[first:first + 250])
         guide = torch.full((len(y),), sampling_w, device=device)
-        images.append(to_images(sample(evaluated, x1.to(device), y.to(device), guide, nfe), header))
+        images.append(to_images(sample(evaluated, x1.to(device), y.to(device), guide, nfe, objective == "flow_matching"), header))
         labels.append(y)
     return np.concatenate(images), torch.cat(labels)
 
@@ -480,6 +483,17 @@ def on_signal(number, frame):
     signals.append((number, time.monotonic()))
 
 
+def gradients(*inputs):
+    """A micro-batch forward and backward: its terms."""
+    if graphed:
+        optimizer.zero_grad()
+    with autocast():
+        terms = loss_module(*inputs)
+    (terms["loss"] * (micro_batch / local_batch)).backward()
+    return terms
+
+
+graphed, graph = compiled and device.type == "cuda" and micro_batch == local_batch, None
 handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
 pool = ThreadPoolExecutor(1)
 batches = deque(pool.submit(fetch, step) for step in range(first_step, min(first_step + 3, steps)))
@@ -494,11 +508,13 @@ for step in progress:
     step_sums.zero_()
     for first in range(0, local_batch, micro_batch):
         x0, y = (a[first:first + micro_batch].to(device, non_blocking=True) for a in (images, labels))
+        x0 = (x0 - mean) / std
+        inputs = x0, y, *draw_batch(x0, noise_seed, rank * local_batch + first, batch_size)
+        if graphed:
+            graph = graph or Graph(gradients, inputs, 3 if ranks == 1 else 11)
         last = first + micro_batch == local_batch
-        with objective.no_sync() if ranks > 1 and not last else nullcontext():
-            with autocast():
-                terms = objective((x0 - mean) / std, y, noise_seed, rank * local_batch + first, batch_size)
-            (terms["loss"] * (micro_batch / local_batch)).backward()
+        with loss_module.no_sync() if ranks > 1 and not last else nullcontext():
+            terms = (graph or gradients)(*inputs)
         for i, (term, at) in enumerate((("terminal", "t"), ("fm", "s_fm"))):
             quarter = (terms[at] * 4).long().clamp(max=3)
             step_sums[i].index_add_(0, quarter, torch.stack([terms[term], torch.ones_like(terms[term])], dim=1))
@@ -521,7 +537,8 @@ for step in progress:
         skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
         if skipped_in_a_row == 10:
             fail(f"the loss or its gradient was not finite in 10 steps in a row, the last of them {step}; {last_good()}")
-    optimizer.zero_grad()
+    if not graphed:
+        optimizer.zero_grad()
     if step == first_step:
         gc.collect(), gc.freeze()                        # what is alive now stays: the collector need not walk it again
         atexit.register(gc.unfreeze)
