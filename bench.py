@@ -440,7 +440,8 @@ def theory_run(log, quick=False):
             for step in tqdm(range(snapshots[-1] + 1), desc=name, unit="step"):
                 if step in snapshots:
                     write(model=name, step=step, **theory_row(copy.deepcopy(ema).double(), data, exact, fresh))
-                objective(data.sample(batch, g).float().view(-1, 2, 1, 1), y, step)["loss"].backward()
+                x0 = data.sample(batch, g).float().view(-1, 2, 1, 1)
+                objective(x0, y, *objective.draw(x0, step))["loss"].backward()
                 optimizer.step(), optimizer.zero_grad()
                 for average, rate in ((target, 0.99), (ema, 0.995)):
                     torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - rate)
