@@ -296,7 +296,8 @@ except ValueError as error:
     fail(error)
 draw_batch = loss_module.draw
 if ranks > 1:
-    loss_module = DistributedDataParallel(loss_module, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    with torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else nullcontext():   # a graph cannot wait for the default one
+        loss_module = DistributedDataParallel(loss_module, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
 # ---- saving and resuming -------------------------------------------------------------------------
 def git_commit():
