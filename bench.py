@@ -199,10 +199,9 @@ def stepper(config, batch, compiled=True, checkpoint=False, detach=False, flow=F
         block = Block.forward_detached if detach or objective == "meanflow" else Block.forward
         model.run_block = emas[0].run_block = torch.compile(block, fullgraph=True, dynamic=False)
     loss_module = FlowMatching(model) if flow else TVM(model, emas[0], guidance=dict(w=2.0), detach_jvp=detach, objective=objective)
-    draw, graphed, graph = loss_module.draw, compiled and device == "cuda", None
+    draw, graphed, graph = loss_module.draw, compiled and device == "cuda" and ranks == 1, None
     if ranks > 1:
-        with torch.cuda.stream(torch.cuda.Stream()):  # a graph cannot wait for the default stream
-            loss_module = DistributedDataParallel(loss_module, device_ids=[torch.cuda.current_device()], gradient_as_bucket_view=True)
+        loss_module = DistributedDataParallel(loss_module, device_ids=[torch.cuda.current_device()], gradient_as_bucket_view=True)
     pairs = [(p, [dict(net.named_parameters())[name] for net in emas]) for name, p in model.named_parameters() if p.requires_grad]
     parameters = [p for p, _ in pairs]
     optimizer = torch.optim.AdamW(parameters, 1e-4, (0.9, 0.95), fused=True)
@@ -221,7 +220,7 @@ def stepper(config, batch, compiled=True, checkpoint=False, detach=False, flow=F
         x0, y = (a[n % 64].to(device, non_blocking=True) for a in (images, labels))
         inputs = x0, y, *draw(x0, n, rank * batch, ranks * batch)
         if graphed:
-            graph = graph or Graph(gradients, inputs, 3 if ranks == 1 else 11)
+            graph = graph or Graph(gradients, inputs)
         loss = (graph or gradients)(*inputs)
         norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf"))
         if torch.stack([norm, loss.detach()]).isfinite().all().item():

@@ -193,12 +193,11 @@ class Graph:
     """A function of CUDA tensors as one CUDA graph, without the host's time between its kernels, which is most of a small
     network's step. Its inputs and outputs, gradients of parameters among them, stay where they are: calls overwrite them."""
 
-    def __init__(self, function, inputs, warm_up=3):
-        """Takes warm_up calls to compile and allocate what is compiled and allocated once (DistributedDataParallel: 11)."""
+    def __init__(self, function, inputs):
         self.inputs, stream = [a.clone() for a in inputs], torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(warm_up):
+            for _ in range(3):                                          # what is compiled and allocated once
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.empty_cache()                                        # the graph has memory of its own

@@ -296,8 +296,7 @@ except ValueError as error:
     fail(error)
 draw_batch = loss_module.draw
 if ranks > 1:
-    with torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else nullcontext():   # a graph cannot wait for the default one
-        loss_module = DistributedDataParallel(loss_module, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    loss_module = DistributedDataParallel(loss_module, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
 # ---- saving and resuming -------------------------------------------------------------------------
 def git_commit():
@@ -493,7 +492,8 @@ def gradients(*inputs):
     return terms
 
 
-graphed, graph = compiled and device.type == "cuda" and micro_batch == local_batch, None
+# Under DistributedDataParallel the capture hung (torch 2.11), so that is launched kernel by kernel.
+graphed, graph = compiled and device.type == "cuda" and ranks == 1 and micro_batch == local_batch, None
 handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
 pool = ThreadPoolExecutor(1)
 batches = deque(pool.submit(fetch, step) for step in range(first_step, min(first_step + 3, steps)))
@@ -511,7 +511,7 @@ for step in progress:
         x0 = (x0 - mean) / std
         inputs = x0, y, *draw_batch(x0, noise_seed, rank * local_batch + first, batch_size)
         if graphed:
-            graph = graph or Graph(gradients, inputs, 3 if ranks == 1 else 11)
+            graph = graph or Graph(gradients, inputs)
         last = first + micro_batch == local_batch
         with loss_module.no_sync() if ranks > 1 and not last else nullcontext():
             terms = (graph or gradients)(*inputs)
