@@ -345,6 +345,18 @@ def report():
     figure.suptitle(f"Equal training time, {first['settings']['seconds']:g} s a run on {first['device']}; mean and range of seeds", fontsize=10)
     figure.savefig(os.path.join(at, "study.png"), dpi=120)
 
+    wanted = [("TVM, 1 step", "tvm", 0), ("MeanFlow, 1 step", "meanflow", 0), ("flow matching, 1 step", "flow_matching", 0), ("flow matching, 50 steps", "flow_matching", -1)]
+    sheets = {method: os.path.join(at, folder_of(f"{method}-{rate:g}-0") + ".png") for method, rate in best.items()}
+    if all(os.path.exists(sheets.get(method, "")) for _, method, _ in wanted):       # where the study ran: a row of each
+        figure, axes = plt.subplots(len(wanted), 1, figsize=(8, 3.6), layout="constrained")
+        for axis, (title, method, row) in zip(axes, wanted):
+            sheet = plt.imread(sheets[method])
+            height = (sheet.shape[0] + 2) // len(nfes)                              # rows lie 2 pixels apart
+            first_line = row % len(nfes) * height
+            axis.imshow(sheet[first_line:first_line + height - 2], interpolation="nearest"), axis.set(xticks=[], yticks=[])
+            axis.set_ylabel(title, rotation=0, ha="right", va="center"), [spine.set_visible(False) for spine in axis.spines.values()]
+        figure.savefig(os.path.join(at, "samples.png"), dpi=120)
+
 
 def main():
     global RATES, SEEDS, ABLATIONS, NETWORK, FOLDER, dataset, size, count
