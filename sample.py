@@ -6,6 +6,7 @@ A checkpoint -> images.
     python sample.py ckpt.safetensors --n 50000 --out samples.npz  # arr_0, uint8 NHWC, labels by the training histogram
     torchrun --nproc_per_node=8 -- sample.py ckpt.safetensors --n 50000 --out samples.npz   # its --n needs the --
 
+A checkpoint that was trained on latents names its VAE, which decodes them (--vae FOLDER: where it lies).
 The noise and the label of image i depend on the seed and i alone: not on the batch size, the ranks or
 the other images.
 """
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from model import CheckpointError, load_model, widest
 from prepare import Parser
+from vae import VAEError, decode, load_vae
 
 
 @torch.no_grad()
@@ -54,11 +56,22 @@ def draw(seed, indices, shape, class_counts=None):
     return torch.from_numpy(noise), torch.from_numpy(labels)
 
 
-def to_images(x0, header):
-    """Network units (B, C, H, W) -> uint8 (B, H, W, C), by the mean and std of the data's header."""
+def find_vae(header, device, where=None):
+    """The VAE that a data header names, from `where` or from the hub: in float16 on a GPU, as published. None for pixels."""
+    if "vae" in header:
+        half = torch.float16 if device.type == "cuda" else torch.float32
+        return load_vae(where or header["vae"], device, half, header.get("vae_crc32"))[0]
+    if where:
+        raise VAEError("this model makes pixels: it has no VAE that could lie elsewhere")
+
+
+def to_images(x0, header, vae=None):
+    """Network units (B, C, H, W) -> uint8 (B, H, W, C), by the mean and std of the data's header and, of latents, by its VAE."""
     per_channel = lambda name: torch.tensor(header[name], dtype=x0.dtype, device=x0.device).view(-1, 1, 1)
-    pixels = x0 * per_channel("std") + per_channel("mean")
-    return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    x0 = x0 * per_channel("std") + per_channel("mean")
+    if "vae" in header:
+        return decode(vae or find_vae(header, x0.device), x0)
+    return x0.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def grid(images, columns, least=800):
@@ -115,6 +128,7 @@ def parse(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="samples.png", help="a .png grid, an .npz, or a folder for PNGs")
     parser.add_argument("--batch", type=int, default=250)
+    parser.add_argument("--vae", help="where the checkpoint's VAE lies (default: on the Hugging Face hub, under its name)")
     parser.add_argument("--device", help="default: a GPU where there is one")
     args = parser.parse_args(argv)
     if args.nfe < 1:
@@ -151,6 +165,7 @@ def main():
     device = find_device(args.device)
     model, about = load_model(args.checkpoint, device)
     config, header = model.config, about["data"]
+    vae = find_vae(header, device, args.vae)
     w = guidance_weight(args.guidance, about["guidance"])
     classes = chosen_classes(args, config.num_classes)
     columns = min(len(classes), 32) if classes else 10
@@ -165,7 +180,7 @@ def main():
             y = torch.tensor([classes[i % len(classes)] for i in indices])
         start = time.perf_counter()
         x0 = sample(model, x1.to(device), y.to(device), torch.full((len(y),), w, device=device), args.nfe)
-        images.append(to_images(x0, header))                             # waits for the device
+        images.append(to_images(x0, header, vae))                             # waits for the device
         seconds += time.perf_counter() - start
     images = np.concatenate(images) if images else np.empty((0, config.input_size, config.input_size, config.in_channels), np.uint8)
     if ranks > 1:
