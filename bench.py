@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import attention_jvp as A
 from loss import TVM
 from model import Block, DiT, DiTConfig
-from sample import sample
+from sample import fast, sample
 
 SHAPES = [(32, 18, 256, 64), (8, 18, 1024, 64), (32, 16, 256, 72), (1, 24, 4096, 128), (1, 24, 8192, 128)]
 
@@ -290,12 +290,11 @@ def sample_table(size="XL/2", input_size=32, batch=64):
     x1, y = torch.randn(batch, 4, input_size, input_size, device="cuda"), torch.randint(1000, (batch,), device="cuda")
     w = torch.full((batch,), 2.0, device="cuda")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {size}, {input_size}x{input_size}x4, batch {batch}")
-    for name, dtype, compiled in (("float32, eager", torch.float32, False), ("bfloat16, eager", torch.bfloat16, False),
-                                  ("bfloat16, compiled", torch.bfloat16, True)):
-        model.run_block = torch.compile(Block.forward, fullgraph=True, dynamic=False) if compiled else Block.forward
+    for name, half, compiled in (("float32, eager", False, False), ("bfloat16, eager", True, False), ("bfloat16, compiled", True, True)):
+        context = fast(model, half, compiled)
         for nfe in (1, 4):
             from triton.testing import do_bench
-            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            with context:
                 ms = do_bench(lambda: sample(model, x1, y, w, nfe), warmup=300, rep=500, return_mode="median")
             tflops = nfe * forward_tflop(size, input_size, batch) / ms * 1e3
             print(f"{name:>20}, {nfe} step{'s' * (nfe > 1)}: {batch / ms * 1e3:6.0f} images/s, {tflops:.0f} TFLOP/s", flush=True)

@@ -1,7 +1,8 @@
 """
 The files of a run, made to outlive what ends it: a kill, a power cut, a full disk, a bad sector, a second process.
 
-    save_tensors(path, tensors, about)                 # whole or not at all
+    with written(path) as f: ...                       # whole or not at all
+    save_tensors(path, tensors, about)                 # likewise
     tensors, about = load_tensors(path)                # Damaged where the bytes are not those that were written
     save_state(folder, step, tensors, about, keep)     # and only then are older states deleted
     path, tensors, about = load_newest(folder)         # the newest state that is whole
@@ -9,6 +10,7 @@ The files of a run, made to outlive what ends it: a kill, a power cut, a full di
 
 Checkpoints are safetensors files with JSON in them: loading one executes nothing.
 """
+import contextlib
 import itertools
 import json
 import os
@@ -36,25 +38,33 @@ class Damaged(CheckpointError):
 
 
 def save_tensors(path, tensors, about):
-    """Tensors by name, and `about` (anything of JSON), as safetensors: written aside, synced, renamed. Raises
-    OSError (a full disk), after which `path` is what it was.
+    """Tensors by name, and `about` (anything of JSON), as safetensors, by `written`.
 
     The library's own writer wants all tensors on the host at once, leaves a file of a random name behind when it
     is killed, and knows no checksum; so the format, which is simple, is written out here."""
-    entries, end, aside = {}, 0, f"{path}.partial"
+    entries, end = {}, 0
     for name, t in tensors.items():
         entries[name] = dict(dtype=DTYPES[t.dtype], shape=list(t.shape), data_offsets=[end, end + t.nbytes])
         end += t.nbytes
     header = json.dumps({"__metadata__": {"crc32": 8 * "0", "tvm": json.dumps(about)}, **entries}).encode()
     header += b" " * (-len(header) % 8)                                           # which aligns the tensors
+    with written(path) as f:
+        crc = 0
+        for part in itertools.chain([len(header).to_bytes(8, "little") + header], map(raw_bytes, tensors.values())):
+            f.write(part)
+            crc = zlib.crc32(part, crc)
+        f.seek(8 + len(START))
+        f.write(b"%08x" % crc)
+
+
+@contextlib.contextmanager
+def written(path):
+    """A binary file to write, which is `path` at the end: written aside, synced, renamed. Raises OSError (a full disk),
+    after which `path` is what it was."""
+    aside = f"{path}.partial"
     try:
         with open(aside, "wb") as f:
-            crc = 0
-            for part in itertools.chain([len(header).to_bytes(8, "little") + header], map(raw_bytes, tensors.values())):
-                f.write(part)
-                crc = zlib.crc32(part, crc)
-            f.seek(8 + len(START))
-            f.write(b"%08x" % crc)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(aside, path)
@@ -140,7 +150,7 @@ def hold(folder, seconds):
         except BlockingIOError:
             if time.monotonic() > deadline:
                 file.seek(0)
-                raise OSError(f"{file.read().strip() or 'another process'} trains there") from None
+                raise OSError(f"{file.read().strip() or 'another process'} is at work there") from None
             time.sleep(0.1)
     file.truncate(0)
     print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)

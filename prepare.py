@@ -38,8 +38,6 @@ FORMAT = "tvm-data-1"
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHAPES = ("disk", "ring", "half disk", "crescent", "square", "bar", "triangle", "star", "cross", "arrow")
-
-
 KEYS = ("format", "name", "shape", "dtype", "count", "num_classes", "class_counts", "mean", "std")   # of a header, at least
 
 
@@ -112,6 +110,9 @@ class Writer:
         if not begun:
             shutil.rmtree(self.partial, ignore_errors=True)               # what an interrupted run left
             os.makedirs(self.partial)
+            need, free = sum(count.values()) * int(np.prod(shape)) * self.dtype.itemsize, shutil.disk_usage(self.partial).free
+            if need > free:                                                # or a memory map would end the process, without a word
+                raise DataError(f"{path} takes {need / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left")
         self.arrays = {}
         for split, n in count.items():
             for kind, kind_dtype, item in (("images", dtype, shape), ("labels", np.int64, ())):
@@ -134,18 +135,15 @@ class Writer:
                       mean=[127.5] * self.shape[0], std=[127.5] * self.shape[0]) | about
         for name in list(self.arrays):
             self.arrays.pop(name).flush()                                  # and closed, or Windows would not rename
-        write_json(os.path.join(self.partial, "header.json"), header)
+        with open(os.path.join(self.partial, "header.json"), "w") as f:
+            json.dump(header, f, indent=1)
         if os.path.exists(self.path):
             shutil.rmtree(self.path)
         os.rename(self.partial, self.path)
         print(f"{self.path}: {self.count['train']} training and {self.count['test']} held-out {header['kind']}, "
               f"{'x'.join(map(str, header['shape']))}, {num_classes or 'no'} classes")
-
-
-def write_json(path, value):
-    with open(path + ".partial", "w") as f:
-        json.dump(value, f, indent=1)
-    os.replace(path + ".partial", path)
+        if skipped := header.get("skipped"):
+            print(f"{skipped} of {sum(self.count.values()) + skipped} images could not be read and were skipped")
 
 
 def parallel(f, items, what):
@@ -308,8 +306,6 @@ def folder(args):
         os.remove(raw)
     writer.finish(args.name, classes, license="yours", source="a folder of images", skipped=len(broken),
                   made_by=f"prepare.py folder --size {args.size} --held-out {args.held_out} --seed {args.seed}")
-    if broken:
-        print(f"{len(broken)} of {len(files)} images could not be read and were skipped")
 
 
 def read_image(file, size):
@@ -347,34 +343,36 @@ def imagenet(args):
     from torch.cuda import is_available
     from torch.utils.data import DataLoader
 
+    from checkpoint import written
     from vae import PUBLISHED, encode, latent_moments, load_vae
     rank, ranks, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if ranks != int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
         raise DataError("imagenet takes the GPUs of one machine: its ranks write into one memory map")
     if os.path.exists(args.path):
         raise DataError(f"{args.path} is there already: move it away to make it again")
-    vae, crc32 = load_vae(args.vae, f"cuda:{local}" if is_available() else "cpu")
+    vae = load_vae(args.vae, f"cuda:{local}" if is_available() else "cpu")
     if args.size < 1 or args.size % vae.shrinks or args.batch < 0:
         raise DataError(f"--size must be a multiple of {vae.shrinks}, as this VAE shrinks, and --batch at least 1, not {args.size} and {args.batch}")
     C, side, batch = vae.config.latent_channels, args.size // vae.shrinks, args.batch or max(1, 2 ** 22 // args.size ** 2)
     classes, files = list_images(args.src)
     names = [file[len(args.src):].lstrip(os.sep) for file, _ in files]
-    plan = dict(image_size=args.size, batch=batch, vae=args.vae_name or args.vae, vae_crc32=crc32, class_names=classes,
+    plan = dict(image_size=args.size, batch=batch, vae=args.vae_name or args.vae, vae_crc32=vae.crc32, class_names=classes,
                 files_crc32=f"{zlib.crc32(os.fsencode(chr(10).join(names))):08x}")
     at = lambda file: os.path.join(args.path + ".partial", file)
+    barrier = dist.barrier if ranks > 1 else lambda: None
     if ranks > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))         # torchrun ends all ranks when one of them ends
     if rank == 0:
-        begun = json.load(open(at("header.json"))) if os.path.exists(at("header.json")) else {}
+        begun = json.load(open(at("plan.json"))) if os.path.exists(at("plan.json")) else {}
         if differ := [key for key in plan if begun.get(key, plan[key]) != plan[key]]:
             raise DataError(f"{at('')} was begun with another {' and another '.join(differ)}: delete it to start over")
         writer = Writer(args.path, (2 * C, side, side), {"train": len(files), "test": 0}, np.float16, bool(begun))
         if not begun:
             writer.arrays["train_labels"][:] = [label for _, label in files]
             np.save(at("done.npy"), np.zeros(len(files), np.uint8))
-            write_json(at("header.json"), plan)                            # last: with it, all of them are there
-    if ranks > 1:
-        dist.barrier()
+            with written(at("plan.json")) as f:                            # last: with it, all of them are there
+                f.write(json.dumps(plan).encode())
+    barrier()
     stored, done = (np.load(at(file), mmap_mode="r+") for file in ("train_images.npy", "done.npy"))
     mine = [np.arange(first, min(first + batch, len(files))) for first in range(rank * batch, len(files), ranks * batch)]
     mine = [rows for rows in mine if not done[rows].all()]
@@ -390,9 +388,7 @@ def imagenet(args):
                 stored.flush()
             done[rows] = np.where(whole, 1, 2)
             bar.update(np.count_nonzero(done) - bar.n)
-    if ranks > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    barrier()
     if rank > 0:
         return
 
@@ -410,9 +406,7 @@ def imagenet(args):
     writer.finish(args.name, **plan, kind="latents", shape=[C, side, side], mean=mean, std=std, skipped=len(files) - n,
                   normalization="published" if known else "measured", license="yours", source="a folder of images",
                   made_by=f"prepare.py imagenet --size {args.size} --batch {batch}")
-    os.remove(os.path.join(args.path, "done.npy"))
-    if n < len(files):
-        print(f"{len(files) - n} of {len(files)} images could not be read and were skipped")
+    os.remove(os.path.join(args.path, "done.npy")), os.remove(os.path.join(args.path, "plan.json"))
 
 
 def check(args):
@@ -439,7 +433,7 @@ def check(args):
             wrong.append(f"channel {c} has mean {mean:.3g} and std {std:.3g}" + ", not about 0 and 1" * latent)
     sheet = [stored[rows[:8]].transpose(0, 2, 3, 1)]
     if latent:
-        vae, _ = load_vae(args.vae or header["vae"], crc32=header["vae_crc32"])
+        vae = load_vae(args.vae or header["vae"], crc32=header["vae_crc32"])
         sheet = [decode(vae, from_numpy(stored[rows[:8], :header["shape"][0]]))]
     if latent and args.src:
         with open(os.path.join(args.path, "train_files.txt"), errors="surrogateescape") as f:
@@ -467,16 +461,15 @@ def main():
         if make is shapes:
             p.add_argument("--size", type=int, default=32)
             p.add_argument("--n", type=int, default=60000, help="training images; a sixth as many are held out")
-        if make is folder:
+        if make in (folder, imagenet):
             p.add_argument("src")
             p.add_argument("--size", type=int, required=True)
+        if make is folder:
             p.add_argument("--held-out", type=float, default=0.1, help="the share of images that is held out")
         if make is cifar10:
             p.add_argument("file")
         if make is imagenet:
-            p.add_argument("src")
             p.add_argument("dst", nargs="?", help="where to write (default: data/im256 for --size 256)")
-            p.add_argument("--size", type=int, required=True)
             p.add_argument("--vae-name", help="what the header calls it (default: as --vae does)")
             p.add_argument("--batch", type=int, default=0, help="of the VAE (default: 64 images of 256 x 256, fewer larger ones)")
         if make in (imagenet, check):

@@ -4,16 +4,24 @@ A checkpoint -> images.
     python sample.py assets/digits.safetensors                     # one step; a grid with every class, samples.png
     python sample.py ckpt.safetensors --nfe 4 --classes 3,7 --n 64 # four steps, 64 images of classes 3 and 7
     python sample.py ckpt.safetensors --n 50000 --out samples.npz  # arr_0, uint8 NHWC, labels by the training histogram
+    python sample.py ckpt.safetensors --nfe 4 --fid ref.npz        # the FID of 50,000 images, which are not kept
     torchrun --nproc_per_node=8 -- sample.py ckpt.safetensors --n 50000 --out samples.npz   # its --n needs the --
 
 A checkpoint that was trained on latents names its VAE, which decodes them (--vae FOLDER: where it lies).
 The noise and the label of image i depend on the seed and i alone: not on the batch size, the ranks or
-the other images.
+the other images. Finished batches wait in OUT.parts/: the same command goes on from them after a kill,
+on any number of ranks, and ends with the same images. OUT appears whole or not at all.
 """
+import hashlib
 import itertools
+import json
 import os
+import shutil
 import sys
 import time
+from datetime import timedelta
+from importlib.util import find_spec
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -21,9 +29,12 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from model import CheckpointError, load_model, widest
+from checkpoint import hold, raw_bytes, written
+from model import Block, CheckpointError, load_model, widest
 from prepare import Parser
 from vae import VAEError, decode, load_vae
+
+COMPILE_FROM = 1000      # images: for fewer, up to a minute of torch.compile does not pay
 
 
 @torch.no_grad()
@@ -44,6 +55,21 @@ def sample(model, x1, y, w, nfe):
     return x
 
 
+def abilities(device):
+    """Whether a device computes in bfloat16, and whether torch.compile works for it. Only CUDA devices are asked."""
+    cuda = device.type == "cuda"
+    return (cuda and torch.cuda.is_bf16_supported(including_emulation=False),
+            cuda and find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0))
+
+
+def fast(model, half=True, compiled=True):
+    """Make a model sample as it trains, as far as its device is able to: its blocks compiled, once for each shape of a
+    batch; and returns the context to call `sample` in, bfloat16 autocast. (The state between steps stays wide.)"""
+    can_half, can_compile = abilities(model.pos_embed.device)
+    model.run_block = torch.compile(Block.forward, fullgraph=True, dynamic=False) if compiled and can_compile else Block.forward
+    return torch.autocast(model.pos_embed.device.type, torch.bfloat16, enabled=half and can_half)
+
+
 def draw(seed, indices, shape, class_counts=None):
     """The noise (n, *shape) float32 and the labels (n,) int64 of images `indices`. Labels follow
     class_counts; without them all are 0, which is "no class" where there are no classes."""
@@ -60,7 +86,7 @@ def find_vae(header, device, where=None):
     """The VAE that a data header names, from `where` or from the hub: in float16 on a GPU, as published. None for pixels."""
     if "vae" in header:
         half = torch.float16 if device.type == "cuda" else torch.float32
-        return load_vae(where or header["vae"], device, half, header.get("vae_crc32"))[0]
+        return load_vae(where or header["vae"], device, half, header.get("vae_crc32"))
     if where:
         raise VAEError("this model makes pixels: it has no VAE that could lie elsewhere")
 
@@ -77,8 +103,7 @@ def to_images(x0, header, vae=None):
 def grid(images, columns, least=800):
     """uint8 (N, H, W, C) -> one PIL image, row by row, enlarged by whole pixels to about `least` wide."""
     n, H, W, C = images.shape
-    rows = -(-n // columns)
-    zoom = max(1, least // (columns * W))
+    rows, zoom = -(-n // columns), max(1, least // (columns * W))
     images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
     H, W, gap = H * zoom, W * zoom, 2
     sheet = np.full((rows * (H + gap) - gap, columns * (W + gap) - gap, C), 255, np.uint8)
@@ -92,50 +117,60 @@ def as_pil(image):
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
-def write_images(out, images, columns):
-    """A .png: one grid. A .npz: arr_0. Both appear whole or not at all. Else: a folder of PNGs."""
-    if out.endswith((".png", ".npz")):
-        with open(out + ".partial", "wb") as f:
-            grid(images, columns).save(f, "PNG") if out.endswith(".png") else np.savez(f, arr_0=images)
-        os.replace(out + ".partial", out)
+def write_images(out, batches, n, columns):
+    """n images, uint8 (B, H, W, C) at a time. A .png: one grid. A .npz: arr_0. Else: a folder of PNGs. Whole or not at all."""
+    if out.endswith(".png"):
+        with written(out) as f:
+            grid(np.concatenate([*batches]), columns).save(f, "PNG")
+    elif out.endswith(".npz"):
+        first = next(batches)
+        with written(out) as f, ZipFile(f, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
+            np.lib.format.write_array_header_1_0(array, dict(descr="|u1", fortran_order=False, shape=(n, *first.shape[1:])))
+            for images in itertools.chain([first], batches):
+                array.write(images.tobytes())
     else:
-        os.makedirs(out, exist_ok=True)
-        for i, image in enumerate(tqdm(images, desc="writing", unit="img")):
-            as_pil(image).save(os.path.join(out, f"{i:06d}.png"))
+        os.makedirs(out + ".partial", exist_ok=True)
+        for i, image in enumerate(itertools.chain.from_iterable(batches)):
+            as_pil(image).save(os.path.join(out + ".partial", f"{i:06d}.png"))
+        if os.path.isdir(out):
+            os.rmdir(out)                                                # an empty one, as parse has seen
+        os.replace(out + ".partial", out)
 
 
 def guidance_weight(asked, trained):
     """The w to sample with: the one asked for, where the model was trained with it, or the trained one."""
-    if trained["sampler"] == "constant":
-        if asked is not None and asked != trained["w"]:
-            raise CheckpointError(f"this model was trained at guidance {trained['w']:g} only, not {asked:g}")
-        return trained["w"]
-    low, high = trained["w_min"], trained["w_max"]
-    asked = (low * high) ** 0.5 if asked is None else asked
-    if not low <= asked <= high:
-        raise CheckpointError(f"this model was trained with guidance from {low:g} to {high:g}, not {asked:g}")
-    return asked
+    low, high = (trained["w"], trained["w"]) if trained["sampler"] == "constant" else (trained["w_min"], trained["w_max"])
+    if asked is not None and not low <= asked <= high:
+        span = f"from {low:g} to {high:g}" if low < high else f"{low:g} only"
+        raise CheckpointError(f"this model was trained with guidance {span}, not {asked:g}")
+    return asked if asked is not None else low if low == high else (low * high) ** 0.5
 
 
 def parse(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("checkpoint")
     parser.add_argument("--nfe", type=int, default=1, help="steps, one network call each (default 1)")
-    parser.add_argument("--n", type=int, help="how many images (default: a grid that shows every class)")
+    parser.add_argument("--n", type=int, help="how many images (default: a grid that shows every class; with --fid, 50000)")
     parser.add_argument("--classes", help="comma-separated class numbers, taken in turn (default: every class in a "
                                           "grid; with --n, drawn from the training histogram)")
     parser.add_argument("--guidance", type=float, help="the weight w (default: the trained one)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="samples.png", help="a .png grid, an .npz, or a folder for PNGs")
-    parser.add_argument("--batch", type=int, default=250)
+    parser.add_argument("--out", help="a .png grid (default: samples.png), an .npz, or a folder for PNGs")
+    parser.add_argument("--fid", metavar="REF", help="no images, but their FID against these statistics, by fid.py")
+    parser.add_argument("--inception", metavar="PATH", help="the Inception weights for --fid, where fid.py is to find them")
     parser.add_argument("--vae", help="where the checkpoint's VAE lies (default: on the Hugging Face hub, under its name)")
+    parser.add_argument("--batch", type=int, default=250, help="images of one network call (default 250)")
+    parser.add_argument("--precision", choices=("bfloat16", "float32"), help="of the network (default: bfloat16 on a CUDA device that has "
+                        f"it, else float32); bfloat16 compiles too, up to a minute, from {COMPILE_FROM} images on")
     parser.add_argument("--device", help="default: a GPU where there is one")
     args = parser.parse_args(argv)
-    if args.nfe < 1:
-        raise CheckpointError(f"--nfe must be at least 1, not {args.nfe}")
-    if args.n is not None and args.n < 1 or args.batch < 1 or not 0 <= args.seed < 2 ** 63:
-        raise CheckpointError("--n and --batch must be at least 1, --seed at least 0 and below 2**63")
-    if os.path.splitext(args.out)[1] not in (".png", ".npz", ""):
+    if args.fid and args.out or args.inception and not args.fid:
+        raise CheckpointError("--fid keeps no images, so it goes without --out; --inception goes with --fid only")
+    args.out = args.out or (f"{args.checkpoint.replace(os.sep, '-')}-nfe{args.nfe}-fid" if args.fid else "samples.png")
+    args.n = 50_000 if args.fid and args.n is None else args.n
+    if min(args.nfe, args.batch, 1 if args.n is None else args.n) < 1 or not 0 <= args.seed < 2 ** 63:
+        raise CheckpointError("--nfe, --n and --batch must be at least 1, --seed at least 0 and below 2**63")
+    if not args.fid and os.path.splitext(args.out)[1] not in (".png", ".npz", ""):
         raise CheckpointError(f"--out takes a .png, an .npz or a folder, not {args.out!r}")
     if os.path.isdir(args.out) and os.listdir(args.out):
         raise CheckpointError(f"--out: {args.out} is a folder with files in it already")
@@ -152,54 +187,90 @@ def chosen_classes(args, num_classes):
             classes = [int(c) for c in args.classes.split(",")]
         except ValueError:
             raise CheckpointError(f"--classes takes numbers such as 0,3,7, not {args.classes!r}") from None
-        for c in classes:
-            if not 0 <= c < num_classes:
-                raise CheckpointError(f"--classes: {c} is not a class; this model knows 0 to {num_classes - 1}")
+        if wrong := [c for c in classes if not 0 <= c < num_classes]:
+            raise CheckpointError(f"--classes: {wrong[0]} is not a class; this model knows 0 to {num_classes - 1}")
         return classes
     return list(range(num_classes)) if args.n is None and num_classes else None
 
 
+@torch.no_grad()
 def main():
     args = parse()
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = find_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    half, compiled = abilities(device)
+    if args.precision == "bfloat16" and not half:
+        raise CheckpointError(f"--precision bfloat16 takes a CUDA device that has it, which {device} is not")
     model, about = load_model(args.checkpoint, device)
     config, header = model.config, about["data"]
     vae = find_vae(header, device, args.vae)
     w = guidance_weight(args.guidance, about["guidance"])
     classes = chosen_classes(args, config.num_classes)
-    columns = min(len(classes), 32) if classes else 10
     n = args.n or (len(classes) * max(1, 80 // len(classes)) if classes else 80)
+    if args.fid:
+        import fid
+        try:
+            inception, reference = fid.load_inception(args.inception, device), fid.read_statistics(args.fid)
+        except fid.FidError as error:
+            raise CheckpointError(error) from None
 
-    mine = range(n * rank // ranks, n * (rank + 1) // ranks)
-    images, seconds = [], 0.0
-    for first in tqdm(range(mine.start, mine.stop, args.batch), desc="sampling", unit="batch", disable=rank > 0):
-        indices = range(first, min(first + args.batch, mine.stop))
-        x1, y = draw(args.seed, indices, (config.in_channels, config.input_size, config.input_size), header["class_counts"])
-        if classes:
-            y = torch.tensor([classes[i % len(classes)] for i in indices])
-        start = time.perf_counter()
-        x0 = sample(model, x1.to(device), y.to(device), torch.full((len(y),), w, device=device), args.nfe)
-        images.append(to_images(x0, header, vae))                             # waits for the device
-        seconds += time.perf_counter() - start
-    images = np.concatenate(images) if images else np.empty((0, config.input_size, config.input_size, config.in_channels), np.uint8)
+    half = half and args.precision != "float32"
+    compiled = compiled and half and n >= COMPILE_FROM                   # then one shape of batch, which compiles once
+    batch, folder = min(args.batch, -(-n // ranks)), args.out + ".parts"
+    key = [about, n, args.nfe, w, args.seed, classes, batch, half, compiled, device.type, bool(args.fid), args.inception, vae and vae.crc32]
+    key = hashlib.sha256(json.dumps(key).encode())
+    for t in model.state_dict().values():
+        key.update(raw_bytes(t))
+    parts = [range(first, min(first + batch, n)) for first in range(0, n, batch)]
+    path = lambda part: os.path.join(folder, f"{key.hexdigest()[:16]}-{part.start:09d}.npy")
+    barrier = dist.barrier if ranks > 1 else lambda: None
     if ranks > 1:
-        dist.init_process_group("gloo")
-        parts = [None] * ranks if rank == 0 else None
-        dist.gather_object((images, seconds), parts)
-        dist.destroy_process_group()
-        if rank == 0:
-            images, seconds = np.concatenate([part for part, _ in parts]), max(seconds for _, seconds in parts)
+        dist.init_process_group("gloo", timeout=timedelta(days=1))       # a rank that dies ends all; a slow one may be slow
     if rank == 0:
-        write_images(args.out, images, columns)
-        print(f"{args.out}: {n} images in {args.nfe} step{'s' * (args.nfe > 1)} at guidance {w:g}, "
-              f"{n / seconds:.0f} images/s on {ranks} x {device.type}")
+        lock, here = hold(folder, 10), {os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".npy")}
+        for other in (others := here - set(map(path, parts))):
+            os.remove(other)
+        if here:
+            print(f"sample.py: {folder}: " + ("of another checkpoint, seed, nfe or the like, so starting over" if others else
+                  f"going on from {len(here)} of {len(parts)} batches"), file=sys.stderr)
+    barrier()
+    mine, start = [part for part in parts[rank::ranks] if not os.path.exists(path(part))], time.perf_counter()
+    context = fast(model, half, compiled)
+    for part in tqdm(mine, desc="sampling", unit="batch", disable=rank > 0):
+        indices = range(part.start, part.start + batch) if compiled else part
+        x1, y = draw(args.seed, indices, (config.in_channels, config.input_size, config.input_size), header["class_counts"])
+        y = torch.tensor([classes[i % len(classes)] for i in indices]) if classes else y
+        with context:
+            x0 = sample(model, x1.to(device), y.to(device), torch.full((len(y),), w, device=device), args.nfe)
+        images = to_images(x0, header, vae)[:len(part)]
+        if args.fid:                                                     # of gray images three times
+            images = torch.from_numpy(images).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).to(device)
+            images = inception(images, resize="tf1").cpu().numpy()
+        with written(path(part)) as f:
+            np.save(f, images)
+    seconds = time.perf_counter() - start
+    barrier()
+    if rank > 0:
+        return
+    batches = (np.load(path(part), allow_pickle=False) for part in tqdm(parts, desc="collecting", unit="batch"))
+    if args.fid:
+        moments = fid.Moments(2048)
+        for part in batches:
+            moments.add(torch.from_numpy(part))
+        result = f"FID {fid.frechet_distance(*moments.mean_and_covariance(), *reference):.4f} against {args.fid}"
+    else:
+        write_images(args.out, batches, n, min(len(classes), 32) if classes else 10)
+        result = args.out
+    shutil.rmtree(folder)
+    print(f"{result}: {n} images in {args.nfe} step{'s' * (args.nfe > 1)} at guidance {w:g}, "
+          f"{sum(map(len, mine)) * ranks / seconds:.0f} images/s on {ranks} x {device.type}")
 
 
 def find_device(name=""):
     """The device of a name; by default a GPU where there is one, this rank's. Raises CheckpointError."""
-    if not name:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     if name.split(":")[0] not in ("cpu", "cuda", "mps"):
         raise CheckpointError(f"no device {name!r}: there are cpu, cuda and mps")
     try:
@@ -213,5 +284,7 @@ def find_device(name=""):
 if __name__ == "__main__":
     try:
         main()
-    except (CheckpointError, OSError, RuntimeError) as error:
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (CheckpointError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"sample.py: {' '.join(str(error).split())}")

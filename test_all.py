@@ -17,6 +17,7 @@ import os
 import random
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -918,6 +919,93 @@ def torchrun(script, *arguments):
     return subprocess.run(command, check=True, capture_output=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
+def images_in(path):
+    return np.load(path, allow_pickle=False)["arr_0"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kills a process by what Linux says of it")
+def test_sampling_goes_on_after_a_kill(folder, capsys):
+    """Rank 0 of two is killed: all end, no file appears, and one process goes on to the images of an undisturbed run."""
+    make_checkpoint("c.safetensors")
+    arguments = ["c.safetensors", "--n", 1500, "--batch", 5]
+    assert run_script("sample.py", *arguments, "--out", "whole.npz") is None
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", os.path.join(HERE, "sample.py")]
+    with open("said", "w") as f:
+        run = subprocess.Popen([*command, *map(str, arguments), "--out", "a.npz"], stdout=f, stderr=f,
+                               env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})   # sums in the same order
+    try:
+        until(lambda: len(glob.glob("a.npz.parts/*.npy")) > 20, "twenty batches")
+        os.kill(int(re.search(r"process (\d+)", open("a.npz.parts/lock").read())[1]), signal.SIGKILL)
+        assert run.wait(60) != 0
+    finally:
+        run.kill()
+    done = len(glob.glob("a.npz.parts/*.npy"))
+    assert 20 < done < 300 and not os.path.exists("a.npz")
+    capsys.readouterr()
+    assert run_script("sample.py", *arguments, "--out", "a.npz") is None
+    assert f"going on from {done} of 300" in capsys.readouterr().err
+    assert open("a.npz", "rb").read() == open("whole.npz", "rb").read() and not os.path.exists("a.npz.parts")
+
+
+def test_partial_samples_are_of_one_run(folder, capsys, monkeypatch):
+    """Batches of another seed, nfe, guidance, batch or checkpoint are not used, and that is said; a lock keeps others out."""
+    make_checkpoint("c.safetensors", guidance=dict(sampler="inverse", w=1.0, w_min=1.0, w_max=2.0))
+    make_checkpoint("other.safetensors", seed=1, guidance=dict(sampler="inverse", w=1.0, w_min=1.0, w_max=2.0))
+    base = {"--n": 6, "--batch": 2, "--out": "a.npz"}
+    command = lambda change, path="c.safetensors": [path, *(word for pair in {**base, **change}.items() for word in pair)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "fromarray", None)                               # an end at the last moment
+        assert "NoneType" in str(pytest.raises(TypeError, run_script, "sample.py", *command({"--out": "a.png"})).value)
+    assert len(glob.glob("a.png.parts/*.npy")) == 3 and not os.path.exists("a.png")
+    for change, path in (({"--seed": 3}, "c.safetensors"), ({"--nfe": 2}, "c.safetensors"), ({"--guidance": 1.5}, "c.safetensors"),
+                         ({"--classes": "2"}, "c.safetensors"), ({}, "other.safetensors")):
+        assert run_script("sample.py", *command(change, path)) is None
+        fresh = images_in("a.npz")
+        os.makedirs("a.npz.parts")
+        for name in os.listdir("a.png.parts"):
+            with open(f"a.png.parts/{name}", "rb") as f, open(f"a.npz.parts/{name}", "wb") as g:
+                g.write(f.read())
+        capsys.readouterr()
+        assert run_script("sample.py", *command(change, path)) is None
+        assert "starting over" in capsys.readouterr().err and (images_in("a.npz") == fresh).all() and not os.path.exists("a.npz.parts")
+    assert run_script("sample.py", *command({"--out": "a.png"})) is None and "going on from 3 of 3" in capsys.readouterr().err
+    lock = ckpt.hold("a.npz.parts", 0)
+    monkeypatch.setattr(ckpt, "hold", lambda path, seconds, hold=ckpt.hold: hold(path, 0))
+    assert "is at work there" in run_script("sample.py", *command({}))
+    lock.close()
+
+
+def test_fid_of_samples(folder, capsys, monkeypatch):
+    """--fid is the distance of the features of the same images from the reference, and leaves nothing behind."""
+    class Inception:
+        def __call__(self, images, resize):
+            assert images.dtype == torch.uint8 and images.shape[1:] == (3, 8, 8) and resize == "tf1"
+            return images.float().flatten(2).mean(1)[:, ::8]
+
+    class Moments:
+        def __init__(self, dim):
+            self.features = []
+
+        def add(self, features):
+            self.features.append(features)
+
+        def mean_and_covariance(self):
+            return fid.moments(torch.cat(self.features))
+    reference = np.arange(8.0), np.eye(8)
+    for name, stub in (("load_inception", lambda path, device: Inception()), ("Moments", Moments), ("FidError", ckpt.CheckpointError),
+                       ("read_statistics", lambda path: reference)):
+        monkeypatch.setattr(fid, name, stub, raising=False)
+    make_checkpoint("c.safetensors")
+    assert run_script("sample.py", "c.safetensors", "--n", 50, "--out", "a.npz") is None
+    features = torch.from_numpy(images_in("a.npz")[..., 0]).float().flatten(1)[:, ::8]
+    expected = fid.frechet_distance(*fid.moments(features), *reference)
+    capsys.readouterr()
+    assert run_script("sample.py", "c.safetensors", "--n", 50, "--fid", "ref.npz", "--batch", 20) is None
+    assert abs(float(re.search(r"FID (\S+) against ref.npz", capsys.readouterr().out)[1]) - expected) < 1e-4 * expected + 1e-4
+    assert sorted(os.listdir()) == ["a.npz", "c.safetensors"]
+    assert "without --out" in run_script("sample.py", "c.safetensors", "--fid", "ref.npz", "--out", "b.npz")
+
+
 def test_sample_refuses(folder):
     make_checkpoint("c.safetensors")
     make_checkpoint("random.safetensors", guidance=dict(sampler="inverse", w=1.0, w_min=1.0, w_max=2.0))
@@ -932,6 +1020,7 @@ def test_sample_refuses(folder):
     assert "at least 1" in complain("c.safetensors", "--n", 0)
     assert "unrecognized arguments: --nef" in complain("c.safetensors", "--nef", 2)
     assert "no device" in complain("c.safetensors", "--device", "gpu")
+    assert "bfloat16" in complain("c.safetensors", "--device", "cpu", "--precision", "bfloat16")
     assert ".jpg" in complain("c.safetensors", "--out", "x.jpg")
     os.mkdir("full"), open("full/file", "w").close()
     assert "files in it already" in complain("c.safetensors", "--out", "full")
@@ -1514,7 +1603,7 @@ def test_vae_against_its_parts(folder):
         net.quant_conv.bias += torch.tensor([0., 0, 0, 0, 0, 100, -100, 1])                      # log-variances out of [-30, 20]
         net.decoder.conv_out.weight *= 3                                                         # pixels out of [-1, 1]
     net.save_pretrained("vae")
-    vae, crc32 = v.load_vae("vae")
+    vae = v.load_vae("vae")
     images = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 24), dtype=np.uint8)
     stored = v.encode(vae, images)
     mean, logvar = net.quant_conv(net.encoder(torch.from_numpy(images / 127.5 - 1).float())).chunk(2, dim=1)
@@ -1540,9 +1629,9 @@ def test_vae_against_its_parts(folder):
         v.load_vae.cache_clear()
         if complaint:
             with pytest.raises(v.VAEError, match=complaint):
-                v.load_vae("vae", crc32=crc32)
+                v.load_vae("vae", crc32=vae.crc32)
         else:
-            assert v.load_vae("vae", crc32=crc32)[1] == crc32
+            assert v.load_vae("vae", crc32=vae.crc32).crc32 == vae.crc32
     with pytest.raises(v.VAEError, match="not finite"):
         v.decode(vae, math.inf * z)
 
@@ -1574,10 +1663,10 @@ def test_imagenet(folder, source, capsys, monkeypatch):
     assert [header[key] for key in ("kind", "dtype", "vae", "skipped", "normalization", "image_size")] == ["latents", "float16", "tiny", 1, "measured", 32]
     assert sorted(files) == sorted(f"n0{i // 50}/{i % 50:02}.JPEG" for i in range(200) if i != 75) and files[:75] == sorted(files)[:75]
     assert [f"n0{label}" for label in data["train_labels"]] == [file.split("/")[0] for file in files]
-    vae, crc32 = v.load_vae(str(source / "vae"))
+    vae = v.load_vae(str(source / "vae"))
     pick = [0, 74, 75, 76, 198]
     again = v.encode(vae, np.stack([prepare.read_image(source / "src" / files[i], 32) for i in pick]))
-    assert np.allclose(data["train_images"][pick], again, rtol=2 ** -9, atol=1e-3) and header["vae_crc32"] == crc32     # of another batch
+    assert np.allclose(data["train_images"][pick], again, rtol=2 ** -9, atol=1e-3) and header["vae_crc32"] == vae.crc32     # of another batch
     assert sorted(os.listdir("data/a")) == ["header.json", "test_images.npy", "test_labels.npy", "train_files.txt", "train_images.npy", "train_labels.npy"]
     assert "there already" in encode_all(source, "--name", "a")
 
@@ -1608,6 +1697,8 @@ def test_imagenet(folder, source, capsys, monkeypatch):
     assert "no folder" in run_script("prepare.py", "imagenet", "gone", "--size", 32, "--vae", source / "vae")
     os.makedirs("hollow")
     assert "cannot load the VAE hollow" in refuse("--size", 32, "--vae", "hollow")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=200_000))
+    assert "data/full takes 0.0 GB" in encode_all(source, "--name", "full")
     monkeypatch.setitem(sys.modules, "diffusers", None)
     v.load_vae.cache_clear()
     assert "pip install diffusers" in refuse("--size", 32, "--vae", source / "vae")
@@ -1646,7 +1737,7 @@ def test_rehearsal(folder, source, capsys):
     process = subprocess.Popen([sys.executable, os.path.join(HERE, "prepare.py"), *map(str, arguments), "--name", "cut"], stderr=subprocess.DEVNULL,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     done = "data/cut.partial/done.npy"
-    until(lambda: os.path.exists("data/cut.partial/header.json") and np.count_nonzero(np.load(done)) >= 20, "20 encoded images")
+    until(lambda: os.path.exists("data/cut.partial/plan.json") and np.count_nonzero(np.load(done)) >= 20, "20 encoded images")
     process.kill(), process.wait()
     at = np.count_nonzero(np.load(done))
     assert 20 <= at < 200 and not os.path.exists("data/cut")
@@ -1742,9 +1833,23 @@ def test_gpu_gradients(half, tolerance):
 @gpu
 def test_gpu_training(folder):
     assert run_script("train.py", "--steps=3", *SMALL) is None
-    assert run_script("sample.py", "out/digits/ckpt.safetensors", "--n", 5, "--out", "a.npz") is None
+    assert run_script("sample.py", "out/digits/ckpt.safetensors", "--n", 5, "--out", "a.npz", "--precision", "float32") is None
     assert run_script("sample.py", "out/digits/ckpt.safetensors", "--n", 5, "--out", "b.npz", "--device", "cpu") is None
     assert np.abs(np.load("a.npz")["arr_0"].astype(int) - np.load("b.npz")["arr_0"]).max() <= 1
+
+
+@gpu
+def test_gpu_fast_sampling():
+    """bfloat16, eager and compiled, against float32: the error of the one is that of the other."""
+    net, (_, noise, _, _, y, w) = random_model(torch.float32, depth=3, hidden_size=64).cuda(), (a.cuda() for a in random_inputs(6, dtype=torch.float32))
+    exact = s.sample(net, noise, y, w, 2)
+    for compiled in (False, True):
+        with s.fast(net, compiled=compiled):
+            x0 = s.sample(net, noise, y, w, 2)
+        assert x0.dtype == F64 and not torch.equal(x0, exact)
+        close(x0, exact, 2e-2)
+    with s.fast(net, half=False, compiled=False):
+        assert torch.equal(s.sample(net, noise, y, w, 2), exact)
 
 
 @gpu

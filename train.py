@@ -25,7 +25,6 @@ import dataclasses
 import difflib
 import functools
 import gc
-import importlib.util
 import json
 import math
 import os
@@ -49,7 +48,7 @@ from checkpoint import CheckpointError, hold, load_newest, load_tensors, save_st
 from loss import TVM
 from model import SIZES, Block, DiT, DiTConfig
 from prepare import HERE, SD_VAE, DataError, load_dataset
-from sample import draw, find_device, find_vae, grid, sample, to_images
+from sample import abilities, draw, find_device, find_vae, grid, sample, to_images
 from vae import draw_latents
 
 # ---- constants -----------------------------------------------------------------------------------
@@ -214,9 +213,9 @@ if ranks > 1:
     store = next(dist.rendezvous("env://", timeout=patience))[0]
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0", store)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=ranks, timeout=patience)
-half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+half, can_compile = abilities(device)
 autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
-compiled = compile and device.type == "cuda" and importlib.util.find_spec("triton") and torch.cuda.get_device_capability(device) >= (7, 0)
+compiled = compile and can_compile
 
 # ---- data ----------------------------------------------------------------------------------------
 data_path = os.path.join("data", dataset)
@@ -397,7 +396,7 @@ def log(**line):
 
 def images_of(indices, nfe, classes=None):
     """Images `indices` of the evaluation network, uint8 (n, H, W, C), and their labels; those that
-    sample.py draws from ckpt.safetensors with this seed."""
+    sample.py --precision=float32 draws from ckpt.safetensors with this seed."""
     images, labels = [], []
     for first in range(0, len(indices), 250):
         x1, y = draw(seed, indices[first:first + 250], header["shape"], header["class_counts"])

@@ -1,9 +1,10 @@
 """
 The VAE between images and latents, diffusers' AutoencoderKL. diffusers is imported here alone, when one is loaded.
 
-    vae, crc32 = load_vae("stabilityai/sd-vae-ft-ema", device)   # a name on the Hugging Face hub, or a folder
-    stored = encode(vae, images)                                 # uint8 -> posteriors, which prepare.py keeps
-    images = decode(vae, z)                                      # latents -> uint8
+    vae = load_vae("stabilityai/sd-vae-ft-ema", device)   # a name on the Hugging Face hub, or a folder
+    stored = encode(vae, images)                          # uint8 -> posteriors, which prepare.py keeps
+    z = draw_latents(stored, seed, indices)               # what train.py trains on, a new draw in every epoch
+    images = decode(vae, z)                               # latents -> uint8
 """
 import functools
 import zlib
@@ -11,8 +12,7 @@ import zlib
 import numpy as np
 import torch
 
-
-# The mean and the standard deviation, one a channel, of the latents of ImageNet under stabilityai/sd-vae-ft-ema, by image size.
+# Of ImageNet's latents under stabilityai/sd-vae-ft-ema, by image size: mean and standard deviation, one a channel.
 PUBLISHED = {256: ([0.86488, -0.27787343, 0.21616915, 0.3738409], [4.85503674, 5.31922414, 3.93725398, 3.9870003]),
              512: ([1.56, -0.695, 0.483, 0.729], [5.27, 5.91, 4.21, 4.31])}
 
@@ -23,8 +23,8 @@ class VAEError(OSError):
 
 @functools.lru_cache(maxsize=1)
 def load_vae(where, device="cpu", dtype=torch.float32, crc32=None):
-    """The module, without gradients, and the crc32 of its weights in float32 as eight hexadecimal digits. Raises
-    VAEError where it cannot be had whole, or where its weights do not have the crc32 given."""
+    """The module, without gradients; its .crc32 is that of its weights in float32, eight hexadecimal digits, and
+    .shrinks the ratio of sides, image to latent. Raises VAEError where it cannot be had whole, or has another crc32."""
     try:
         from diffusers import AutoencoderKL
     except ImportError:
@@ -35,11 +35,11 @@ def load_vae(where, device="cpu", dtype=torch.float32, crc32=None):
         raise VAEError(f"cannot load the VAE {where}: {' '.join(str(error).split())[:200]}") from None
     if lost := [*report["missing_keys"], *report["mismatched_keys"]]:          # diffusers would go on with random ones
         raise VAEError(f"the VAE {where} is not whole: it lacks {lost[0]}" + f" and {len(lost) - 1} more weights" * (len(lost) > 1))
-    found = f"{functools.reduce(lambda crc, item: zlib.crc32(item[1].numpy(), crc), sorted(vae.state_dict().items()), 0):08x}"
-    if crc32 not in (None, found):
-        raise VAEError(f"the VAE {where} has other weights (crc32 {found}) than the one that made the latents ({crc32})")
-    vae.shrinks = 2 ** (len(vae.config.block_out_channels) - 1)   # a latent's side to an image's
-    return torch.nn.Module.to(vae.requires_grad_(False).eval(), device, dtype), found              # the VAE's own would warn
+    vae.shrinks = 2 ** (len(vae.config.block_out_channels) - 1)
+    vae.crc32 = f"{functools.reduce(lambda crc, item: zlib.crc32(item[1].numpy(), crc), sorted(vae.state_dict().items()), 0):08x}"
+    if crc32 not in (None, vae.crc32):
+        raise VAEError(f"the VAE {where} has other weights (crc32 {vae.crc32}) than the one that made the latents ({crc32})")
+    return torch.nn.Module.to(vae.requires_grad_(False).eval(), device, dtype)          # diffusers' own `to` would warn
 
 
 def encode(vae, images):
