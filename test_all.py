@@ -1853,6 +1853,19 @@ def test_gpu_fast_sampling():
 
 
 @gpu
+def test_gpu_vae(folder):
+    """Posteriors in float32 (TensorFloat-32 in convolutions), images in float16, against the CPU's."""
+    tiny_vae("vae")
+    images = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), dtype=np.uint8)
+    reference, got = (np.float32(v.encode(v.load_vae("vae", device), images)) for device in ("cpu", "cuda"))
+    close(torch.from_numpy(got), torch.from_numpy(reference), 3e-3)
+    header = dict(mean=[0.1] * 4, std=[2.0] * 4, vae="vae")
+    x0 = torch.randn(5, 4, 8, 8, dtype=F64)
+    reference, got = (s.to_images(x0.to(device), header).astype(int) for device in ("cpu", "cuda"))
+    assert np.abs(got - reference).max() <= 3 and np.abs(got - reference).mean() < 0.3
+
+
+@gpu
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 3e-3), (torch.float16, 1e-3), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("shape", [(2, 3, 256, 256, 64), (2, 3, 256, 256, 72), (1, 2, 300, 77, 128), (4, 8, 1, 1, 64),
                                    (2, 2, 65, 130, 40), (4, 8, 33, 70, 8), (8, 8, 1, 200, 96), (1, 2, 100, 100, 100),
