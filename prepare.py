@@ -413,7 +413,7 @@ def check(args):
     """Prints what a folder of data holds and draws eight of its images; raises DataError where something is wrong."""
     from torch import from_numpy
 
-    from vae import decode, draw_latents, load_vae
+    from vae import decode, latent_moments, load_vae
     header, data = load_dataset(args.path)
     stored, latent, classes, wrong = data["train_images"], "vae" in header, header["num_classes"], []
     counts = np.bincount(data["train_labels"], minlength=classes)[:classes]
@@ -425,9 +425,9 @@ def check(args):
     x = np.float32(stored[np.sort(rows)])
     if flat := np.count_nonzero(np.ptp(x.reshape(len(x), -1), axis=1) == 0):
         wrong.append(f"{flat} of {len(x)} images have one value everywhere")
-    x = draw_latents(x, args.seed, np.sort(rows)) if latent else x
-    for c, (m, sd) in enumerate(zip(header["mean"], header["std"])):
-        mean, std = (f((x[:, c] - m) / sd, dtype=np.float64) for f in (np.mean, np.std))
+    moments = latent_moments(x) if latent else [f(x, axis=(0, 2, 3), dtype=np.float64) for f in (np.mean, np.std)]
+    for c, (mean, std, m, sd) in enumerate(zip(*moments, header["mean"], header["std"])):
+        mean, std = (mean - m) / sd, std / sd
         print(f"channel {c}, normalized: mean {mean:.3f}, std {std:.3f}")
         if not (abs(mean) < 0.1 and abs(std - 1) < 0.1 if latent else std > 0.01):
             wrong.append(f"channel {c} has mean {mean:.3g} and std {std:.3g}" + ", not about 0 and 1" * latent)
@@ -489,6 +489,8 @@ def main():
     args.path = getattr(args, "dst", None) or os.path.join("data", args.name)
     try:
         args.make(args)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (DataError, OSError, RuntimeError, ValueError) as error:         # the last two: of torch, of a damaged .npy
         sys.exit(f"prepare.py: {' '.join(str(error).split())}")
 
