@@ -9,8 +9,8 @@ A checkpoint -> images.
 
 A checkpoint that was trained on latents names its VAE, which decodes them (--vae FOLDER: where it lies).
 The noise and the label of image i depend on the seed and i alone: not on the batch size, the ranks or
-the other images. Finished batches wait in OUT.parts/: the same command goes on from them after a kill,
-on any number of ranks, and ends with the same images. OUT appears whole or not at all.
+the other images. Finished batches wait in OUT.parts/: after a kill the same command goes on from them, on any number
+of ranks if each has a whole --batch to make, and ends with the same images. OUT appears whole or not at all.
 """
 import hashlib
 import itertools
