@@ -1911,6 +1911,26 @@ def test_rehearsal(folder, source, capsys):
     assert images.shape == (64, 32, 32, 3) and images.dtype == np.uint8 and images.std() > 1
     assert np.abs(images.astype(int) - one).max() <= 1
 
+    os.mkdir("real")
+    for path in sorted((source / "src").rglob("*0.JPEG")) + sorted((source / "src").rglob("*4.JPEG")):
+        shutil.copy(path, f"real/{path.parent.name}-{path.name}")
+    torch.manual_seed(0)
+    inception = fid.InceptionV3()
+    for layer in inception.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")                     # or its features hardly vary
+    torch.save(inception.state_dict(), "inception.pth")
+    assert run_script("fid.py", "--save-stats", "real", "real.npz", "--inception", "inception.pth") is None
+    with np.load("real.npz", allow_pickle=False) as statistics:
+        assert statistics["mu"].shape == (2048,) and statistics["sigma"].shape == (2048, 2048)
+    capsys.readouterr()
+    assert run_script("fid.py", "samples.npz", "real", "--inception", "inception.pth") is None
+    scores = re.search(r"FID ([0-9.]+) .*Inception Score ([0-9.]+) .*precision ([0-9.]+), recall ([0-9.]+)", capsys.readouterr().out, re.DOTALL)
+    assert float(scores[1]) > 0 and float(scores[2]) >= 1 and all(0 <= float(scores[i]) <= 1 for i in (3, 4))
+    sampling = ("out/cut/ckpt.safetensors", "--n", 64, "--nfe", 2, "--vae", source / "vae", "--fid", "real.npz", "--inception", "inception.pth")
+    assert run_script("sample.py", *sampling) is None
+    assert abs(float(re.search(r"FID ([0-9.]+)", capsys.readouterr().out)[1]) / float(scores[1]) - 1) < 1e-2      # of the same images, to a level
+
 
 # ---- on a GPU ------------------------------------------------------------------------------------
 
