@@ -5,6 +5,7 @@ Every speed, measured.
     python bench.py step [--size=XL/2] [--input_size=32] [--batch=32] [--modes=compiled,...]   # a whole training step
     torchrun --nproc_per_node=4 bench.py step --modes=compiled      # the same on several GPUs, --batch on each
     python bench.py sample [--size=XL/2] [--input_size=32] [--batch=64]
+    python bench.py fid [--batch=128]                               # Inception's speed, and what TensorFloat-32 makes of FID
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python bench.py sanitize     # or racecheck
 
 Attention and sampling: medians of triton.testing.do_bench (cold L2), bfloat16; a step: median by the wall clock. "plain" is
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import attention_jvp as A
+import fid
 from loss import TVM
 from model import Block, DiT, DiTConfig
 from sample import fast, sample
@@ -300,10 +302,31 @@ def sample_table(size="XL/2", input_size=32, batch=64):
             print(f"{name:>20}, {nfe} step{'s' * (nfe > 1)}: {batch / ms * 1e3:6.0f} images/s, {tflops:.0f} TFLOP/s", flush=True)
 
 
+def fid_table(batch=128, batches=64):
+    """Images a second of fid.py's network on 256x256 images, weights seeded, and the Frechet distance of two synthetic sets."""
+    from triton.testing import do_bench
+    torch.manual_seed(0)
+    net = fid.InceptionV3().cuda()
+    for p in net.parameters():
+        if p.ndim == 4:
+            torch.nn.init.kaiming_normal_(p)
+    draw = lambda n: F.interpolate(torch.rand(batch, 3, n, n, device="cuda") * 256, 256, mode="bicubic").clamp(0, 255).byte()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, 256x256, batch {batch}")
+    for fid.TF32 in (False, True):
+        moments, images = [fid.Moments(2048) for _ in range(2)], draw(16)
+        for i in range(2 * batches):
+            torch.manual_seed(i)
+            moments[i % 2].add(net(draw((16, 24)[i % 2])))
+        distance = fid.frechet_distance(*moments[0].mean_and_covariance(), *moments[1].mean_and_covariance())
+        ms = [do_bench(lambda: net(images, resize), warmup=500, rep=2000, return_mode="median") for resize in ("tf1", "torch")]
+        print(f"TF32 {fid.TF32!s:>5}: {batch / ms[0] * 1e3:.0f} images/s (resize torch: {batch / ms[1] * 1e3:.0f}), "
+              f"Frechet distance of {batch * batches} images each {distance:.6g}", flush=True)
+
+
 def main():
     what, options = sys.argv[1:2], dict(o.removeprefix("--").partition("=")[::2] for o in sys.argv[2:])
     known = dict(attention={"quick", "plot"}, step={"size", "input_size", "batch", "modes", "verbose"},
-                 sample={"size", "input_size", "batch"}, sanitize=set())
+                 sample={"size", "input_size", "batch"}, fid={"batch"}, sanitize=set())
     if len(what) != 1 or what[0] not in known or not set(options) <= known[what[0]]:
         sys.exit("bench.py: " + " ".join(__doc__.split("\n\n")[1].split()))
     if not torch.cuda.is_available():
@@ -318,7 +341,7 @@ def main():
             arguments["modes"] = arguments["modes"].split(",")
         if "verbose" in arguments:
             arguments["verbose"] = True
-        (step_table if what == ["step"] else sample_table)(**arguments)
+        dict(step=step_table, sample=sample_table, fid=fid_table)[what[0]](**arguments)
 
 
 if __name__ == "__main__":

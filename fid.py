@@ -50,8 +50,7 @@ def reading(path):
         raise FidError(text.strip().splitlines()[0]) from None
 
 
-# ---- TensorFlow's Inception of 2015-12-05. Its blocks: input channels, pool, and convolutions, each name:channels:kernel/stride.
-
+# TensorFlow's Inception of 2015-12-05. Its blocks: input channels, pool, and convolutions, each name:channels:kernel/stride.
 POOLS = {"average": partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False),
          "largest": partial(F.max_pool2d, kernel_size=3, stride=1, padding=1), "halve": partial(F.max_pool2d, kernel_size=3, stride=2)}
 A = "{} average 1x1:64:1 5x5_1:48:1 5x5_2:64:5 3x3dbl_1:64:1 3x3dbl_2:96:3 3x3dbl_3:96:3 _pool:{}:1"
@@ -69,25 +68,22 @@ MIXED = {"5b": A.format(192, 32), "5c": A.format(256, 64), "5d": A.format(288, 6
 def convolution(inputs, outputs, kernel, same=True):
     """With batch norm and ReLU. kernel: "3", "1x7" or, of stride 2, "3/2"; same: at stride 1 the padding keeps the size."""
     kernel, _, stride = kernel.partition("/")
-    kernel = [int(size) for size in (kernel.split("x") * 2)[:2]]
-    padding = [size // 2 if same and not stride else 0 for size in kernel]
-    return nn.Sequential(OrderedDict(conv=nn.Conv2d(inputs, outputs, kernel, int(stride or 1), padding, bias=False),
+    size, padding = [int(k) for k in (kernel.split("x") * 2)[:2]], "same" if same and not stride else 0
+    return nn.Sequential(OrderedDict(conv=nn.Conv2d(inputs, outputs, size, int(stride or 1), padding, bias=False),
                                      bn=nn.BatchNorm2d(outputs, eps=1e-3), relu=nn.ReLU(inplace=True)))
 
 
 class Mixed(nn.Module):
-    """A block of MIXED: branches side by side. What the pool gives goes through branch_pool or, where there is none, stands as it
-    is; a and b take the same input."""
+    """Branches side by side; a and b take the same input. What the pool gives goes through branch_pool or, without one, stands."""
 
-    def __init__(self, text):
+    def __init__(self, inputs, pool, *layers):
         super().__init__()
-        inputs, pool, *layers = text.split()
         self.pool = POOLS[pool]
         for name, outputs, kernel in (layer.split(":") for layer in layers):
             if name[-1] != "b":
-                before = int(inputs) if name.partition("_")[2] in ("", "1", "pool") else width
-            width = int(outputs)
-            self.add_module("branch" + name, convolution(before, width, kernel))
+                before = inputs if name.partition("_")[2] in ("", "1", "pool") else width
+            width = outputs
+            self.add_module("branch" + name, convolution(int(before), int(width), kernel))
 
     def forward(self, x):
         out = []
@@ -108,7 +104,7 @@ class InceptionV3(nn.Module):
                            ("3b_1x1", 64, 80, "1"), ("4a_3x3", 80, 192, "3", False)):
             self.add_module("Conv2d_" + name, convolution(*how))
         for name, text in MIXED.items():
-            self.add_module("Mixed_" + name, Mixed(text))
+            self.add_module("Mixed_" + name, Mixed(*text.split()))
         self.fc = nn.Linear(2048, 1008)
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
@@ -167,8 +163,6 @@ def load_inception(path=None, device="cpu"):
     return net.to(device)
 
 
-# ---- statistics and scores -----------------------------------------------------------------------
-
 class Moments:
     """Mean and covariance of features (B, dim) that come in batches, in float64, merged about their own means (Chan et al.): on the
     features' device, without waiting for it. merge(**other.state()) adds another's, all_reduce() all ranks'."""
@@ -179,7 +173,7 @@ class Moments:
     def add(self, features):
         if features.ndim != 2 or features.shape[1] != len(self.mean):
             raise FidError(f"Moments takes features (B, {len(self.mean)}), not {tuple(features.shape)}")
-        x = (features.cpu() if features.device.type == "mps" else features).detach().double()
+        x = features.detach().double()
         self.merge(len(x), x.mean(0), (x - x.mean(0)).T @ (x - x.mean(0)))
 
     def merge(self, n, mean, scatter):
@@ -203,6 +197,8 @@ class Moments:
         """(dim,) and, unbiased, (dim, dim): float64 arrays."""
         if self.n < 2:
             raise FidError(f"a covariance needs at least 2 images, not {self.n}")
+        if self.n < 2048 == len(self.mean) and os.environ.get("RANK", "0") == "0":
+            print(f"fid.py: {self.n} images for 2048 dimensions: the covariance is rank deficient, FID biased upward", file=sys.stderr)
         return self.mean.cpu().numpy(), (self.scatter / (self.n - 1)).cpu().numpy()
 
 
@@ -231,8 +227,6 @@ def read_statistics(path, notes=False):
         else:
             with np.load(path, allow_pickle=False) as f:
                 found = {key: f[key] for key in ("mu", "sigma", "notes") if key in f.files}
-        if not {"mu", "sigma"} <= set(found):
-            raise FidError(f"{path} holds no mu and sigma; --save-stats makes them of images")
         mu, sigma = (found[key].astype(np.float64, casting="same_kind") for key in ("mu", "sigma"))
         if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not np.isfinite(mu).all() or not np.allclose(sigma, sigma.T):
             raise FidError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are not a mean and a covariance")
@@ -282,51 +276,36 @@ def precision_recall(samples, reference, k=3, size=2 ** 25):
     return torch.cat(near).double().mean().item(), covered.double().mean().item()
 
 
-# ---- images --------------------------------------------------------------------------------------
-
 class Images:
-    """The n images of a folder, in the order of their paths, or of an .npz: [i] is image i, (H, W, 3) or (H, W, 1) uint8."""
+    """The n images of a folder, in the order of their paths, or of an .npz: [i] is image i, uint8 (H, W, 3)."""
 
     def __init__(self, path):
-        self.path, self.file, self.shape, self.n = path, None, None, 0
+        self.path, self.file, self.shape = path, None, None
         with reading(path):
             if os.path.isdir(path):
                 self.files = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
                 self.n, stamp = len(self.files), [os.path.getsize(file) for file in self.files]
-                self.shape = self[0].shape if self.n else None
             else:
-                self.file = zipfile.ZipFile(path).open("arr_0.npy")
+                self.file, stamp = zipfile.ZipFile(path).open("arr_0.npy"), os.stat(path).st_mtime_ns
                 header = getattr(np.lib.format, f"read_array_header_{np.lib.format.read_magic(self.file)[0]}_0")
                 (self.n, *self.shape), by_columns, dtype = header(self.file)
-                self.start, stamp = self.file.tell(), os.stat(path).st_mtime_ns
-                if dtype != np.uint8 or len(self.shape) != 3 or self.shape[2] not in (1, 3) or by_columns:
+                self.start, self.size = self.file.tell(), int(np.prod(self.shape))
+                if dtype != np.uint8 or len(self.shape) != 3 or self.shape[2] != 3 or by_columns:
                     raise FidError(f"{path}: arr_0 must be uint8 (N, H, W, 3), not {dtype} {(self.n, *self.shape)}")
         if not self.n:
             raise FidError(f"no images in {path}")
+        self.shape = self.shape or self[0].shape
         self.about = f"{self.n} images of {os.path.abspath(path)}, {hashlib.sha256(repr(stamp).encode()).hexdigest()[:16]}"
 
     def __getitem__(self, i):
-        with reading(self.path if self.file else self.files[i]):
-            if self.file:
-                size = int(np.prod(self.shape))
-                self.file.seek(self.start + i * size)
-                return np.frombuffer(self.file.read(size), np.uint8).reshape(self.shape)
-            with Image.open(self.files[i]) as image:
-                if image.mode not in ("RGB", "L", "P", "CMYK") or "transparency" in image.info:
-                    raise FidError(f"{self.files[i]} is of mode {image.mode}: 8-bit RGB or gray without transparency, please")
-                pixels = np.asarray(image if image.mode == "L" else image.convert("RGB")).reshape(image.height, image.width, -1)
-            if self.shape and pixels.shape != self.shape:
-                raise FidError(f"{self.files[i]} is {pixels.shape}, but {self.files[0]} {self.shape}: one size, all gray or none")
-            return pixels
-
-    def batches(self, first, last, size):
-        """uint8 (size or fewer, 3, H, W), gray as three equal channels; the next is read meanwhile, an .npz by one thread."""
-        parts = [range(at, min(at + size, last)) for at in range(first, last, size)]
-        with ThreadPoolExecutor(1 if self.file else min(16, os.cpu_count() or 1)) as pool:
-            ahead = [pool.map(self.__getitem__, part) for part in parts[:1]]
-            for part in parts[1:] + [()] * (len(parts) > 0):
-                ahead.append(pool.map(self.__getitem__, part))
-                yield torch.from_numpy(np.stack(list(ahead.pop(0)))).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
+        if self.file:                                    # not held in memory: 50,000 of 256 x 256 are 10 GB
+            with reading(self.path):
+                self.file.seek(self.start + i * self.size)
+                return np.frombuffer(self.file.read(self.size), np.uint8).reshape(self.shape)
+        with reading(self.files[i]), Image.open(self.files[i]) as image:
+            if image.mode != "RGB" or self.shape and image.size != self.shape[1::-1]:
+                raise FidError(f"{self.files[i]} is {image.mode}, {image.size}: all must be 8-bit RGB and of one size, that of {self.files[0]}")
+            return np.asarray(image)
 
 
 def write_npz(path, **arrays):
@@ -337,8 +316,7 @@ def write_npz(path, **arrays):
 
 
 def measure(images, net, resize="tf1", batch=128, keep=True, state=None):
-    """Images -> Moments of all ranks' features and, where `keep`, on rank 0 the features (n, 2048). state: how the names of files
-    begin that keep the ranks' progress, to continue from."""
+    """Images -> Moments of all ranks' features and, where `keep`, on rank 0 the features (n, 2048). state: see --state."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     first, last = images.n * rank // ranks, images.n * (rank + 1) // ranks
     moments, kept, saved = Moments(2048), [torch.empty(0, 2048)], time.monotonic()
@@ -349,23 +327,21 @@ def measure(images, net, resize="tf1", batch=128, keep=True, state=None):
                 raise FidError(f"{state} belongs to another run: delete it, or give another --state")
             moments.merge(f["n"], f["mean"], f["scatter"])
             kept = [torch.from_numpy(f["kept"])]
-    bar = tqdm(total=last - first, initial=moments.n, desc=images.path, unit="img", disable=rank > 0)
-    for pixels in images.batches(first + moments.n, last, batch):
-        features = net(pixels.to(net.fc.weight.device), resize)
-        moments.add(features)
-        kept += [features] * keep
-        bar.update(len(pixels))
-        if state and (time.monotonic() > saved + SAVE_SECONDS or first + moments.n == last):
-            kept, saved = [torch.cat([part.cpu() for part in kept])], time.monotonic()
-            write_npz(state, about=about, kept=kept[0], **moments.state())
-    bar.close()
-    parts = [torch.cat([part.cpu() for part in kept])]
+    with ThreadPoolExecutor(1 if images.file else min(16, os.cpu_count() or 1)) as pool:   # a GPU computes meanwhile
+        for at in tqdm(range(first + moments.n, last, batch), desc=images.path, unit="batch", disable=rank > 0):
+            pixels = np.stack(list(pool.map(images.__getitem__, range(at, min(at + batch, last)))))
+            features = net(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(net.fc.weight.device), resize)
+            moments.add(features)
+            kept += [features] * keep
+            if state and (time.monotonic() > saved + SAVE_SECONDS or at + batch >= last):
+                kept, saved = [torch.cat([part.cpu() for part in kept])], time.monotonic()
+                write_npz(state, about=about, kept=kept[0], **moments.state())
+    kept = [torch.cat([part.cpu() for part in kept])]
     if ranks > 1:
         moments.all_reduce()
-        whole = [None] * ranks if rank == 0 else None
-        dist.gather_object(parts[0], whole)
-        parts = whole or parts
-    return moments, torch.cat(parts)
+        parts = [None] * ranks if rank == 0 else None
+        dist.gather_object(kept[0], parts)
+    return moments, torch.cat(parts if ranks > 1 and rank == 0 else kept)
 
 
 def fid_of(batches, reference, inception_path=None, device="cpu", resize="tf1", all_ranks=False):
@@ -375,13 +351,7 @@ def fid_of(batches, reference, inception_path=None, device="cpu", resize="tf1", 
         moments.add(net(images.to(device), resize))
     if all_ranks:
         moments.all_reduce()
-    return frechet_distance(*enough(moments), mu, sigma)
-
-
-def enough(moments):
-    if moments.n < 2048 and os.environ.get("RANK", "0") == "0":
-        print(f"fid.py: {moments.n} images for 2048 dimensions: the covariance is rank deficient, and FID far too high", file=sys.stderr)
-    return moments.mean_and_covariance()
+    return frechet_distance(*moments.mean_and_covariance(), mu, sigma)
 
 
 def main(argv=None):
@@ -398,67 +368,58 @@ def main(argv=None):
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.batch < 1 or args.save_stats and not args.reference.endswith(".npz"):
         raise FidError(f"--batch is at least 1 and --save-stats writes an .npz, not {args.batch} and {args.reference}")
-    sides = []
-    for path in (args.samples, args.reference)[:1 if args.save_stats else 2]:
+    images, found = [], []
+    for path in (args.samples, args.reference)[:2 - args.save_stats]:
         with reading(path):
-            names = zipfile.ZipFile(path).namelist() if path.endswith(".npz") else ()
-        images = Images(path) if os.path.isdir(path) or "arr_0.npy" in names or args.save_stats else None
-        sides.append((path, images, None if images and (path == args.samples or "mu.npy" not in names) else read_statistics(path, True)))
-    net, device = None, f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+            names = zipfile.ZipFile(path).namelist() if path.endswith(".npz") else []
+        images.append(Images(path) if os.path.isdir(path) or "arr_0.npy" in names else None)
+        found.append(None if images[-1] and (len(images) == 1 or "mu.npy" not in names) else read_statistics(path, notes=True))
     if ranks > 1:
         dist.init_process_group("gloo")
-    for turn in range(ranks):                            # one rank after the other, as the first may download
-        if turn == rank and any(images for _, images, _ in sides):
-            net = load_inception(args.inception, device)
-        if ranks > 1:
-            dist.barrier()
-    notes, gaussians, features = f"resize {args.resize}, weights {net.digest[:8]}" if net else "", [], []
-    for i, (path, images, found) in enumerate(sides):
-        if found and found[2] and notes and found[2] != notes:
-            raise FidError(f"{path} was made with {found[2]}, not {notes}")
-        if images:
-            moments, kept = measure(images, net, args.resize, args.batch, not args.save_stats, args.state and f"{args.state}-{i}")
-            features.append(kept)
-            if images.shape[2] == 1 and rank == 0:
-                print(f"fid.py: {path} is gray, taken for RGB of three equal channels", file=sys.stderr)
-        if rank == 0:
-            gaussians.append(found[:2] if found else enough(moments))
-    if ranks > 1:
-        dist.destroy_process_group()
-    if rank == 0 and args.save_stats:
-        write_npz(args.reference, mu=gaussians[0][0], sigma=gaussians[0][1], notes=notes)
-    elif rank == 0:
-        print(f"FID {frechet_distance(*gaussians[0], *gaussians[1]):.4f}{notes and f' ({notes})'}")
-        if sides[0][1]:
-            mean, std = inception_score(features[0].double() @ net.fc.weight.cpu().double().T)
-            print(f"Inception Score {mean:.3f} +- {std:.3f} (10 parts of an order drawn with seed 0)")
-        if sides[0][1] and sides[1][1] and min(map(len, features)) > 3:
-            precision, recall = precision_recall(*features)
-            print(f"precision {precision:.4f}, recall {recall:.4f} (3 nearest neighbours)")
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    net = load_inception(args.inception, device) if any(images) else None
+    notes = f"resize {args.resize}, weights {net.digest[:8]}" if net else ""
+    for other in found:
+        if other and other[2] and notes and other[2] != notes:
+            raise FidError(f"statistics made with {other[2]} do not compare with {notes}")
+    state = lambda i: args.state and f"{args.state}-{i}"
+    results = [measure(x, net, args.resize, args.batch, not args.save_stats, state(i)) if x else (None, None) for i, x in enumerate(images)]
+    if rank > 0:
+        return
+    gaussians = [other[:2] if other else moments.mean_and_covariance() for other, (moments, _) in zip(found, results)]
+    if args.save_stats:
+        return write_npz(args.reference, mu=gaussians[0][0], sigma=gaussians[0][1], notes=notes)
+    print(f"FID {frechet_distance(*gaussians[0], *gaussians[1]):.4f}{notes and f' ({notes})'}")
+    features, reference = (kept for _, kept in results)
+    if images[0]:
+        mean, std = inception_score(features.double() @ net.fc.weight.cpu().double().T)
+        print(f"Inception Score {mean:.3f} +- {std:.3f} (10 parts of an order drawn with seed 0)")
+    if all(images):
+        precision, recall = precision_recall(features, reference)
+        print(f"precision {precision:.4f}, recall {recall:.4f} (3 nearest neighbours)")
 
 
-# ---- scores for data too small for FID: images are (N, ...) arrays or tensors, distances Euclidean over all elements ----
+# Scores for data too small for FID. Images are (N, ...) arrays or tensors; distances are Euclidean over all elements.
 
 def moments(features):
     """(N, ...) -> the mean (D,) and the covariance (D, D), float64."""
-    total = Moments(features[0].size if isinstance(features, np.ndarray) else features[0].numel())
+    total = Moments(int(np.prod(features.shape[1:])))
     total.add(flat(features))
     return total.mean_and_covariance()
 
 
 def small_data_scores(images, y, held_out, train, labels, leave_out=None, judge=None):
     """The scores of images (N, C, H, W) uint8 of which classes y (N,) were asked for, against as many held_out ones and the
-    training images `train` with their labels. leave_out: where images are training images, which. judge: a network of
-    train_classifier that says the class instead of the nearest training image. Returns floats {two_sample, label, nearest_ratio,
-    frechet_pixels}; nan where a score says nothing: labels where there is one class, pixel covariances of large images."""
+    training images `train` with their labels. leave_out: where images are training images, which. judge: what says the class
+    instead of the nearest training image. nan is a score that says nothing: one class, pixel covariances of large images."""
     small, label = images[0].size <= 4096, float("nan")
     if judge:
         label = (classify(judge, images) == torch.as_tensor(y)).double().mean().item()
     elif labels.max() > 0:
         label = label_accuracy(images, y, train, labels, leave_out)
+    pixels = frechet_distance(*moments(images / 255), *moments(held_out / 255)) if small else float("nan")
     return {"two_sample": two_sample_accuracy(images, held_out), "label": label,
-            "nearest_ratio": nearest_ratio(images, held_out, train, leave_out),
-            "frechet_pixels": frechet_distance(*moments(images / 255), *moments(held_out / 255)) if small else float("nan")}
+            "nearest_ratio": nearest_ratio(images, held_out, train, leave_out), "frechet_pixels": pixels}
 
 
 def two_sample_accuracy(a, b):
@@ -483,9 +444,8 @@ def nearest_ratio(samples, held_out, images, leave_out=None):
 
 
 def nearest_neighbours(a, b, leave_out=None, rows=4096):
-    """Distances (N,) and indices (N,) of the images of b (M, ...) nearest to those of a (N, ...), passing over image leave_out[i]
-    of b for image i. In float64 by matrix products, which is exact for whole-number pixels; in parts of b, which may be
-    mapped from a file; on a GPU where there is one."""
+    """Distances (N,) and indices (N,) of the images of b (M, ...) nearest to those of a (N, ...), but for b[leave_out[i]] to a[i]. In
+    float64 by matrix products, exact for whole-number pixels; in parts of b, which may be mapped from a file; on a GPU if any."""
     a = flat(a).to("cuda" if torch.cuda.is_available() else "cpu")
     best, index = a.new_full((len(a),), torch.inf), torch.zeros(len(a), dtype=torch.long, device=a.device)
     for first in range(0, len(b), rows):
@@ -504,14 +464,13 @@ def flat(images):
 
 
 def train_classifier(images, labels, num_classes, device, epochs=6, batch=256, seed=0, width=64):
-    """A small convolutional network for data on which nearest neighbours say little, trained on images (N, C, H, W) uint8 and
-    labels (N,), for classify."""
+    """A small network for classify where nearest neighbours say little, of images (N, C, H, W) uint8 and labels (N,)."""
     torch.manual_seed(seed)
     layer = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
     net = nn.Sequential(layer(images.shape[1], width), layer(width, width), nn.MaxPool2d(2),
                         layer(width, 2 * width), layer(2 * width, 2 * width), nn.MaxPool2d(2), layer(2 * width, 4 * width),
                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, num_classes)).to(device)
-    images, labels = torch.from_numpy(np.array(images)).to(device), torch.from_numpy(np.array(labels)).to(device)
+    images, labels = (torch.from_numpy(np.array(a)).to(device) for a in (images, labels))
     batch = min(batch, len(images))
     steps = epochs * (len(images) // batch)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.01)
