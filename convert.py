@@ -24,16 +24,15 @@ from tqdm import tqdm
 
 from checkpoint import CheckpointError, save_tensors
 from model import DiT, DiTConfig
-from prepare import DataError, Parser, load_dataset
+from prepare import SD_VAE, DataError, Parser, load_dataset
+from vae import PUBLISHED
 
 # All that is in these modules, and these names in others, become Stubs.
 MODULES = ("torch.nn.", "torch._dynamo.", "torch._inductor.", "timm.", "dnnlib.", "torch_utils.", "training.", "omegaconf.", "numpy.")
 NAMES = {"torch": {"device", "Size", "_TorchCompileInductorWrapper", "float16", "bfloat16", "float32", "float64", "int64", "bool"},
          "builtins": {"dict", "list", "tuple", "set", "frozenset", "int", "float", "bool", "str", "object"}, "copyreg": {"_reconstructor"},
          "collections": {"OrderedDict", "defaultdict"}, "typing": {"Any"}, "contextlib": {"nullcontext"}}
-VAE = "stabilityai/sd-vae-ft-ema"    # and, by the height of its latents, what the published models subtract and divide by:
-LATENTS = {32: dict(name="im256", mean=[0.86488, -0.27787343, 0.21616915, 0.3738409], std=[4.85503674, 5.31922414, 3.93725398, 3.9870003]),
-           64: dict(name="im512", mean=[1.56, -0.695, 0.483, 0.729], std=[5.27, 5.91, 4.21, 4.31])}
+LATENTS = {size // 8: dict(name=f"im{size}", mean=mean, std=std) for size, (mean, std) in PUBLISHED.items()}    # by their height
 
 
 class Stub(dict):
@@ -161,7 +160,7 @@ def main():
     counts = load_dataset(args.labels)[0]["class_counts"] if args.labels else [1] * config.num_classes
     if len(counts) != config.num_classes:
         raise CheckpointError(f"{args.labels} has {len(counts)} classes, and {args.snapshot} {config.num_classes}")
-    header = dict(LATENTS[side], kind="latents", vae=VAE, shape=[4, side, side], num_classes=len(counts), class_counts=counts)
+    header = dict(LATENTS[side], kind="latents", vae=SD_VAE, shape=[4, side, side], num_classes=len(counts), class_counts=counts)
     guidance = dict(sampler="constant", w=args.w, w_min=args.w, w_max=args.w)
     about = dict(config=dataclasses.asdict(config), guidance=guidance, data=header, source=os.path.basename(args.snapshot))
     save_tensors(args.checkpoint, model.state_dict(), about)

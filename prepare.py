@@ -5,14 +5,20 @@ Raw images -> data/NAME/, the memory-mapped arrays that train.py reads.
     python prepare.py shapes [--size 32] [--n 60000]  # drawn here: 10 classes of coloured shapes
     python prepare.py folder SRC --size 64            # JPEG or PNG, one folder a class (or flat: no labels)
     python prepare.py cifar10 cifar-10-binary.tar.gz  # the binary version, from its authors' page
+    python prepare.py imagenet SRC [DST] --size 256   # a folder of class folders -> latents of a VAE, in data/im256
+    torchrun --nproc_per_node=8 prepare.py imagenet SRC --size 512   # the same command again goes on where it was
+    python prepare.py check NAME [--src SRC]          # is data/NAME what it should be? with a picture
 
 Common options: --name NAME (data/NAME), --seed N. A folder of data holds
     header.json                             what it is and how it was made
     train_images.npy, test_images.npy       (N, C, H, W) uint8
     train_labels.npy, test_labels.npy       (N,) int64; all 0 where there are no classes
-and a network's input is (image - mean) / std with the header's mean and std, one a channel.
+and a network's input is (image - mean) / std with the header's mean and std, one a channel. Latents (kind "latents",
+with the VAE's name) are stored as posteriors, (N, 2C, h, w) float16, C means and C standard deviations, with
+train_files.txt, the file of each row; the image in that formula is then mean + standard deviation * noise.
 """
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -20,6 +26,7 @@ import sys
 import tarfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
 from functools import partial
 
 import numpy as np
@@ -28,10 +35,9 @@ from PIL import Image
 from tqdm import tqdm
 
 FORMAT = "tvm-data-1"
+SD_VAE = "stabilityai/sd-vae-ft-ema"
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHAPES = ("disk", "ring", "half disk", "crescent", "square", "bar", "triangle", "star", "cross", "arrow")
-
-
 KEYS = ("format", "name", "shape", "dtype", "count", "num_classes", "class_counts", "mean", "std")   # of a header, at least
 
 
@@ -73,7 +79,9 @@ def load_dataset(path):
             raise DataError(f"{path}/header.json: {key} {header[key]!r} does not belong to {FORMAT} data")
     arrays = {}
     for split in ("train", "test"):
-        expected = {"images": (header["count"][split], *header["shape"]), "labels": (header["count"][split],)}
+        n = header["count"][split]
+        rows = n + header.get("skipped", 0) * ("vae" in header and split == "train")     # the skipped ones' are at the end
+        expected = {"images": (rows, channels * (1 + ("vae" in header)), *header["shape"][1:]), "labels": (rows,)}
         for kind, shape in expected.items():
             name = f"{split}_{kind}"
             file = os.path.join(path, name + ".npy")
@@ -84,7 +92,7 @@ def load_dataset(path):
             dtype = header["dtype"] if kind == "images" else "int64"
             if a.shape != shape or a.dtype != dtype:
                 raise DataError(f"{file} holds {a.dtype} {a.shape}, but its header says {dtype} {shape}")
-            arrays[name] = a
+            arrays[name] = a[:n]
         labels, top = arrays[f"{split}_labels"], max(1, header["num_classes"])
         if len(labels) and not 0 <= labels.min() <= labels.max() < top:
             raise DataError(f"{path}/{split}_labels.npy: a label outside 0 to {top - 1}")
@@ -94,21 +102,25 @@ def load_dataset(path):
 class Writer:
     """Arrays of a known count into NAME.partial, which becomes NAME when all of them are there."""
 
-    def __init__(self, path, shape, count):
-        """shape: (C, H, W) of an image. count: {"train": N, "test": M}."""
-        self.path, self.partial, self.count, self.shape = path, path + ".partial", count, shape
+    def __init__(self, path, shape, count, dtype=np.uint8, begun=False):
+        """shape: (C, H, W) of an image as it is stored. count: {"train": N, "test": M}. begun: go on with NAME.partial."""
+        self.path, self.partial, self.count, self.shape, self.dtype = path, path + ".partial", count, shape, np.dtype(dtype)
         if os.path.exists(path) and not os.path.exists(os.path.join(path, "header.json")):
             raise DataError(f"{path} exists and is not a dataset of prepare.py: move it away, or choose another --name")
-        shutil.rmtree(self.partial, ignore_errors=True)                   # what an interrupted run left
-        os.makedirs(self.partial)
+        if not begun:
+            shutil.rmtree(self.partial, ignore_errors=True)               # what an interrupted run left
+            os.makedirs(self.partial)
+            need, free = sum(count.values()) * int(np.prod(shape)) * self.dtype.itemsize, shutil.disk_usage(self.partial).free
+            if need > free:                                                # or a memory map would end the process, without a word
+                raise DataError(f"{path} takes {need / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left")
         self.arrays = {}
         for split, n in count.items():
-            for kind, dtype, item in (("images", np.uint8, shape), ("labels", np.int64, ())):
+            for kind, kind_dtype, item in (("images", dtype, shape), ("labels", np.int64, ())):
                 file = os.path.join(self.partial, f"{split}_{kind}.npy")
                 if n:
-                    self.arrays[f"{split}_{kind}"] = open_memmap(file, "w+", dtype, (n, *item))
+                    self.arrays[f"{split}_{kind}"] = open_memmap(file, "r+" if begun else "w+", kind_dtype, (n, *item))
                 else:                                                      # a memory map cannot be empty
-                    np.save(file, np.zeros((0, *item), dtype))
+                    np.save(file, np.zeros((0, *item), kind_dtype))
 
     def set(self, i, image, label):
         """Image i (C, H, W) of the whole set: the train split first, then the test split."""
@@ -117,10 +129,10 @@ class Writer:
 
     def finish(self, name, class_names, **about):
         num_classes = len(class_names)
-        counts = np.bincount(self.arrays["train_labels"], minlength=num_classes)[:num_classes]
-        header = dict(format=FORMAT, name=name, kind="images", shape=list(self.shape), dtype="uint8", count=self.count,
+        counts = np.bincount(self.arrays["train_labels"][:self.count["train"]], minlength=num_classes)[:num_classes]
+        header = dict(format=FORMAT, name=name, kind="images", shape=list(self.shape), dtype=self.dtype.name, count=self.count,
                       num_classes=num_classes, class_names=list(class_names), class_counts=counts.tolist(),
-                      mean=[127.5] * self.shape[0], std=[127.5] * self.shape[0], **about)
+                      mean=[127.5] * self.shape[0], std=[127.5] * self.shape[0]) | about
         for name in list(self.arrays):
             self.arrays.pop(name).flush()                                  # and closed, or Windows would not rename
         with open(os.path.join(self.partial, "header.json"), "w") as f:
@@ -128,8 +140,10 @@ class Writer:
         if os.path.exists(self.path):
             shutil.rmtree(self.path)
         os.rename(self.partial, self.path)
-        print(f"{self.path}: {self.count['train']} training and {self.count['test']} held-out images, "
-              f"{'x'.join(map(str, self.shape))}, {num_classes or 'no'} classes")
+        print(f"{self.path}: {self.count['train']} training and {self.count['test']} held-out {header['kind']}, "
+              f"{'x'.join(map(str, header['shape']))}, {num_classes or 'no'} classes")
+        if skipped := header.get("skipped"):
+            print(f"{skipped} of {sum(self.count.values()) + skipped} images could not be read and were skipped")
 
 
 def parallel(f, items, what):
@@ -244,23 +258,27 @@ def cifar10(args):
                   source="CIFAR-10 (A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009)")
 
 
-def folder(args):
-    if not os.path.isdir(args.src):
-        raise DataError(f"no folder {args.src}")
-    if not 0 <= args.held_out < 1 or args.size < 1:
-        raise DataError(f"--size must be at least 1 and --held-out in [0, 1), not {args.size} and {args.held_out:g}")
+def list_images(src):
+    """The images in a folder -> (class names, [(file, label)]), both sorted; no class names where the folder is flat."""
+    if not os.path.isdir(src):
+        raise DataError(f"no folder {src}")
     is_image = lambda file: file.lower().endswith((".jpg", ".jpeg", ".png"))
     below = lambda folder: [os.path.join(at, file) for at, _, names in sorted(os.walk(folder)) for file in sorted(names) if is_image(file)]
-    by_class = {d.name: below(d.path) for d in sorted(os.scandir(args.src), key=lambda d: d.name) if d.is_dir()}
+    by_class = {d.name: below(d.path) for d in sorted(os.scandir(src), key=lambda d: d.name) if d.is_dir()}
     classes = [c for c in by_class if by_class[c]]
     files = [(file, label) for label, c in enumerate(classes) for file in by_class[c]]
-    flat = [os.path.join(args.src, file) for file in sorted(os.listdir(args.src)) if is_image(file)]
+    flat = [os.path.join(src, file) for file in sorted(os.listdir(src)) if is_image(file)]
     if files and flat:
-        raise DataError(f"{args.src} holds images beside its class folders: which label should they have?")
-    if not files:
-        classes, files = [], [(file, 0) for file in flat]
-    if not files:
-        raise DataError(f"no .jpg, .jpeg or .png file in {args.src}")
+        raise DataError(f"{src} holds images beside its class folders: which label should they have?")
+    if not files and not flat:
+        raise DataError(f"no .jpg, .jpeg or .png file in {src}")
+    return classes, files or [(file, 0) for file in flat]
+
+
+def folder(args):
+    if not 0 <= args.held_out < 1 or args.size < 1:
+        raise DataError(f"--size must be at least 1 and --held-out in [0, 1), not {args.size} and {args.held_out:g}")
+    classes, files = list_images(args.src)
     order = np.random.default_rng(args.seed).permutation(len(files))
     files = [files[i] for i in order]
 
@@ -288,8 +306,6 @@ def folder(args):
         os.remove(raw)
     writer.finish(args.name, classes, license="yours", source="a folder of images", skipped=len(broken),
                   made_by=f"prepare.py folder --size {args.size} --held-out {args.held_out} --seed {args.seed}")
-    if broken:
-        print(f"{len(broken)} of {len(files)} images could not be read and were skipped")
 
 
 def read_image(file, size):
@@ -314,32 +330,168 @@ def centre_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
+# ---- latents -------------------------------------------------------------------------------------
+
+def read_batch(files, size):
+    return [read_image(file, size) for file in files]
+
+
+def imagenet(args):
+    """File i of SRC, in sorted order, becomes row i of the arrays in DST.partial; done.npy says which rows are there
+    (1) or cannot be (2). So ranks share the work, and a killed run goes on. Batches are always the same, hence the result."""
+    import torch.distributed as dist
+    from torch.cuda import is_available
+    from torch.utils.data import DataLoader
+
+    from checkpoint import written
+    from vae import PUBLISHED, encode, latent_moments, load_vae
+    rank, ranks, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if ranks != int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        raise DataError("imagenet takes the GPUs of one machine: its ranks write into one memory map")
+    if os.path.exists(args.path):
+        raise DataError(f"{args.path} is there already: move it away to make it again")
+    vae = load_vae(args.vae, f"cuda:{local}" if is_available() else "cpu")
+    if args.size < 1 or args.size % vae.shrinks or args.batch < 0:
+        raise DataError(f"--size must be a multiple of {vae.shrinks}, as this VAE shrinks, and --batch at least 1, not {args.size} and {args.batch}")
+    C, side, batch = vae.config.latent_channels, args.size // vae.shrinks, args.batch or max(1, 2 ** 22 // args.size ** 2)
+    classes, files = list_images(args.src)
+    names = [file[len(args.src):].lstrip(os.sep) for file, _ in files]
+    plan = dict(image_size=args.size, batch=batch, vae=args.vae_name or args.vae, vae_crc32=vae.crc32, class_names=classes,
+                files_crc32=f"{zlib.crc32(os.fsencode(chr(10).join(names))):08x}")
+    at = lambda file: os.path.join(args.path + ".partial", file)
+    barrier = dist.barrier if ranks > 1 else lambda: None
+    if ranks > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=7))         # torchrun ends all ranks when one of them ends
+    if rank == 0:
+        begun = json.load(open(at("plan.json"))) if os.path.exists(at("plan.json")) else {}
+        if differ := [key for key in plan if begun.get(key, plan[key]) != plan[key]]:
+            raise DataError(f"{at('')} was begun with another {' and another '.join(differ)}: delete it to start over")
+        writer = Writer(args.path, (2 * C, side, side), {"train": len(files), "test": 0}, np.float16, bool(begun))
+        if not begun:
+            writer.arrays["train_labels"][:] = [label for _, label in files]
+            np.save(at("done.npy"), np.zeros(len(files), np.uint8))
+            with written(at("plan.json")) as f:                            # last: with it, all of them are there
+                f.write(json.dumps(plan).encode())
+    barrier()
+    stored, done = (np.load(at(file), mmap_mode="r+") for file in ("train_images.npy", "done.npy"))
+    mine = [np.arange(first, min(first + batch, len(files))) for first in range(rank * batch, len(files), ranks * batch)]
+    mine = [rows for rows in mine if not done[rows].all()]
+    loader = DataLoader([file for file, _ in files], batch_sampler=mine, collate_fn=partial(read_batch, size=args.size),
+                        num_workers=max(1, (os.cpu_count() or 1) // ranks))
+    with tqdm(total=len(files), initial=np.count_nonzero(done), desc="encoding", unit="img", disable=rank > 0) as bar:
+        for rows, images in zip(mine, loader):
+            whole = np.array([not isinstance(image, str) for image in images])
+            for i in np.flatnonzero(~whole):
+                tqdm.write(f"skipped {names[rows[i]]}: {images[i]}", file=sys.stderr)
+            if whole.any():
+                stored[rows[whole]] = encode(vae, np.stack([images[i] for i in np.flatnonzero(whole)]))
+                stored.flush()
+            done[rows] = np.where(whole, 1, 2)
+            bar.update(np.count_nonzero(done) - bar.n)
+    barrier()
+    if rank > 0:
+        return
+
+    # Rows from the end take the places of those that cannot be: again with the same result, should it end here.
+    n = writer.count["train"] = int(np.count_nonzero(done == 1))
+    if not n:
+        raise DataError(f"none of the {len(files)} images in {args.src} can be read")
+    to, source, names = np.flatnonzero(done[:n] == 2), n + np.flatnonzero(done[n:] == 1), np.array(names, object)
+    for a in (stored, writer.arrays["train_labels"], names):
+        a[to] = a[source]
+    with open(at("train_files.txt"), "w", errors="surrogateescape") as f:
+        f.writelines(f"{name}\n" for name in names[:n])
+    known = plan["vae"] == SD_VAE and args.size in PUBLISHED
+    mean, std = PUBLISHED[args.size] if known else latent_moments(stored[:n])
+    writer.finish(args.name, **plan, kind="latents", shape=[C, side, side], mean=mean, std=std, skipped=len(files) - n,
+                  normalization="published" if known else "measured", license="yours", source="a folder of images",
+                  made_by=f"prepare.py imagenet --size {args.size} --batch {batch}")
+    os.remove(os.path.join(args.path, "done.npy")), os.remove(os.path.join(args.path, "plan.json"))
+
+
+def check(args):
+    """Prints what a folder of data holds and draws eight of its images; raises DataError where something is wrong."""
+    from torch import from_numpy
+
+    from vae import decode, latent_moments, load_vae
+    header, data = load_dataset(args.path)
+    stored, latent, classes, wrong = data["train_images"], "vae" in header, header["num_classes"], []
+    counts = np.bincount(data["train_labels"], minlength=classes)[:classes]
+    print(f"{args.path}: {len(stored)} {header['kind']}, {'x'.join(map(str, header['shape']))}, "
+          + (f"{classes} classes of {counts.min()} to {counts.max()}" if classes else "no classes"))
+    if counts.tolist() != header["class_counts"] or 0 in counts:
+        wrong.append("a class is empty, or the header's class_counts are not those of the labels")
+    rows = np.random.default_rng(args.seed).permutation(len(stored))[:max(8, 2 ** 27 // stored[0].size)]
+    x = np.float32(stored[np.sort(rows)])
+    if flat := np.count_nonzero(np.ptp(x.reshape(len(x), -1), axis=1) == 0):
+        wrong.append(f"{flat} of {len(x)} images have one value everywhere")
+    moments = latent_moments(x) if latent else [f(x, axis=(0, 2, 3), dtype=np.float64) for f in (np.mean, np.std)]
+    for c, (mean, std, m, sd) in enumerate(zip(*moments, header["mean"], header["std"])):
+        mean, std = (mean - m) / sd, std / sd
+        print(f"channel {c}, normalized: mean {mean:.3f}, std {std:.3f}")
+        if not (abs(mean) < 0.1 and abs(std - 1) < 0.1 if latent else std > 0.01):
+            wrong.append(f"channel {c} has mean {mean:.3g} and std {std:.3g}" + ", not about 0 and 1" * latent)
+    sheet = [stored[rows[:8]].transpose(0, 2, 3, 1)]
+    if latent:
+        vae = load_vae(args.vae or header["vae"], crc32=header["vae_crc32"])
+        sheet = [decode(vae, from_numpy(stored[rows[:8], :header["shape"][0]]))]
+    if latent and args.src:
+        with open(os.path.join(args.path, "train_files.txt"), errors="surrogateescape") as f:
+            files = f.read().split("\n")
+        originals = read_batch([os.path.join(args.src, files[row]) for row in rows[:8]], header["image_size"])
+        if lost := [image for image in originals if isinstance(image, str)]:
+            raise DataError(f"an original in {args.src} cannot be read: {lost[0]}")
+        sheet.insert(0, np.stack(originals).transpose(0, 2, 3, 1))
+        print(f"decoded images differ from their originals by {np.abs(np.float32(sheet[0]) - sheet[1]).mean():.1f} of 255 levels in the mean")
+    sheet = np.concatenate([np.concatenate(images, axis=1) for images in sheet])
+    Image.fromarray(np.broadcast_to(sheet, (*sheet.shape[:2], 3))).save(os.path.join(args.path, "check.png"))
+    print(f"{args.path}/check.png: {'originals over ' * bool(args.src)}{'decoded ' * latent}examples")
+    if wrong:
+        raise DataError(f"{args.path}: {'; '.join(wrong)}")
+
+
 def main():
     parser = Parser(description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for make in (digits, shapes, folder, cifar10):
+    for make in (digits, shapes, folder, cifar10, imagenet, check):
         p = kinds.add_parser(make.__name__)
         p.set_defaults(make=make)
-        p.add_argument("--name", default=make.__name__, help="write data/NAME")
+        p.add_argument("name" if make is check else "--name", default=None if make is imagenet else make.__name__, help="data/NAME")
         p.add_argument("--seed", type=int, default=0)
         if make is shapes:
             p.add_argument("--size", type=int, default=32)
             p.add_argument("--n", type=int, default=60000, help="training images; a sixth as many are held out")
-        if make is folder:
+        if make in (folder, imagenet):
             p.add_argument("src")
             p.add_argument("--size", type=int, required=True)
+        if make is folder:
             p.add_argument("--held-out", type=float, default=0.1, help="the share of images that is held out")
         if make is cifar10:
             p.add_argument("file")
+        if make is imagenet:
+            p.add_argument("dst", nargs="?", help="where to write (default: data/im256 for --size 256)")
+            p.add_argument("--vae-name", help="what the header calls it (default: as --vae does)")
+            p.add_argument("--batch", type=int, default=0, help="of the VAE (default: 64 images of 256 x 256, fewer larger ones)")
+        if make in (imagenet, check):
+            p.add_argument("--vae", help="a name on the Hugging Face hub, or a folder of that VAE's files", default=SD_VAE if make is imagenet else None)
+        if make is check:
+            p.add_argument("--src", help="where the images were that became latents, for a look at both")
     args = parser.parse_args()
+    if args.make is imagenet:
+        args.dst = args.dst or os.path.join("data", args.name or f"im{args.size}")
+        args.name = args.name or os.path.basename(os.path.normpath(args.dst))
+    if args.make is check and os.sep in args.name:                        # made with a DST
+        args.dst, args.name = args.name, os.path.basename(os.path.normpath(args.name))
     if args.name != os.path.basename(args.name) or args.name in ("", ".", ".."):
         parser.error(f"--name names a folder in data/, which {args.name!r} does not")
     if not 0 <= args.seed < 2 ** 63:
         parser.error(f"--seed must be at least 0 and below 2**63, not {args.seed}")
-    args.path = os.path.join("data", args.name)
+    args.path = getattr(args, "dst", None) or os.path.join("data", args.name)
     try:
         args.make(args)
-    except (DataError, OSError) as error:
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (DataError, OSError, RuntimeError, ValueError) as error:         # the last two: of torch, of a damaged .npy
         sys.exit(f"prepare.py: {' '.join(str(error).split())}")
 
 

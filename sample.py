@@ -7,6 +7,7 @@ A checkpoint -> images.
     python sample.py ckpt.safetensors --nfe 4 --fid ref.npz        # the FID of 50,000 images, which are not kept
     torchrun --nproc_per_node=8 -- sample.py ckpt.safetensors --n 50000 --out samples.npz   # its --n needs the --
 
+A checkpoint that was trained on latents names its VAE, which decodes them (--vae FOLDER: where it lies).
 The noise and the label of image i depend on the seed and i alone: not on the batch size, the ranks or
 the other images. Finished batches wait in OUT.parts/: after a kill the same command goes on from them, on any number
 of ranks if each has a whole --batch to make, and ends with the same images. OUT appears whole or not at all.
@@ -31,6 +32,7 @@ from tqdm import tqdm
 from checkpoint import hold, raw_bytes, written
 from model import Block, CheckpointError, load_model, widest
 from prepare import Parser
+from vae import VAEError, decode, load_vae
 
 COMPILE_FROM = 1000      # images: for fewer, up to a minute of torch.compile does not pay
 
@@ -82,11 +84,22 @@ def draw(seed, indices, shape, class_counts=None):
     return torch.from_numpy(noise), torch.from_numpy(labels)
 
 
-def to_images(x0, header):
-    """Network units (B, C, H, W) -> uint8 (B, H, W, C), by the mean and std of the data's header."""
+def find_vae(header, device, where=None):
+    """The VAE that a data header names, from `where` or from the hub: in float16 on a GPU, as published. None for pixels."""
+    if "vae" in header:
+        half = torch.float16 if device.type == "cuda" else torch.float32
+        return load_vae(where or header["vae"], device, half, header.get("vae_crc32"))
+    if where:
+        raise VAEError("this model makes pixels: it has no VAE that could lie elsewhere")
+
+
+def to_images(x0, header, vae=None):
+    """Network units (B, C, H, W) -> uint8 (B, H, W, C), by the mean and std of the data's header and, of latents, by its VAE."""
     per_channel = lambda name: torch.tensor(header[name], dtype=x0.dtype, device=x0.device).view(-1, 1, 1)
-    pixels = x0 * per_channel("std") + per_channel("mean")
-    return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    x0 = x0 * per_channel("std") + per_channel("mean")
+    if "vae" in header:
+        return decode(vae or find_vae(header, x0.device), x0)
+    return x0.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def grid(images, columns, least=800):
@@ -147,6 +160,7 @@ def parse(argv=None):
     parser.add_argument("--out", help="a .png grid (default: samples.png), an .npz, or a folder for PNGs")
     parser.add_argument("--fid", metavar="REF", help="no images, but their FID against these statistics, by fid.py")
     parser.add_argument("--inception", metavar="PATH", help="the Inception weights for --fid, where fid.py is to find them")
+    parser.add_argument("--vae", help="where the checkpoint's VAE lies (default: on the Hugging Face hub, under its name)")
     parser.add_argument("--batch", type=int, default=250, help="images of one network call (default 250)")
     parser.add_argument("--precision", choices=("bfloat16", "float32"), help="of the network (default: bfloat16 on a CUDA device that has "
                         f"it, else float32); bfloat16 compiles too, up to a minute, from {COMPILE_FROM} images on")
@@ -193,6 +207,7 @@ def main():
         raise CheckpointError(f"--precision bfloat16 takes a CUDA device that has it, which {device} is not")
     model, about = load_model(args.checkpoint, device)
     config, header = model.config, about["data"]
+    vae = find_vae(header, device, args.vae)
     w = guidance_weight(args.guidance, about["guidance"])
     classes = chosen_classes(args, config.num_classes)
     n = args.n or (len(classes) * max(1, 80 // len(classes)) if classes else 80)
@@ -206,7 +221,7 @@ def main():
     half = half and args.precision != "float32"
     compiled = compiled and half and n >= COMPILE_FROM                   # then one shape of batch, which compiles once
     batch, folder = min(args.batch, -(-n // ranks)), args.out + ".parts"
-    key = [about, n, args.nfe, w, args.seed, classes, batch, half, compiled, device.type, bool(args.fid), args.inception]
+    key = [about, n, args.nfe, w, args.seed, classes, batch, half, compiled, device.type, bool(args.fid), args.inception, vae and vae.crc32]
     key = hashlib.sha256(json.dumps(key).encode())
     for t in model.state_dict().values():
         key.update(raw_bytes(t))
@@ -232,7 +247,7 @@ def main():
         with context:
             x0 = sample(model, x1.to(device), y.to(device), torch.full((len(y),), w, device=device), args.nfe,
                         about.get("objective") == "flow_matching")
-        images = to_images(x0, header)[:len(part)]
+        images = to_images(x0, header, vae)[:len(part)]
         if args.fid:                                                     # of gray images three times
             images = torch.from_numpy(images).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).to(device)
             images = inception(images, resize="tf1").cpu().numpy()

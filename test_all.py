@@ -20,6 +20,7 @@ import pickle
 import random
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +36,7 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.autograd import forward_ad as fwAD
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -47,6 +48,7 @@ import fid
 import model as m
 import prepare
 import sample as s
+import vae as v
 from attention_jvp import attention, attention_jvp
 from loss import TVM, Graph, flow_matching_loss, meanflow_loss, sample_guidance, sample_times, tvm_loss
 from model import Block, DiT, DiTConfig, Dual
@@ -1436,8 +1438,8 @@ def test_sampling_on_two_ranks(folder):
 
 
 def torchrun(script, *arguments):
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", os.path.join(HERE, script),
-                    *map(str, arguments)], check=True, capture_output=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", os.path.join(HERE, script), *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def images_in(path):
@@ -1503,17 +1505,9 @@ def test_fid_of_samples(folder, capsys, monkeypatch):
             assert images.dtype == torch.uint8 and images.shape[1:] == (3, 8, 8) and resize == "tf1"
             return images.float().flatten(2).mean(1)[:, ::8]
 
-    class Moments:
-        def __init__(self, dim):
-            self.features = []
-
-        def add(self, features):
-            self.features.append(features)
-
-        def mean_and_covariance(self):
-            return fid.moments(torch.cat(self.features))
+    Moments = fid.Moments
     reference = np.arange(8.0), np.eye(8)
-    for name, stub in (("load_inception", lambda path, device: Inception()), ("Moments", Moments), ("FidError", ckpt.CheckpointError),
+    for name, stub in (("load_inception", lambda path, device: Inception()), ("Moments", lambda dim: Moments(8)), ("FidError", ckpt.CheckpointError),
                        ("read_statistics", lambda path: reference)):
         monkeypatch.setattr(fid, name, stub, raising=False)
     make_checkpoint("c.safetensors")
@@ -2352,6 +2346,227 @@ def test_train_refuses(folder):
     assert done.returncode == 1 and done.stderr == "train.py: there is no option 'stepz'; did you mean steps?\n"
 
 
+# ---- latents: vae.py, prepare.py imagenet and check, and what train.py and sample.py make of them ------------------
+
+def tiny_vae(path, **kwargs):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    down, up = (f"{way}EncoderBlock2D" if way == "Down" else f"{way}DecoderBlock2D" for way in ("Down", "Up"))
+    options = dict(block_out_channels=(8, 16, 16), latent_channels=4, norm_num_groups=4, layers_per_block=1, sample_size=32, **kwargs)
+    vae = diffusers.AutoencoderKL(down_block_types=3 * (down,), up_block_types=3 * (up,), **options)
+    vae.save_pretrained(path)
+    return vae.eval()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """200 small JPEGs in four class folders, the 75th of them broken, and a VAE with random weights."""
+    at, rng = tmp_path_factory.mktemp("source"), np.random.default_rng(0)
+    tiny_vae(at / "vae")
+    for i in range(200):
+        path = at / "src" / f"n0{i // 50}" / f"{i % 50:02}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize((50, 40), Image.BICUBIC).save(path, quality=90)
+        if i == 75:
+            path.write_bytes(path.read_bytes()[:300])
+    return at
+
+
+def encode_all(source, *arguments):
+    return run_script("prepare.py", "imagenet", source / "src", *arguments, "--size", 32, "--vae", source / "vae", "--vae-name", "tiny", "--batch", 16)
+
+
+@torch.no_grad()
+def test_vae_against_its_parts(folder):
+    """Means, clamped log-variances and pixels from the VAE's own layers, the rest by numpy."""
+    net = tiny_vae("vae")
+    with torch.no_grad():
+        net.quant_conv.bias += torch.tensor([0., 0, 0, 0, 0, 100, -100, 1])                      # log-variances out of [-30, 20]
+        net.decoder.conv_out.weight *= 3                                                         # pixels out of [-1, 1]
+    net.save_pretrained("vae")
+    vae = v.load_vae("vae")
+    images = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 24), dtype=np.uint8)
+    stored = v.encode(vae, images)
+    mean, logvar = net.quant_conv(net.encoder(torch.from_numpy(images / 127.5 - 1).float())).chunk(2, dim=1)
+    assert stored.dtype == np.float16 and stored.shape == (5, 8, 8, 6)
+    expected = torch.cat([mean, torch.exp(logvar.clamp(-30, 20) / 2)], dim=1).numpy()
+    assert np.allclose(stored, expected, rtol=2 ** -11 + 1e-6, atol=1e-5)                        # half a unit of float16, float32's error
+    assert (stored[:, 5] == np.float16(math.exp(10))).all() and (stored[:, 6] == np.float16(math.exp(-15))).all()
+    z = 3 * torch.randn(5, 4, 8, 6, dtype=F64)
+    pixels = net.decoder(net.post_quant_conv(z.float())).permute(0, 2, 3, 1).numpy()
+    levels, got = (pixels * 0.5 + 0.5).clip(0, 1) * np.float32(255), v.decode(vae, z)
+    assert got.dtype == np.uint8 and got.shape == (5, 32, 24, 3) and {0, 255} <= set(got.flat)
+    sure = (np.abs(levels - levels.round()) > 1e-3) | (levels % 255 == 0)                        # where the last bits cannot matter
+    assert sure.mean() > 0.9 and (got == np.floor(levels))[sure].all()
+
+    path = "vae/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}              # as files of 2022 name them
+    renamed = {functools.reduce(lambda key, item: key.replace(*item), old.items(), key): weight for key, weight in weights.items()}
+    assert len(set(renamed) - set(weights)) == 16
+    for content, complaint in ((renamed, None), ({**weights, "encoder.conv_in.bias": weights["encoder.conv_in.bias"] + 1}, "has other weights"),
+                               ({key: weight for key, weight in weights.items() if key != "encoder.conv_in.bias"}, "lacks encoder.conv_in.bias")):
+        save_file(content, path)
+        v.load_vae.cache_clear()
+        if complaint:
+            with pytest.raises(v.VAEError, match=complaint):
+                v.load_vae("vae", crc32=vae.crc32)
+        else:
+            assert v.load_vae("vae", crc32=vae.crc32).crc32 == vae.crc32
+    with pytest.raises(v.VAEError, match="not finite"):
+        v.decode(vae, math.inf * z)
+
+
+def test_draws_of_latents():
+    """Rows depend on the seed and their own index alone; their moments are the posterior's, and latent_moments' those of all."""
+    rng = np.random.default_rng(0)
+    stored = np.concatenate([rng.normal(size=(600, 3, 2, 2)) * [[[2]], [[1]], [[5]]] + 1, rng.uniform(0.1, 2, (600, 3, 2, 2))], axis=1).astype(np.float16)
+    z = v.draw_latents(stored, 3, range(600))
+    assert z.dtype == np.float32 and z.shape == (600, 3, 2, 2)
+    assert (v.draw_latents(stored[7:9], 3, [7, 8]) == z[7:9]).all()
+    assert (v.draw_latents(stored[7:8], 4, [7]) != z[7]).all() and (v.draw_latents(stored[7:8], 3, [8]) != z[7]).all()
+    noise = (z - stored[:, :3]) / stored[:, 3:]
+    assert abs(noise.mean()) < 5 / noise.size ** 0.5 and abs(noise.var() - 1) < 5 * (2 / noise.size) ** 0.5 and abs(noise[0, 0, 0, 0] - s.draw(3, [0], (3, 2, 2))[0][0, 0, 0, 0]) > 1e-3
+    assert scipy.stats.kstest(noise.ravel(), "norm").pvalue > 1e-3
+    draws = np.concatenate([v.draw_latents(stored, seed, range(600)) for seed in range(200)])
+    mean, std = v.latent_moments(stored)
+    assert np.abs((draws.mean((0, 2, 3)) - mean) / std).max() < 5 / (200 * 2400) ** 0.5 and np.abs(draws.std((0, 2, 3)) / std - 1).max() < 5 / (2 * 200 * 2400) ** 0.5
+
+
+def test_imagenet(folder, source, capsys, monkeypatch):
+    """Rows, labels and file names against the files; what the header says; check; and what is refused."""
+    assert encode_all(source, "--name", "a") is None
+    said = capsys.readouterr()
+    assert "n01/25.JPEG" in said.err and "1 of 200 images could not be read" in said.out
+    header, data = prepare.load_dataset("data/a")
+    files = open("data/a/train_files.txt").read().split()
+    assert header["count"] == {"train": 199, "test": 0} and header["shape"] == [4, 8, 8] and header["class_counts"] == [50, 49, 50, 50]
+    assert [header[key] for key in ("kind", "dtype", "vae", "skipped", "normalization", "image_size")] == ["latents", "float16", "tiny", 1, "measured", 32]
+    assert sorted(files) == sorted(f"n0{i // 50}/{i % 50:02}.JPEG" for i in range(200) if i != 75) and files[:75] == sorted(files)[:75]
+    assert [f"n0{label}" for label in data["train_labels"]] == [file.split("/")[0] for file in files]
+    vae = v.load_vae(str(source / "vae"))
+    pick = [0, 74, 75, 76, 198]
+    again = v.encode(vae, np.stack([prepare.read_image(source / "src" / files[i], 32) for i in pick]))
+    assert np.allclose(data["train_images"][pick], again, rtol=2 ** -9, atol=1e-3) and header["vae_crc32"] == vae.crc32     # of another batch
+    assert sorted(os.listdir("data/a")) == ["header.json", "test_images.npy", "test_labels.npy", "train_files.txt", "train_images.npy", "train_labels.npy"]
+    assert "there already" in encode_all(source, "--name", "a")
+
+    check = lambda *a: run_script("prepare.py", "check", *a, "--vae", source / "vae")
+    assert check("a", "--src", source / "src") is None and check("data/a") is None
+    said = capsys.readouterr().out
+    assert "4 classes of 49 to 50" in said and said.count("std 1.000") == 8
+    sheet = np.asarray(Image.open("data/a/check.png"))
+    assert sheet.shape == (32, 8 * 32, 3)
+    rows = np.random.default_rng(0).permutation(199)[:8]
+    assert (sheet[:, 32:64] == v.decode(vae, torch.from_numpy(data["train_images"][rows[1:2], :4]))[0]).all()
+    json.dump({**header, "std": [1, 1, 1, 5]}, open("data/a/header.json", "w"))
+    assert "channel 3 has mean" in check("a") and "channel 0" not in check("a")
+    json.dump({**header, "class_counts": [49, 50, 50, 50]}, open("data/a/header.json", "w"))
+    assert "class_counts are not those" in check("a")
+    json.dump({**header, "vae_crc32": "00000000"}, open("data/a/header.json", "w"))
+    assert "other weights" in check("a")
+    json.dump(header, open("data/a/header.json", "w"))
+    stored = np.load("data/a/train_images.npy")
+    np.save("data/a/train_images.npy", np.concatenate([stored[:190], 0 * stored[190:]]))
+    assert "9 of 199 images have one value" in check("a")
+    np.save("data/a/train_images.npy", stored[:199])
+    assert "its header says float16 (200, 8, 8, 8)" in check("a")
+    assert run_script("prepare.py", "digits") is None and run_script("prepare.py", "check", "digits") is None
+
+    refuse = lambda *a: run_script("prepare.py", "imagenet", source / "src", *a)
+    assert "multiple of 4" in refuse("--size", 30, "--vae", source / "vae")
+    assert "no folder" in run_script("prepare.py", "imagenet", "gone", "--size", 32, "--vae", source / "vae")
+    os.makedirs("hollow")
+    assert "cannot load the VAE hollow" in refuse("--size", 32, "--vae", "hollow")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=200_000))
+    assert "data/full takes 0.0 GB" in encode_all(source, "--name", "full")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    v.load_vae.cache_clear()
+    assert "pip install diffusers" in refuse("--size", 32, "--vae", source / "vae")
+
+
+def test_published_latents(folder, source, capsys):
+    """With the published VAE's name the published numbers, and then the published presets; other VAEs are refused."""
+    for i in range(4):
+        write_picture(folder / "src" / f"c{i % 2}" / f"{i}.jpg", size=(300, 260), colour=(60 * i, 200, 9))
+    named = ("--vae", source / "vae", "--vae-name", prepare.SD_VAE)
+    for size, preset, mean in ((256, "im256_w2", 0.86488), (512, "im512_w2p25", 1.56)):
+        assert run_script("prepare.py", "imagenet", "src", *[f"data/im{size}"] * (size > 256), "--size", size, *named) is None
+        header = prepare.load_dataset(f"data/im{size}")[0]
+        assert header["normalization"] == "published" and header["mean"][0] == mean and header["vae"] == prepare.SD_VAE
+    assert "not about 0 and 1" in run_script("prepare.py", "check", "im256", "--vae", source / "vae")
+    small = ("--hidden_size=32", "--depth=1", "--num_heads=2", "--patch_size=16", "--batch_size=4", "--micro_batch=4", "--steps=1")
+    assert run_script("train.py", "--preset=im256_w2", *small, f"--vae_files={source / 'vae'}") is None
+    capsys.readouterr()
+    about = ckpt.load_tensors("out/im256_w2/ckpt.safetensors")[1]
+    assert about["data"] == prepare.load_dataset("data/im256")[0] and about["train"]["vae"] == prepare.SD_VAE
+    assert run_script("sample.py", "out/im256_w2/ckpt.safetensors", "--n", 2, "--out", "two.npz", "--vae", source / "vae") is None
+    assert np.load("two.npz")["arr_0"].shape == (2, 256, 256, 3)
+    assert "cannot load the VAE" in run_script("sample.py", "out/im256_w2/ckpt.safetensors", "--n", 2, "--vae", "src")
+    assert encode_all(source, "--name", "im256b") is None
+    assert "vae is 'stabilityai/sd-vae-ft-ema', but data/im256b holds latents of 'tiny'" in run_script("train.py", "--preset=im256_w2", "--dataset=im256b", "--name=b")
+    assert "holds pixels" in run_script("train.py", "--vae=tiny", *SMALL)
+    make_checkpoint("pixels.safetensors")
+    assert "this model makes pixels" in run_script("sample.py", "pixels.safetensors", "--vae", source / "vae")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kills processes as Linux does")
+def test_rehearsal(folder, source, capsys):
+    """The whole way on small files: JPEGs, latents, a killed run and two ranks that finish it, training, 64 samples on two ranks."""
+    arguments = ["imagenet", source / "src", "--size", 32, "--vae", source / "vae", "--vae-name", "tiny", "--batch", 1]
+    assert run_script("prepare.py", *arguments, "--name", "whole") is None
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, "prepare.py"), *map(str, arguments), "--name", "cut"], stderr=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = "data/cut.partial/done.npy"
+    until(lambda: os.path.exists("data/cut.partial/plan.json") and np.count_nonzero(np.load(done)) >= 20, "20 encoded images")
+    process.kill(), process.wait()
+    at = np.count_nonzero(np.load(done))
+    assert 20 <= at < 200 and not os.path.exists("data/cut")
+    assert "begun with another batch" in run_script("prepare.py", *arguments[:-1], 2, "--name", "cut")
+    assert f"| {at}/200 [" in torchrun("prepare.py", *arguments, "--name", "cut").stderr.decode()
+    for file in os.listdir("data/whole"):
+        if file != "header.json":
+            assert open(f"data/whole/{file}", "rb").read() == open(f"data/cut/{file}", "rb").read(), file
+    headers = [prepare.load_dataset(f"data/{name}")[0] for name in ("whole", "cut")]
+    assert {**headers[0], "name": "cut"} == headers[1] and not os.path.exists("data/cut.partial")
+
+    flags = ("--dataset=cut", "--vae=tiny", f"--vae_files={source / 'vae'}", "--steps=20", "--hidden_size=32", "--depth=1", "--num_heads=2",
+             "--batch_size=16", "--log_every=5", "--ema_eval=0.9")
+    assert run_script("train.py", *flags) is None
+    torchrun("train.py", *flags, "--name=two")
+    losses = [[line["loss"] for line in log_lines(name) if "loss" in line] for name in ("cut", "two")]
+    assert np.allclose(*losses, rtol=1e-5) and len(losses[0]) == 4                               # ranks draw the same latents
+    about = m.load_model("out/cut/ckpt.safetensors")[1]
+    assert about["data"] == headers[1] and about["step"] == 20 and about["config"]["in_channels"] == 4
+
+    sampling = ("out/cut/ckpt.safetensors", "--n", 64, "--nfe", 2, "--vae", source / "vae", "--out")
+    torchrun("sample.py", *sampling, "samples.npz")
+    assert run_script("sample.py", *sampling, "one.npz") is None
+    images, one = (np.load(file, allow_pickle=False)["arr_0"] for file in ("samples.npz", "one.npz"))
+    assert images.shape == (64, 32, 32, 3) and images.dtype == np.uint8 and images.std() > 1
+    assert np.abs(images.astype(int) - one).max() <= 1
+
+    os.mkdir("real")
+    for path in sorted((source / "src").rglob("*0.JPEG")) + sorted((source / "src").rglob("*4.JPEG")):
+        shutil.copy(path, f"real/{path.parent.name}-{path.name}")
+    torch.manual_seed(0)
+    inception = fid.InceptionV3()
+    for layer in inception.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")                     # or its features hardly vary
+    torch.save(inception.state_dict(), "inception.pth")
+    assert run_script("fid.py", "--save-stats", "real", "real.npz", "--inception", "inception.pth") is None
+    with np.load("real.npz", allow_pickle=False) as statistics:
+        assert statistics["mu"].shape == (2048,) and statistics["sigma"].shape == (2048, 2048)
+    capsys.readouterr()
+    assert run_script("fid.py", "samples.npz", "real", "--inception", "inception.pth") is None
+    scores = re.search(r"FID ([0-9.]+) .*Inception Score ([0-9.]+) .*precision ([0-9.]+), recall ([0-9.]+)", capsys.readouterr().out, re.DOTALL)
+    assert float(scores[1]) > 0 and float(scores[2]) >= 1 and all(0 <= float(scores[i]) <= 1 for i in (3, 4))
+    sampling = ("out/cut/ckpt.safetensors", "--n", 64, "--nfe", 2, "--vae", source / "vae", "--fid", "real.npz", "--inception", "inception.pth")
+    assert run_script("sample.py", *sampling) is None
+    assert abs(float(re.search(r"FID ([0-9.]+)", capsys.readouterr().out)[1]) / float(scores[1]) - 1) < 1e-2      # of the same images, to a level
+
+
 # ---- on a GPU ------------------------------------------------------------------------------------
 
 def step_gradients(device, dtype, half=False):
@@ -2444,6 +2659,19 @@ def test_gpu_fast_sampling():
         close(x0, exact, 2e-2)
     with s.fast(net, half=False, compiled=False):
         assert torch.equal(s.sample(net, noise, y, w, 2), exact)
+
+
+@gpu
+def test_gpu_vae(folder):
+    """Posteriors in float32 (TensorFloat-32 in convolutions), images in float16, against the CPU's."""
+    tiny_vae("vae")
+    images = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), dtype=np.uint8)
+    reference, got = (np.float32(v.encode(v.load_vae("vae", device), images)) for device in ("cpu", "cuda"))
+    close(torch.from_numpy(got), torch.from_numpy(reference), 3e-3)
+    header = dict(mean=[0.1] * 4, std=[2.0] * 4, vae="vae")
+    x0 = torch.randn(5, 4, 8, 8, dtype=F64)
+    reference, got = (s.to_images(x0.to(device), header).astype(int) for device in ("cpu", "cuda"))
+    assert np.abs(got - reference).max() <= 3 and np.abs(got - reference).mean() < 0.3
 
 
 @gpu

@@ -6,7 +6,7 @@ Train a TVM model. The constants below are the default run, real handwritten dig
     torchrun --nproc_per_node=8 train.py --preset=shapes         # eight GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py --preset=shapes
 
-The presets im256_* and im512_* are DiT-XL/2 on ImageNet latents, which prepare.py does not make yet.
+The presets im256_* and im512_* are DiT-XL/2 on ImageNet latents, from `prepare.py imagenet` (README.md, ImageNet).
 
 Edit the constants in place; --name=value overrides one. A preset replaces a group of them: preset,
 else the edited constant, and a flag beats both. Output, in out/NAME/:
@@ -47,13 +47,16 @@ import fid
 from checkpoint import CheckpointError, hold, load_newest, load_tensors, save_state, save_tensors, states
 from loss import TVM, Graph
 from model import SIZES, Block, DiT, DiTConfig
-from prepare import HERE, DataError, load_dataset
-from sample import abilities, draw, find_device, grid, sample, to_images
+from prepare import HERE, SD_VAE, DataError, load_dataset
+from sample import abilities, draw, find_device, find_vae, grid, sample, to_images
+from vae import draw_latents
 
 # ---- constants -----------------------------------------------------------------------------------
 preset = ""              # a group of PRESETS below, or none
 name = ""                # out/NAME; default: the preset's or the dataset's name
 dataset = "digits"       # data/NAME, made by prepare.py (digits and shapes are made here when missing)
+vae = ""                 # the VAE that the data must be latents of; default: whatever the data is
+vae_files = ""           # where that VAE lies, for the pictures; default: the Hugging Face hub, under its name
 device = ""              # "cpu", "cuda", "mps"; default: a GPU where there is one
 compile = True           # torch.compile on a CUDA device: up to a minute once, then a faster step
 seed = 0                 # of weights, data order, noise and times
@@ -99,7 +102,7 @@ score_images = 2000      # at most so many samples against as many held-out imag
 classifier = "1-nn"      # who judges labels: "1-nn" in pixels, or "cnn", trained at the end
 
 IMAGENET = dict(
-    **SIZES["XL/2"], lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0, ema_target=0.99, ema_eval=0.9999,
+    **SIZES["XL/2"], vae=SD_VAE, lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0, ema_target=0.99, ema_eval=0.9999,
     batch_size=2048, micro_batch=32, steps=300_000, times="gap*", mu=-0.8, sigma=1.0, mu_s=-0.4, sigma_s=1.0,
     label_dropout=0.1, guidance="constant", log_every=100, sample_every=10_000, save_every=5_000)
 PRESETS = {
@@ -121,7 +124,7 @@ WHOLE = {"seed", "hidden_size", "depth", "num_heads", "patch_size", "checkpoint_
          "sample_every", "save_every", "keep", "lock_wait", "score_images"}   # the whole numbers; other numbers may have fractions
 # These may differ between a run and its continuation; all others must not.
 MAY_CHANGE = {"device", "compile", "checkpoint_blocks", "steps", "micro_batch", "log_every", "sample_every", "save_every", "keep", "lock_wait", "score_images",
-              "classifier", "init_from"}
+              "classifier", "init_from", "vae_files"}
 
 # ---- the constants, as this run has them ---------------------------------------------------------
 def fail(message):
@@ -229,6 +232,8 @@ except DataError as error:
     fail(error)
 if not header["count"]["train"] or header["shape"][1] != header["shape"][2]:
     fail(f"{data_path} holds {header['count']['train']} training images of shape {header['shape']}: they must be square, and some")
+if vae and vae != header.get("vae"):
+    fail(f"vae is {vae!r}, but {data_path} holds {'latents of ' + repr(header['vae']) if 'vae' in header else 'pixels'}")
 if not header["num_classes"] and guided:
     fail(f"{data_path} has no classes, so there is nothing to guide: --w=1, not {w:g}")
 if classifier == "cnn" and header["shape"][1] < 4:
@@ -248,10 +253,13 @@ def batch_indices(step):
 
 
 def fetch(step):
-    """This rank's rows of a step's batch, images (n, C, H, W) as they are on disk and labels (n,), on the host. Runs
-    in a thread of its own, ahead of the loop: the disk is read, and pages are pinned, while the device computes."""
-    rows = batch_indices(step)[rank * local_batch:(rank + 1) * local_batch]
-    batch = [torch.from_numpy(data[key][rows]) for key in ("train_images", "train_labels")]
+    """This rank's rows of a step's batch, images (n, C, H, W) as they are on disk, or drawn from the posteriors
+    that are there, and labels (n,), on the host. Runs in a thread of its own, ahead of the loop: the disk is read, and pages are pinned, while the device computes."""
+    rows, place = batch_indices(step)[rank * local_batch:(rank + 1) * local_batch], step * batch_size + rank * local_batch
+    images, labels = data["train_images"][rows], data["train_labels"][rows]
+    if "vae" in header:
+        images = draw_latents(images, seed, range(place, place + local_batch))     # another draw in each epoch
+    batch = [torch.from_numpy(a) for a in (images, labels)]
     if device.type == "cuda":
         torch.cuda.set_device(device)                    # a thread starts on GPU 0
         batch = [a.pin_memory() for a in batch]
@@ -271,8 +279,8 @@ model = DiT(model_config).to(device)
 if init_from:
     try:
         tensors, was = load_tensors(init_from, device)
-        now = {**dataclasses.asdict(model_config), "mean": header["mean"], "std": header["std"]}
-        was = {**was["config"], "mean": was["data"]["mean"], "std": was["data"]["std"], "time_init": time_init}
+        units = lambda data: {key: data.get(key) for key in ("mean", "std", "vae")}
+        now, was = {**dataclasses.asdict(model_config), **units(header)}, {**was["config"], **units(was["data"]), "time_init": time_init}
         differ = [f"{key} {was.get(key)!r} -> {value!r}" for key, value in now.items() if was.get(key) != value]
         if differ:
             raise CheckpointError(f"{init_from} is of another config ({', '.join(differ)})")
@@ -397,7 +405,8 @@ def images_of(indices, nfe, classes=None):
         x1, y = draw(seed, indices[first:first + 250], header["shape"], header["class_counts"])
         y = y if classes is None else torch.tensor(classes[first:first + 250])
         guide = torch.full((len(y),), sampling_w, device=device)
-        images.append(to_images(sample(evaluated, x1.to(device), y.to(device), guide, nfe, objective == "flow_matching"), header))
+        images.append(to_images(sample(evaluated, x1.to(device), y.to(device), guide, nfe, objective == "flow_matching"), header,
+                                find_vae(header, device, vae_files)))
         labels.append(y)
     return np.concatenate(images), torch.cat(labels)
 
