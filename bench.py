@@ -325,6 +325,7 @@ def fid_table(batch=128, batches=64):
     for p in net.parameters():
         if p.ndim == 4:
             torch.nn.init.kaiming_normal_(p)
+    net.fold()
     draw = lambda n: F.interpolate(torch.rand(batch, 3, n, n, device="cuda") * 256, 256, mode="bicubic").clamp(0, 255).byte()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, 256x256, batch {batch}")
     for fid.TF32 in (False, True):

@@ -28,6 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 TF32 = False             # True: convolutions in TensorFloat-32 on a GPU; bench.py fid says what that gives and costs
@@ -108,6 +109,13 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(2048, 1008)
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
+    def fold(self):
+        """The same function with batch norm inside the convolutions: faster, and without the file's names. Returns itself."""
+        for layer in self.modules():
+            if hasattr(layer, "bn"):
+                layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
+        return self.requires_grad_(False).to(memory_format=torch.channels_last)
+
     @torch.no_grad()
     def forward(self, images, resize="tf1", logits=False):
         """uint8 (N, 3, H, W) -> features (N, 2048), float32; logits=True: also (N, 1008), without fc's bias, which published
@@ -160,7 +168,7 @@ def load_inception(path=None, device="cpu"):
             raise FidError(f"{file} does not fit this network: only the {'file' if odd in found else 'network'} has {odd}")
         net.load_state_dict(state, strict=False)
         net.digest = digest
-    return net.to(device)
+    return net.fold().to(device)
 
 
 class Moments:
