@@ -796,7 +796,7 @@ def test_study(folder):
     study = [sys.executable, os.path.join(HERE, "study.py")]
     lines = lambda: open("out/study/log.jsonl").read().splitlines() if os.path.exists("out/study/log.jsonl") else []
     first = subprocess.Popen([*study, "--tiny"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    until(lambda: len(lines()) > 1, "the first run")
+    until(lambda: len(lines()) > 1, "the first run", 300)
     first.terminate()
     assert first.wait() == 143
     some = lines()
@@ -2622,6 +2622,22 @@ def test_readme_snippets():
         step = (lambda h: net(z + h * v, r, t + h)) if tangent == "xt" else (lambda h: net(z, r + h, t))
         close(du.double(), (step(h) - step(-h)) / (2 * h), 1e-5)
         names["net"].zero_grad()
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="no git")
+def test_readme_diffs(folder):
+    """The changes that README.md shows apply together, and train."""
+    with open(os.path.join(HERE, "README.md")) as f:
+        diffs = re.findall(r"```diff\n(.*?)```", f.read(), re.DOTALL)
+    assert len(diffs) == 3 and all(diff.count("\n") < 30 for diff in diffs)
+    for file in os.listdir(HERE):
+        if file.endswith(".py"):
+            shutil.copy(os.path.join(HERE, file), folder)
+    subprocess.run(["git", "apply", "--unsafe-paths", "-"], input="".join(diffs), text=True, check=True)
+    for line in ("prepare.py stripes", " ".join(("train.py --dataset=stripes --patch_size=4 --steps=2", *SMALL)),
+                 "sample.py out/stripes/ckpt.safetensors --nfe 2"):
+        subprocess.run([sys.executable, *line.split()], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert os.path.exists("samples.png")
 
 
 @gpu
