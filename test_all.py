@@ -2178,6 +2178,24 @@ def test_signals(start):
     assert process.exitcode == 143 and not ckpt.states("out/now")
 
 
+def test_train_logs_fid(folder, monkeypatch):
+    """With a stand-in for Inception: the number is that of the same samples by sample.py."""
+    def inception(images, resize="tf1"):
+        assert images.dtype == torch.uint8 and images.shape[1:] == (3, 8, 8)
+        return images[:, 0].double().mean((1, 2))[:, None] ** torch.arange(1, 3)
+
+    monkeypatch.setattr(fid, "load_inception", lambda path=None, device="cpu": inception)
+    monkeypatch.setattr(fid, "Moments", functools.partial(lambda kind, dim: kind(2 if dim == 2048 else dim), fid.Moments))
+    np.savez("ref.npz", mu=np.zeros(2), sigma=np.eye(2))
+    assert "gone.npz" in run_script("train.py", *SMALL, "--fid_reference=gone.npz")
+    assert run_script("train.py", *SMALL, "--steps=2", "--sample_every=2", "--fid_reference=ref.npz", "--fid_images=30") is None
+    (line,) = [line for line in log_lines("digits") if "fid" in line]
+    assert run_script("sample.py", "out/digits/ckpt.safetensors", "--n", 30, "--out", "a.npz") is None
+    images = torch.from_numpy(np.load("a.npz")["arr_0"].transpose(0, 3, 1, 2)).expand(-1, 3, -1, -1)
+    want = fid.frechet_distance(*fid.moments(inception(images)), np.zeros(2), np.eye(2))
+    assert line["step"] == 2 and line["images"] == 30 and abs(line["fid"] / want - 1) < 1e-4
+
+
 def test_two_ranks_have_the_gradients_of_one(folder):
     """After one step of AdamW its first moment is (1 - beta1) times the gradient."""
     make_checkpoint("start.safetensors", depth=1)

@@ -99,6 +99,9 @@ save_every = 500
 keep = 2                 # so many of the last states stay
 lock_wait = 30           # seconds that a new process gives an old one to let go of out/NAME
 score_images = 2000      # at most so many samples against as many held-out images, at the end
+fid_reference = ""       # statistics (fid.py reads them): FID of one-step samples every sample_every steps; "": none
+fid_images = 10000       # so many of them
+inception = ""           # weights for it; default: downloaded once
 classifier = "1-nn"      # who judges labels: "1-nn" in pixels, or "cnn", trained at the end
 
 IMAGENET = dict(
@@ -121,10 +124,10 @@ PRESETS = {
                         batch_size=1024, steps=200_000),
 }
 WHOLE = {"seed", "hidden_size", "depth", "num_heads", "patch_size", "checkpoint_blocks", "steps", "batch_size", "micro_batch", "log_every",
-         "sample_every", "save_every", "keep", "lock_wait", "score_images"}   # the whole numbers; other numbers may have fractions
+         "sample_every", "save_every", "keep", "lock_wait", "score_images", "fid_images"}   # the whole numbers; other numbers may have fractions
 # These may differ between a run and its continuation; all others must not.
 MAY_CHANGE = {"device", "compile", "checkpoint_blocks", "steps", "micro_batch", "log_every", "sample_every", "save_every", "keep", "lock_wait", "score_images",
-              "classifier", "init_from", "vae_files"}
+              "classifier", "init_from", "vae_files", "fid_reference", "fid_images", "inception"}
 
 # ---- the constants, as this run has them ---------------------------------------------------------
 def fail(message):
@@ -178,7 +181,7 @@ out = os.path.join("out", name)
 
 # ---- ranks and device ----------------------------------------------------------------------------
 rank, ranks, parent = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), os.getppid()
-for keys, low, high in ((("steps", "batch_size", "log_every", "sample_every", "save_every", "keep", "score_images"), 1, math.inf),
+for keys, low, high in ((("steps", "batch_size", "log_every", "sample_every", "save_every", "keep", "score_images"), 1, math.inf), (("fid_images",), 2, math.inf),
                         (("seed",), 0, 2 ** 63), (("micro_batch", "checkpoint_blocks", "lock_wait", "lr", "eps", "weight_decay", "grad_clip"), 0, math.inf),
                         (("label_dropout", "ema_target", "ema_eval", "beta1", "beta2"), 0, 1)):
     for key in keys:
@@ -367,6 +370,11 @@ def resume():
 
 
 nets = {"model": model, "target": target, "eval": evaluated}
+if fid_reference:
+    try:
+        fid.read_statistics(fid_reference), fid.load_inception(inception or None)       # complain now rather than in a day
+    except fid.FidError as error:
+        fail(error)
 try:
     lock, complaint = rank == 0 and hold(out, lock_wait), [None]
 except OSError as error:
@@ -415,6 +423,17 @@ def picture(step):
     classes = list(range(header["num_classes"]))[:10] or [0] * 10
     rows = [images_of(range(len(classes)), nfe, classes)[0] for nfe in (1, 2, 4)]
     grid(np.concatenate(rows), len(classes)).save(os.path.join(out, f"samples_{step}.png"))
+
+
+def log_fid(step):
+    """FID of one-step samples, by all ranks together."""
+    mine = range(fid_images * rank // ranks, fid_images * (rank + 1) // ranks)
+    parts = (images_of(mine[first:first + 250], 1)[0].transpose(0, 3, 1, 2) for first in range(0, len(mine), 250))
+    batches = (torch.from_numpy(part).expand(-1, 3, -1, -1) for part in parts)
+    score = fid.fid_of(batches, fid_reference, inception or None, device, all_ranks=ranks > 1)
+    log(step=step, nfe=1, fid=score, images=fid_images, reference=fid_reference)
+    if rank == 0:
+        tqdm.write(f"step {step}: FID {score:.3f} of {fid_images} one-step samples")
 
 
 def curve():
@@ -575,6 +594,8 @@ for step in progress:
         break
     if done % sample_every == 0 or done == steps:
         attempt(f"samples_{done}.png", picture, done)
+        if fid_reference:
+            log_fid(done)
 
 for number, handler in handlers.items():
     signal.signal(number, handler)
