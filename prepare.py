@@ -18,7 +18,6 @@ with the VAE's name) are stored as posteriors, (N, 2C, h, w) float16, C means an
 train_files.txt, the file of each row; the image in that formula is then mean + standard deviation * noise.
 """
 import argparse
-import functools
 import json
 import os
 import shutil

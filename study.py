@@ -359,7 +359,7 @@ def report():
 
 
 def main():
-    global RATES, SEEDS, ABLATIONS, NETWORK, FOLDER, dataset, size, count
+    global RATES, SEEDS, ABLATIONS, NETWORK, dataset, size, count
     for argument in sys.argv[1:]:
         key, equals, value = argument.removeprefix("--").partition("=")
         kind = type(options.get(key))

@@ -256,8 +256,9 @@ def batch_indices(step):
 
 
 def fetch(step):
-    """This rank's rows of a step's batch, images (n, C, H, W) as they are on disk, or drawn from the posteriors
-    that are there, and labels (n,), on the host. Runs in a thread of its own, ahead of the loop: the disk is read, and pages are pinned, while the device computes."""
+    """This rank's rows of a step's batch: images (n, C, H, W) as they are on disk, or drawn from the posteriors that are
+    there, and labels (n,). Runs on the host in a thread of its own, ahead of the loop: the disk is read, and pages are
+    pinned, while the device computes."""
     rows, place = batch_indices(step)[rank * local_batch:(rank + 1) * local_batch], step * batch_size + rank * local_batch
     images, labels = data["train_images"][rows], data["train_labels"][rows]
     if "vae" in header:
