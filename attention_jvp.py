@@ -521,6 +521,8 @@ def _plan(name, shape, dtype, device, streamed, other_S, strides):
     same = len({strides[i] for i in streamed}) == 1  # the compiler then keeps one set of offsets, not four
     flat = max(B, H) > 65535
     meta = dict(W=(U, D, D0, D1), BM=BM, BN=BN, EVEN=other_S % other == 0, SAME=same, FLAT=flat)
+    if name == "forward":  # the other kernels, short of registers, were slower without the masks
+        meta["FULL"] = S % own == 0
     units = [tuple(s // U for s in st[:3]) for st in strides]
     options = dict(num_warps=num_warps, num_stages=num_stages)
     blocks = -(-S // own)
@@ -574,7 +576,7 @@ def _forward_now(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor, tv: Te
     with _on(q):
         _launch(forward_kernel, "forward", q, (1, 2, 4, 5), None,
                 (*x, o, to, lo, lse, mu), tuple(t.stride() for t in (*x, o)),
-                (q.size(1), q.size(2), k.size(2), scale), HAS_LO=lo.numel() > 0, FULL=q.size(2) % 64 == 0)
+                (q.size(1), q.size(2), k.size(2), scale), HAS_LO=lo.numel() > 0)
     return outputs
 
 

@@ -2716,7 +2716,7 @@ def test_gpu_vae(folder):
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 3e-3), (torch.float16, 1e-3), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("shape", [(2, 3, 256, 256, 64), (2, 3, 256, 256, 72), (1, 2, 300, 77, 128), (4, 8, 1, 1, 64),
                                    (2, 2, 65, 130, 40), (4, 8, 33, 70, 8), (8, 8, 1, 200, 96), (1, 2, 100, 100, 100),
-                                   (1, 1, 1, 1, 64), (2, 2, 33, 70, 8), (1, 1, 1, 200, 96)])
+                                   (1, 1, 1, 1, 64), (2, 2, 33, 70, 8), (1, 1, 1, 200, 96), (1, 2, 192, 192, 128), (2, 2, 160, 96, 64)])
 def test_attention_gpu_accuracy(shape, dtype, bound):
     assert max(errors(six(*shape, dtype, "cuda"))) < bound
 
