@@ -337,6 +337,8 @@ def fid_table(batch=128, batches=64):
         ms = [do_bench(lambda: net(images, resize), warmup=500, rep=2000, return_mode="median") for resize in ("tf1", "torch")]
         print(f"TF32 {fid.TF32!s:>5}: {batch / ms[0] * 1e3:.0f} images/s (resize torch: {batch / ms[1] * 1e3:.0f}), "
               f"Frechet distance of {batch * batches} images each {distance:.6g}", flush=True)
+
+
 # ---- Theorem 1, where everything is known (README.md derives the bounds) --------------------------
 
 THEORY = {"width 64": (64, 3e-3), "width 16": (16, 3e-3), "lr x 4": (64, 1.2e-2)}         # width, learning rate
@@ -482,14 +484,16 @@ def theory_report(log, plot):
     print("\n".join("| " + " | ".join(f"{row[key]:{form}}" for key, form in COLUMNS.items()) + " |" for row in rows))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for name, marker in zip(dict.fromkeys(row["model"] for row in rows), "os^"):
-        axes.plot([], [], marker, color="0.3", label=name)
+    models = list(zip(dict.fromkeys(row["model"] for row in rows), "os^"))
+    for name, marker in models:
         for key, color, label in (("corrected", "C0", "corrected bound"), ("one_sided", "C1", "one-sided bound"),
                                   ("printed", "C2", "printed bound"), ("W2_fresh", "C3", "W2² to fresh data")):
             points = zip(*((row["W2_coupled"], row[key]) for row in rows if row["model"] == name))
             axes.plot(*points, marker, color=color, ms=5, label=label if marker == "o" else None)
     axes.axhline(sum(about["floor"]) / len(about["floor"]), color="C3", ls="--", lw=1, label="its floor: data to data")
     axes.axline((1e-2, 1e-2), (1e-1, 1e-1), color="k", lw=1, label="equality")
+    for name, marker in models:
+        axes.plot([], [], marker, color="0.3", label=name)
     axes.set(xlabel="W2², model to exact flow of the same noise", ylabel="W2² and its bounds", xscale="log", yscale="log")
     axes.set_ylim(min(row["W2_fresh"] for row in rows) / 3), axes.grid(alpha=0.3), figure.legend(loc="outside right upper", fontsize=9)
     os.makedirs(os.path.dirname(plot) or ".", exist_ok=True)
