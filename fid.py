@@ -471,13 +471,18 @@ def flat(images):
     return torch.as_tensor(images if torch.is_tensor(images) else np.array(images)).cpu().double().flatten(1)
 
 
-def train_classifier(images, labels, num_classes, device, epochs=6, batch=256, seed=0, width=64):
-    """A small network for classify where nearest neighbours say little, of images (N, C, H, W) uint8 and labels (N,)."""
-    torch.manual_seed(seed)
+def classifier(channels, num_classes, width=64):
+    """A small network where nearest neighbours say little: pixels in [-1, 1] -> logits, of features by all but its last layer."""
     layer = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
-    net = nn.Sequential(layer(images.shape[1], width), layer(width, width), nn.MaxPool2d(2),
-                        layer(width, 2 * width), layer(2 * width, 2 * width), nn.MaxPool2d(2), layer(2 * width, 4 * width),
-                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, num_classes)).to(device)
+    return nn.Sequential(layer(channels, width), layer(width, width), nn.MaxPool2d(2),
+                         layer(width, 2 * width), layer(2 * width, 2 * width), nn.MaxPool2d(2), layer(2 * width, 4 * width),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, num_classes))
+
+
+def train_classifier(images, labels, num_classes, device, epochs=6, batch=256, seed=0):
+    """A classifier of images (N, C, H, W) uint8 and labels (N,), in eval mode."""
+    torch.manual_seed(seed)
+    net = classifier(images.shape[1], num_classes).to(device)
     images, labels = (torch.from_numpy(np.array(a)).to(device) for a in (images, labels))
     batch = min(batch, len(images))
     steps = epochs * (len(images) // batch)

@@ -150,7 +150,7 @@ class Judge:
         self.noise = draw(0, range(n), header["shape"])[0]
         path = os.path.join(FOLDER, "judge.safetensors")
         if os.path.exists(path):
-            self.net = fid.Classifier(3, 10).to(device).eval()
+            self.net = fid.classifier(3, 10).to(device).eval()
             self.net.load_state_dict(load_file(path))
         else:
             self.net = fid.train_classifier(data["train_images"], data["train_labels"], 10, device)
@@ -163,7 +163,7 @@ class Judge:
     def parts(self, images):
         """The features, and the pixels that are compared, of uint8 (N, C, H, W)."""
         batches = torch.from_numpy(np.ascontiguousarray(images)).split(1000)
-        features = torch.cat([self.net.features(batch.to(self.device).float() / 127.5 - 1).cpu() for batch in batches])
+        features = torch.cat([self.net[:-1](batch.to(self.device).float() / 127.5 - 1).cpu() for batch in batches])
         return features, torch.cat([torch.nn.functional.avg_pool2d(batch / 255, 2) for batch in batches])
 
     def scores(self, images, y):
