@@ -19,7 +19,7 @@ Backward, from dO and dtO together. The row sums need saved outputs only, so no 
 
 Three kernels: `forward_kernel` (6 products, online softmax), `row_kernel` (s1, s2, dQ, dtQ; 9 products) and
 `column_kernel` (dK, dV, dtK, dtV; 12). Products take the input dtype and accumulate in float32; the rest is float32.
-Saved for the backward: inputs, outputs, two float32 rows, and the next eight bits of tO (half its size).
+Saved for the backward: inputs, outputs, two float32 rows, and the next four bits of tO (a quarter of its size).
 """
 import contextlib
 import functools
@@ -41,6 +41,7 @@ except ImportError:  # no Triton: every call takes the PyTorch path
 FUSED = True  # False: CUDA tensors, too, take PyTorch's path
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # kernels on CPU tensors, for tests
 MAX_HEAD_DIM = 128
+MAX_GRID = 65535  # programs along the second and third axis
 
 # ----------------------------------------------------------------------------------------------------------------
 # PyTorch: any device, any dtype, differentiable to any order, memory quadratic in S
@@ -519,7 +520,7 @@ def _plan(name, shape, dtype, device, streamed, other_S, strides):
     # Descriptors want strides in multiples of 16 bytes, and rows that do not overlap; short loops do not repay making them.
     tma = bool(tma) and other_S >= 1024 and U == 8 and D1 == 0 and all(0 not in strides[i] for i in streamed)
     same = len({strides[i] for i in streamed}) == 1  # the compiler then keeps one set of offsets, not four
-    flat = max(B, H) > 65535
+    flat = max(B, H) > MAX_GRID
     meta = dict(W=(U, D, D0, D1), BM=BM, BN=BN, EVEN=other_S % other == 0, SAME=same, FLAT=flat)
     if name == "forward":  # the other kernels, short of registers, were slower without the masks
         meta["FULL"] = S % own == 0
@@ -569,7 +570,7 @@ def _on(x):
 
 def _forward_now(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor, tv: Tensor,
                  scale: float, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> o, to; if save, the eight bits that rounding took from to (int8; empty for float32), else an empty tensor;
+    """-> o, to; if save, four bits that rounding took from each element of to (int8, two in a byte; empty for float32), else an empty tensor;
     logsumexp (base 2) and mu, both (B, H, Sq) in float32."""
     x = [_rows(t) for t in (q, k, v, tq, tk, tv)]
     o, to, lo, lse, mu = outputs = _empty_outputs(q, save)

@@ -103,18 +103,25 @@ def read_snapshot(path):
 
 def unwrapped(module):
     """The module within torch.compile's wrapper; None where there is none."""
-    while isinstance(module, Stub) and (type(module).__name__ == "OptimizedModule" or "_orig_mod" in module.part("_modules")):
+    for _ in range(9):
+        if not isinstance(module, Stub) or type(module).__name__ != "OptimizedModule" and "_orig_mod" not in module.part("_modules"):
+            break
         module = module.part("_modules").get("_orig_mod") or next(iter(module.args), None)
     return module if isinstance(module, Stub) else None
 
 
-def weights(module, prefix=""):
-    """The tensors in a module, by their state_dict names, in float32."""
+def weights(module, prefix="", seen=None):
+    """The tensors in a module, by their state_dict names, in float32. One that is in it again is passed over: a file may
+    name a few modules so often that this would never end."""
+    seen = set() if seen is None else seen
+    if id(module) in seen:
+        return {}
+    seen.add(id(module))
     own = {**module.part("_parameters"), **module.part("_buffers")}
     found = {prefix + name: p.tensor.float() for name, p in own.items() if isinstance(p, Stub) and p.tensor is not None}
     for name, child in module.part("_modules").items():
         if (child := unwrapped(child)) is not None:
-            found |= weights(child, f"{prefix}{name}.")
+            found |= weights(child, f"{prefix}{name}.", seen)
     return found
 
 

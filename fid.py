@@ -171,6 +171,21 @@ def load_inception(path=None, device="cpu"):
     return net.fold().to(device)
 
 
+def made_with(net, resize="tf1"):
+    """What statistics of this network note, and must share to be compared."""
+    return f"resize {resize}, weights {net.digest[:8]}"
+
+
+def read_reference(path, net, resize="tf1"):
+    """read_statistics, of what features of net(images, resize) can be compared with. Raises FidError."""
+    mu, sigma, notes = read_statistics(path, notes=True)
+    if len(mu) != net.fc.in_features:
+        raise FidError(f"{path}: statistics of {len(mu)} dimensions, where Inception's features have {net.fc.in_features}")
+    if notes and notes != made_with(net, resize):
+        raise FidError(f"{path} was made with {notes}, which does not compare with {made_with(net, resize)}")
+    return mu, sigma
+
+
 class Moments:
     """Mean and covariance of features (B, dim) that come in batches, in float64, merged about their own means (Chan et al.): on the
     features' device, without waiting for it. merge(**other.state()) adds another's, all_reduce() all ranks'."""
@@ -354,7 +369,8 @@ def measure(images, net, resize="tf1", batch=128, keep=True, state=None):
 
 def fid_of(batches, reference, inception_path=None, device="cpu", resize="tf1", all_ranks=False):
     """FID of an iterator of uint8 (N, 3, H, W) against a file's statistics; all_ranks: every rank calls this with its share."""
-    (mu, sigma), net, moments = read_statistics(reference), load_inception(inception_path, device), Moments(2048)
+    net, moments = load_inception(inception_path, device), Moments(2048)
+    mu, sigma = read_reference(reference, net, resize)
     for images in batches:
         moments.add(net(images.to(device), resize))
     if all_ranks:
@@ -386,10 +402,9 @@ def main(argv=None):
         dist.init_process_group("gloo")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     net = load_inception(args.inception, device) if any(images) else None
-    notes = f"resize {args.resize}, weights {net.digest[:8]}" if net else ""
-    for other in found:
-        if other and other[2] and notes and other[2] != notes:
-            raise FidError(f"statistics made with {other[2]} do not compare with {notes}")
+    notes = made_with(net, args.resize) if net else ""
+    if len(all_notes := sorted({notes, *(other[2] for other in found if other)} - {""})) > 1:
+        raise FidError(f"what is made with {' does not compare with what is made with '.join(all_notes)}")
     state = lambda i: args.state and f"{args.state}-{i}"
     results = [measure(x, net, args.resize, args.batch, not args.save_stats, state(i)) if x else (None, None) for i, x in enumerate(images)]
     if rank > 0:

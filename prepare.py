@@ -368,7 +368,9 @@ def imagenet(args):
         writer = Writer(args.path, (2 * C, side, side), {"train": len(files), "test": 0}, np.float16, bool(begun))
         if not begun:
             writer.arrays["train_labels"][:] = [label for _, label in files]
-            np.save(at("done.npy"), np.zeros(len(files), np.uint8))
+            writer.arrays["train_labels"].flush()
+            with written(at("done.npy")) as f:
+                np.save(f, np.zeros(len(files), np.uint8))
             with written(at("plan.json")) as f:                            # last: with it, all of them are there
                 f.write(json.dumps(plan).encode())
     barrier()

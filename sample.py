@@ -131,7 +131,8 @@ def write_images(out, batches, n, columns):
             for images in itertools.chain([first], batches):
                 array.write(images.tobytes())
     else:
-        os.makedirs(out + ".partial", exist_ok=True)
+        shutil.rmtree(out + ".partial", ignore_errors=True)              # of a run that was cut off
+        os.makedirs(out + ".partial")
         for i, image in enumerate(itertools.chain.from_iterable(batches)):
             as_pil(image).save(os.path.join(out + ".partial", f"{i:06d}.png"))
         if os.path.isdir(out):
@@ -214,7 +215,8 @@ def main():
     if args.fid:
         import fid
         try:
-            inception, reference = fid.load_inception(args.inception, device), fid.read_statistics(args.fid)
+            inception = fid.load_inception(args.inception, device)
+            reference = fid.read_reference(args.fid, inception)
         except fid.FidError as error:
             raise CheckpointError(error) from None
 

@@ -19,7 +19,6 @@ on the training images, judges labels and gives the features (256); pixels are a
 Two-sample accuracy is that of fid.py, given also for samples and fresh images apart: blurred samples, which are everyone's
 nearest neighbours, make it 1 for the ones and 0 for the others.
 """
-import fcntl
 import itertools
 import json
 import math
@@ -126,15 +125,13 @@ def step_time(what):
                          detach=detach, objective="tvm" if detach else what, device="cuda" if cuda else "cpu")
     for n in range(10):
         step(n)
-    with open(os.path.join(FOLDER, "alone"), "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        times = []
-        for n in range(60 if cuda else 5):
-            start = time.perf_counter()
-            step(n)                                                                 # ends with a number on the host ...
-            if cuda:
-                torch.cuda.synchronize()                                            # ... and the optimizer's kernels
-            times.append((time.perf_counter() - start) * 1e3)
+    times = []
+    for n in range(60 if cuda else 5):
+        start = time.perf_counter()
+        step(n)                                                                     # ends with a number on the host ...
+        if cuda:
+            torch.cuda.synchronize()                                                # ... and the optimizer's kernels
+        times.append((time.perf_counter() - start) * 1e3)
     print(statistics.median(times))
 
 
@@ -209,12 +206,13 @@ def start():
         if first.get("settings") != settings:
             fail(f"{options['log']} is of a study with other settings: {first.get('settings')}, not {settings}; move out/study* away")
         return first
-    timers = {what: subprocess.Popen([sys.executable, os.path.abspath(__file__), f"--time={what}", *["--tiny"] * options["tiny"]],
-                                     stdout=subprocess.PIPE, text=True) for what in TIMED}
-    said = {what: timer.communicate()[0].split() for what, timer in timers.items()}
-    if any(timer.returncode for timer in timers.values()):
-        fail("timing the steps failed")
-    step_ms = {what: float(words[-1]) for what, words in said.items()}
+    step_ms = {}
+    for what in TIMED:                                                              # one after the other: nothing else runs
+        timer = subprocess.run([sys.executable, os.path.abspath(__file__), f"--time={what}", *["--tiny"] * options["tiny"]],
+                               stdout=subprocess.PIPE, text=True)
+        if timer.returncode:
+            fail("timing the steps failed")
+        step_ms[what] = float(timer.stdout.split()[-1])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return dict(settings=settings, device=device, torch=torch.__version__, step_ms=step_ms, date=time.strftime("%Y-%m-%d"))
 

@@ -49,7 +49,7 @@ from loss import TVM, Graph
 from model import SIZES, Block, DiT, DiTConfig
 from prepare import HERE, SD_VAE, DataError, load_dataset
 from sample import abilities, draw, find_device, find_vae, grid, sample, to_images
-from vae import draw_latents
+from vae import VAEError, draw_latents
 
 # ---- constants -----------------------------------------------------------------------------------
 preset = ""              # a group of PRESETS below, or none
@@ -373,8 +373,9 @@ def resume():
 nets = {"model": model, "target": target, "eval": evaluated}
 if fid_reference:
     try:
-        fid.read_statistics(fid_reference), fid.load_inception(inception or None)       # complain now rather than in a day
-    except fid.FidError as error:
+        fid.read_reference(fid_reference, fid.load_inception(inception or None))        # complain now rather than in a day
+        find_vae(header, device, vae_files)
+    except (fid.FidError, VAEError) as error:
         fail(error)
 try:
     lock, complaint = rank == 0 and hold(out, lock_wait), [None]
