@@ -230,6 +230,18 @@ def stepper(config, batch, compiled=True, checkpoint=False, detach=False, flow=F
     return step
 
 
+def milliseconds(step, steps):
+    """Of each of so many steps, by the wall clock."""
+    times = []
+    for n in range(steps):
+        start = time.perf_counter()
+        step(n)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
 def step_row(mode, size, input_size, batch, steps=20):
     """Median milliseconds of a step, peak bytes (all that PyTorch took from the device), seconds of compiling, and GPU milliseconds by kind of kernel."""
     gc.unfreeze(), gc.collect()
@@ -241,12 +253,7 @@ def step_row(mode, size, input_size, batch, steps=20):
         step(n)
     torch.cuda.synchronize()
     gc.collect(), gc.freeze()
-    warm, times = time.perf_counter() - start, []
-    for n in range(steps):
-        start = time.perf_counter()
-        step(n)
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) * 1e3)
+    warm, times = time.perf_counter() - start, milliseconds(step, steps)
     kinds = dict.fromkeys([*KINDS, "other"], 0.0)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step(0)

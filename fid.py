@@ -367,15 +367,15 @@ def measure(images, net, resize="tf1", batch=128, keep=True, state=None):
     return moments, torch.cat(parts if ranks > 1 and rank == 0 else kept)
 
 
-def fid_of(batches, reference, inception_path=None, device="cpu", resize="tf1", all_ranks=False):
-    """FID of an iterator of uint8 (N, 3, H, W) against a file's statistics; all_ranks: every rank calls this with its share."""
-    net, moments = load_inception(inception_path, device), Moments(2048)
-    mu, sigma = read_reference(reference, net, resize)
+def fid_of(batches, net, reference, resize="tf1", all_ranks=False):
+    """FID of an iterator of uint8 (N, 3, H, W) by load_inception's network, against (mu, sigma) of read_reference; all_ranks:
+    every rank calls this with its share."""
+    moments = Moments(2048)
     for images in batches:
-        moments.add(net(images.to(device), resize))
+        moments.add(net(images.to(net.fc.weight.device), resize))
     if all_ranks:
         moments.all_reduce()
-    return frechet_distance(*moments.mean_and_covariance(), mu, sigma)
+    return frechet_distance(*moments.mean_and_covariance(), *reference)
 
 
 def main(argv=None):
@@ -445,14 +445,18 @@ def small_data_scores(images, y, held_out, train, labels, leave_out=None, judge=
             "nearest_ratio": nearest_ratio(images, held_out, train, leave_out), "frechet_pixels": pixels}
 
 
-def two_sample_accuracy(a, b):
-    """The accuracy of the leave-one-out nearest-neighbour classifier that tells a (N, ...) from b (N, ...):
-    0.5 where both come from one distribution, 1 where they differ plainly, 0 where a copies b."""
+def two_sample_accuracies(a, b):
+    """The accuracy of the leave-one-out nearest-neighbour classifier that tells a (N, ...) from b (N, ...), on a and on b.
+    Their mean is 0.5 where both come from one distribution, 1 where they differ plainly, 0 where a copies b."""
     if len(a) != len(b):
         raise ValueError(f"two_sample_accuracy: {len(a)} images against {len(b)}; the sets must be of one size")
     both, rows = torch.cat([flat(a), flat(b)]), torch.arange(2 * len(a))
     nearest = nearest_neighbours(both, both, leave_out=rows)[1]
-    return ((nearest >= len(a)) == (rows >= len(a))).double().mean().item()
+    return ((nearest >= len(a)) == (rows >= len(a))).double().view(2, -1).mean(1).tolist()
+
+
+def two_sample_accuracy(a, b):
+    return sum(two_sample_accuracies(a, b)) / 2
 
 
 def label_accuracy(samples, y, images, labels, leave_out=None):

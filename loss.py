@@ -81,13 +81,17 @@ def sample_guidance(n, device="cpu", sampler="constant", w=1.0, w_min=1.0, w_max
     return w_min + r * (w_max - w_min)
 
 
+def column(a):
+    """(B,) -> (B, 1, 1, 1), for products with images."""
+    return a.view(-1, 1, 1, 1)
+
+
 def tvm_loss(model, target, x0, noise, y, w, t, s, s_fm, detach_jvp=False):
     """The two terms of each sample, {"terminal": (B,), "fm": (B,)}, a function of its arguments alone.
 
     model and target: __call__ and jvp as DiT's, config.scaled and config.num_classes. x0, noise
     (B, C, H, W); y (B,) int64; w, t, s, s_fm (B,). detach_jvp cuts the gradient of dF/ds: faster, biased.
     """
-    column = lambda a: a.view(-1, 1, 1, 1)
     k = w if model.config.scaled else torch.ones_like(w)
     v = noise - x0
     x_t = x0 + column(t) * v                                            # one noise for both points
@@ -112,7 +116,6 @@ def tvm_loss(model, target, x0, noise, y, w, t, s, s_fm, detach_jvp=False):
 
 def flow_matching_loss(model, target, x0, noise, y, w, s_fm):
     """tvm_loss, of the same arguments, with a terminal term of 0."""
-    column = lambda a: a.view(-1, 1, 1, 1)
     k, one, v = w if model.config.scaled else torch.ones_like(w), torch.ones_like(w), noise - x0
     x_fm = x0 + column(s_fm) * v
     with torch.no_grad():
@@ -130,7 +133,6 @@ def meanflow_loss(model, x0, noise, y, w, t, s, kappa=0.5, c=1e-3, p=1.0):
 
     with F the trained network throughout and omega = w (1-kappa), which makes the guidance weight w as in fm; v~ = v where
     y is no class or w = 1. w is one constant. Returns {"loss": (B,), "error": (B,), || ||^2 detached}."""
-    column = lambda a: a.view(-1, 1, 1, 1)
     k, v, none = column(w) if model.config.scaled else 1, noise - x0, torch.full_like(y, model.config.num_classes)
     x_t = x0 + column(t) * v
     with torch.no_grad():

@@ -125,14 +125,7 @@ def step_time(what):
                          detach=detach, objective="tvm" if detach else what, device="cuda" if cuda else "cpu")
     for n in range(10):
         step(n)
-    times = []
-    for n in range(60 if cuda else 5):
-        start = time.perf_counter()
-        step(n)                                                                     # ends with a number on the host ...
-        if cuda:
-            torch.cuda.synchronize()                                                # ... and the optimizer's kernels
-        times.append((time.perf_counter() - start) * 1e3)
-    print(statistics.median(times))
+    print(statistics.median(bench.milliseconds(step, 60 if cuda else 5)))
 
 
 # ---- scores --------------------------------------------------------------------------------------
@@ -165,9 +158,7 @@ class Judge:
 
     def scores(self, images, y):
         features, pixels = (fid.frechet_distance(*there, *fid.moments(here)) for there, here in zip(self.reference, self.parts(images)))
-        n, both = len(images), np.concatenate([images, self.held_out])
-        sample_nearest = fid.nearest_neighbours(both, both, leave_out=torch.arange(2 * n))[1] < n
-        of_samples, of_fresh = sample_nearest[:n].double().mean().item(), 1 - sample_nearest[n:].double().mean().item()
+        of_samples, of_fresh = fid.two_sample_accuracies(images, self.held_out)
         return dict(features=features, pixels=pixels, label=(fid.classify(self.net, images) == y).double().mean().item(),
                     two_sample=(of_samples + of_fresh) / 2, of_samples=of_samples, of_fresh=of_fresh)
 

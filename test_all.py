@@ -1195,7 +1195,7 @@ def test_fid_command(small_fid, capfd):
     np.savez("adm.npz", arr_0=small_fid[12:], mu=moments[0][0], sigma=moments[0][1])                  # statistics of others
     assert numbers(fid_main("a", "adm.npz")) == pytest.approx([0, *numbers(of_npz)[1:]], rel=1e-3, abs=2e-3)
     assert "does not compare with what is made with" in fid_main("a", "stats.npz", "--resize=torch")
-    live = fid.fid_of(images[:12].split(7), "stats.npz", "w.pth")
+    live = fid.fid_of(images[:12].split(7), net := fid.load_inception("w.pth"), fid.read_reference("stats.npz", net))
     assert live == pytest.approx(numbers(of_npz)[0], rel=1e-4)
 
     [os.makedirs(name) for name in ("gray", "empty", "one", "clear")]

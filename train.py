@@ -373,7 +373,8 @@ def resume():
 nets = {"model": model, "target": target, "eval": evaluated}
 if fid_reference:
     try:
-        fid.read_reference(fid_reference, fid.load_inception(inception or None))        # complain now rather than in a day
+        inception_net = fid.load_inception(inception or None, device)                   # complain now rather than in a day
+        reference = fid.read_reference(fid_reference, inception_net)
         find_vae(header, device, vae_files)
     except (fid.FidError, VAEError) as error:
         fail(error)
@@ -432,7 +433,7 @@ def log_fid(step):
     mine = range(fid_images * rank // ranks, fid_images * (rank + 1) // ranks)
     parts = (images_of(mine[first:first + 250], 1)[0].transpose(0, 3, 1, 2) for first in range(0, len(mine), 250))
     batches = (torch.from_numpy(part).expand(-1, 3, -1, -1) for part in parts)
-    score = fid.fid_of(batches, fid_reference, inception or None, device, all_ranks=ranks > 1)
+    score = fid.fid_of(batches, inception_net, reference, all_ranks=ranks > 1)
     log(step=step, nfe=1, fid=score, images=fid_images, reference=fid_reference)
     if rank == 0:
         tqdm.write(f"step {step}: FID {score:.3f} of {fid_images} one-step samples")
