@@ -466,7 +466,7 @@ TILES = {
     # Four score tiles live at once: half the keys of the forward, but for D = 64, where they just fit.
     "row": {64: (64, 64, 4, 2, 1, 0), 96: (64, 32, 4, 3, 0, 0), 128: (128, 32, 8, 3, 0, 0)},
     # All four gradients in one pass, where their accumulators fit; otherwise "primal" and "tangent".
-    "column": {64: (32, 64, 4, 3, 0, 1)},
+    "column": {64: (32, 64, 4, 3, 1, 1)},
     # dK and dV, 10 products; pairs where shared memory has room for them.
     "primal": {64: (32, 64, 4, 3, 0, 1), 96: (32, 64, 4, 3, 0, 0), 128: (32, 128, 8, 3, 0, 0)},
     # dtK and dtV, 4 products: few tiles alive, so room for more rows or stages.
