@@ -4,6 +4,7 @@ Every speed, measured; and Theorem 1's bound beside what it bounds.
     python bench.py attention [--quick] [--plot=attention.png]    # attention_jvp beside plain attention: speed, memory, error
     python bench.py step [--size=XL/2] [--input_size=32] [--batch=32] [--modes=compiled,...]   # a whole training step
     torchrun --nproc_per_node=4 bench.py step --modes=compiled      # the same on several GPUs, --batch on each
+    python bench.py trainer [--preset=im256_w2] [--input_size=32] [--batch=64]       # train.py itself, data wait and all
     python bench.py sample [--size=XL/2] [--input_size=32] [--batch=64]
     python bench.py fid [--batch=128]                               # Inception's speed, and what TensorFloat-32 makes of FID
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python bench.py sanitize     # or racecheck
@@ -18,19 +19,22 @@ import functools
 import gc
 import json
 import os
+import shutil
+import subprocess
 import sys
 import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import attention_jvp as A
 import fid
-from loss import TVM, Graph
-from model import Block, DiT, DiTConfig
+from loss import TVM, Graph, all_reduce
+from model import DiT, DiTConfig, compile_blocks
+from prepare import SD_VAE, Writer
 from sample import fast, sample
 
 SHAPES = [(32, 18, 256, 64), (8, 18, 1024, 64), (32, 16, 256, 72), (1, 24, 4096, 128), (1, 24, 8192, 128)]
@@ -179,10 +183,10 @@ class FlowMatching(torch.nn.Module):
     def draw(self, x0, seed, first=0, total=None):
         return torch.randn_like(x0), torch.rand(len(x0), device=x0.device)
 
-    def forward(self, x0, y, noise, t):
+    def forward(self, x0, y, noise, t, backward):
         at = t.view(-1, 1, 1, 1)
         u = self.model(x0 + at * (noise - x0), t, t, y, torch.ones_like(t))
-        return {"loss": (u - (noise - x0)).square().mean()}
+        return {"loss": backward((u - (noise - x0)).square().mean())}
 
 
 def stepper(config, batch, compiled=True, checkpoint=False, detach=False, flow=False, objective="tvm", device="cuda"):
@@ -196,33 +200,35 @@ def stepper(config, batch, compiled=True, checkpoint=False, detach=False, flow=F
     emas = [copy.deepcopy(model).requires_grad_(False) for _ in range(2)]
     model.checkpoint_blocks = len(model.blocks) * checkpoint
     if compiled:
-        block = Block.forward_detached if detach or objective == "meanflow" else Block.forward
-        model.run_block = emas[0].run_block = torch.compile(block, fullgraph=True, dynamic=False)
+        compile_blocks(model, emas[0], detached=detach or objective == "meanflow")
     loss_module = FlowMatching(model) if flow else TVM(model, emas[0], guidance=dict(w=2.0), detach_jvp=detach, objective=objective)
-    draw, graphed, graph = loss_module.draw, compiled and device == "cuda" and ranks == 1, None
-    if ranks > 1:
-        loss_module = DistributedDataParallel(loss_module, device_ids=[torch.cuda.current_device()], gradient_as_bucket_view=True)
     pairs = [(p, [dict(net.named_parameters())[name] for net in emas]) for name, p in model.named_parameters() if p.requires_grad]
-    parameters = [p for p, _ in pairs]
+    parameters, graph = [p for p, _ in pairs], None
     optimizer = torch.optim.AdamW(parameters, 1e-4, (0.9, 0.95), fused=True)
     data = torch.randn(64, batch, config.in_channels, *[config.input_size] * 2), torch.randint(config.num_classes, (64, batch))
     images, labels = (a.pin_memory() if device == "cuda" else a for a in data)
 
+    def backward(part):
+        with torch.autocast(device, enabled=False):
+            (part / ranks).backward()
+        return part.detach()
+
     def gradients(*inputs):
         optimizer.zero_grad()
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = loss_module(*inputs)["loss"]
-        loss.backward()
-        return loss
+            return loss_module(*inputs, backward=backward)["loss"]
 
     def step(n):
         nonlocal graph
         x0, y = (a[n % 64].to(device, non_blocking=True) for a in (images, labels))
-        inputs = x0, y, *draw(x0, n, rank * batch, ranks * batch)
-        if graphed:
+        inputs = x0, y, *loss_module.draw(x0, n, rank * batch, ranks * batch)
+        if compiled and device == "cuda":
             graph = graph or Graph(gradients, inputs)
         loss = (graph or gradients)(*inputs)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf"))
+        grads = [p.grad for p in parameters]
+        if ranks > 1:
+            all_reduce(grads)
+        norm = torch.nn.utils.get_total_norm(grads)
         if torch.stack([norm, loss.detach()]).isfinite().all().item():
             optimizer.step()
             for i, rate in enumerate((0.99, 0.9999)):
@@ -304,6 +310,23 @@ def step_table(size="XL/2", input_size=32, batch=32, modes=tuple(MODES), verbose
     if ranks > 1:
         dist.destroy_process_group()
     return rows
+
+
+def trainer_table(preset="im256_w2", input_size=32, batch=64, steps=40):
+    """train.py itself, from a memory map of random latents: its speed and waits after the first quarter, by its log."""
+    noise = np.random.default_rng(0).standard_normal((1024, 8, input_size, input_size)).astype(np.float16)
+    writer = Writer("data/bench", noise.shape[1:], {"train": 2 ** 24 // input_size ** 2, "test": 0}, np.float16)
+    for i in range(writer.count["train"]):
+        writer.set(i, noise[i % 1024], i % 1000)
+    writer.finish("bench", [""] * 1000, kind="latents", shape=[4, *noise.shape[2:]], mean=[0.0] * 4, std=[1.0] * 4, vae=SD_VAE)
+    shutil.rmtree("out/bench", ignore_errors=True)
+    options = dict(preset=preset, dataset="bench", name="bench", batch_size=batch, steps=steps, log_every=steps // 4)
+    subprocess.run([sys.executable, "train.py", *(f"--{key}={value}" for key, value in options.items())], check=True)
+    with open("out/bench/log.jsonl") as f:
+        lines = [line for line in map(json.loads, f) if "loss" in line][1:]
+    rate, wait = (sum(line[key] for line in lines) / len(lines) for key in ("images_per_second", "data_wait"))
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, train.py --preset={preset}, {input_size}x{input_size}x4, batch {batch}: "
+          f"{rate:.0f} images/s, {batch / rate * 1e3:.0f} ms a step, data wait {wait:.2%}")
 
 
 @torch.no_grad()
@@ -510,7 +533,7 @@ def theory_report(log, plot):
 def main():
     what, options = sys.argv[1:2], dict(o.removeprefix("--").partition("=")[::2] for o in sys.argv[2:])
     known = dict(attention={"quick", "plot"}, step={"size", "input_size", "batch", "modes", "verbose"}, fid={"batch"},
-                 sample={"size", "input_size", "batch"}, sanitize=set(), theory={"quick", "report", "plot"})
+                 trainer={"preset", "input_size", "batch"}, sample={"size", "input_size", "batch"}, sanitize=set(), theory={"quick", "report", "plot"})
     if len(what) != 1 or what[0] not in known or not set(options) <= known[what[0]]:
         sys.exit("bench.py: " + " ".join(__doc__.split("\n\n")[1].split()))
     if what == ["theory"]:
@@ -533,7 +556,7 @@ def main():
             arguments["modes"] = arguments["modes"].split(",")
         if "verbose" in arguments:
             arguments["verbose"] = True
-        dict(step=step_table, sample=sample_table, fid=fid_table)[what[0]](**arguments)
+        dict(step=step_table, trainer=trainer_table, sample=sample_table, fid=fid_table)[what[0]](**arguments)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ For comparison, on the same network: flow matching, which is fm alone and sample
 MeanFlow (Geng et al., arXiv 2505.13447), below.
 """
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from model import at_least_float32, widest
@@ -87,7 +88,8 @@ def column(a):
 
 
 def tvm_loss(model, target, x0, noise, y, w, t, s, s_fm, detach_jvp=False):
-    """The two terms of each sample, {"terminal": (B,), "fm": (B,)}, a function of its arguments alone.
+    """Yields the two terms of each sample, ("terminal", (B,)) and ("fm", (B,)), functions of the arguments alone; dict() of it
+    has both. Who goes backward through the first before asking for the second does with less memory.
 
     model and target: __call__ and jvp as DiT's, config.scaled and config.num_classes. x0, noise
     (B, C, H, W); y (B,) int64; w, t, s, s_fm (B,). detach_jvp cuts the gradient of dF/ds: faster, biased.
@@ -109,20 +111,21 @@ def tvm_loss(model, target, x0, noise, y, w, t, s, s_fm, detach_jvp=False):
         F_s, F_none = at_least_float32(F_target).chunk(2)
         u_s, u_fm = column(k) * F_s, column(w) * v + column(1 - w) * F_none
 
-    F_fm = at_least_float32(model(x_fm, s_fm, s_fm, y, w))              # last: what it keeps is not there before
     square = lambda x: x.square().mean((1, 2, 3)) / w.square()
-    return {"terminal": square(df - u_s) * (t != s), "fm": square(column(k) * F_fm - u_fm)}
+    yield "terminal", square(df - u_s) * (t != s)
+    F_fm = at_least_float32(model(x_fm, s_fm, s_fm, y, w))
+    yield "fm", square(column(k) * F_fm - u_fm)
 
 
 def flow_matching_loss(model, target, x0, noise, y, w, s_fm):
-    """tvm_loss, of the same arguments, with a terminal term of 0."""
+    """tvm_loss, of the same arguments, without its terminal term."""
     k, one, v = w if model.config.scaled else torch.ones_like(w), torch.ones_like(w), noise - x0
     x_fm = x0 + column(s_fm) * v
     with torch.no_grad():
         F_none = at_least_float32(target(x_fm, s_fm, s_fm, torch.full_like(y, model.config.num_classes), one))
         u_fm = column(w) * v + column(1 - w) * F_none
     F_fm = at_least_float32(model(x_fm, s_fm, s_fm, y, w))
-    return {"terminal": torch.zeros_like(w), "fm": (column(k) * F_fm - u_fm).square().mean((1, 2, 3)) / w.square()}
+    yield "fm", (column(k) * F_fm - u_fm).square().mean((1, 2, 3)) / w.square()
 
 
 def meanflow_loss(model, x0, noise, y, w, t, s, kappa=0.5, c=1e-3, p=1.0):
@@ -146,7 +149,7 @@ def meanflow_loss(model, x0, noise, y, w, t, s, kappa=0.5, c=1e-3, p=1.0):
 
 
 class TVM(nn.Module):
-    """The whole training loss as one module, which is what DistributedDataParallel wraps: loss(x0, y, *loss.draw(x0, seed)).
+    """The whole training loss as one module: loss(x0, y, *loss.draw(x0, seed)).
     All that is random is drawn for the global batch, of which a caller keeps its rows, so that the numbers depend on the
     seed and a sample's place in the batch, not on the ranks."""
 
@@ -175,25 +178,33 @@ class TVM(nn.Module):
         w = rows(sample_guidance(total, **self.guidance, **options))
         return noise, t, s, s_fm, w, rows(torch.rand(total, **options)) < self.label_dropout
 
-    def forward(self, x0, y, noise, t, s, s_fm, w, drop):
+    def forward(self, x0, y, noise, t, s, s_fm, w, drop, backward=lambda part: part):
         """x0 (B, C, H, W), y (B,) and what was drawn -> {"loss": what is to be minimized, "terminal", "fm", "t", "s_fm":
-        (B,), detached}."""
+        (B,), detached}. backward is given each part of the loss before the next is computed; "loss" is the sum of what it returns."""
         y, w_drop = y.masked_fill(drop, self.model.config.num_classes), w.masked_fill(drop, 1.0)
 
         if self.objective == "meanflow":                                # logged by where t = s, which is fm, and where not
             terms = meanflow_loss(self.model, x0, noise, y, w, t, s, self.kappa)
-            loss, error = terms["loss"].mean(), terms["error"]
+            loss, error = backward(terms["loss"].mean()), terms["error"]
             terms = {"terminal": error * (t != s), "fm": error * (t == s)}
         else:
-            both = self.model, self.target, x0, noise, y, w_drop
-            terms = flow_matching_loss(*both, s_fm) if self.objective == "flow_matching" else tvm_loss(*both, t, s, s_fm, self.detach_jvp)
-            loss = (terms["terminal"] + terms["fm"]).mean()
-        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}, "t": t, "s_fm": s_fm}
+            both, loss, terms = (self.model, self.target, x0, noise, y, w_drop), 0, {"terminal": torch.zeros_like(w)}
+            for name, term in (flow_matching_loss(*both, s_fm) if self.objective == "flow_matching" else
+                               tvm_loss(*both, t, s, s_fm, self.detach_jvp)):
+                loss, terms[name] = loss + backward(term.mean()), term.detach()
+        return {"loss": loss, **terms, "t": t, "s_fm": s_fm}
+
+
+def all_reduce(tensors):
+    """Sums tensors over all ranks, in place, together: one by one, hundreds of small ones would take as long as the large."""
+    with dist._coalescing_manager():
+        for t in tensors:
+            dist.all_reduce(t)
 
 
 class Graph:
     """A function of CUDA tensors as one CUDA graph, without the host's time between its kernels, which is most of a small
-    network's step. Its inputs and outputs, gradients of parameters among them, stay where they are: calls overwrite them."""
+    network's step. Its inputs and outputs stay where they are: a call overwrites them. Making it runs the function three times."""
 
     def __init__(self, function, inputs):
         self.inputs, stream = [a.clone() for a in inputs], torch.cuda.Stream()
@@ -206,6 +217,7 @@ class Graph:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):       # others may pin memory meanwhile
             self.outputs = function(*self.inputs)
+        torch.cuda.empty_cache()                                        # gradients of the trial runs, on their stream
 
     def __call__(self, *inputs):
         torch._foreach_copy_(self.inputs, inputs)

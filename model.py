@@ -315,7 +315,7 @@ class DiT(nn.Module):
         self.y_embedder = Labels(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = Final(config)
-        self.run_block = Block.forward    # the trainer puts torch.compile(Block.forward) here, one function for all blocks
+        self.run_block = Block.forward    # or what compile_blocks puts here
         # In a pass with a derivative so many blocks keep only their input for the backward, and run again there. (Passes
         # without one keep a third as much, and give it up before the backward of the others begins.)
         self.checkpoint_blocks = 0
@@ -360,6 +360,14 @@ class DiT(nn.Module):
         duals = [Dual(v, torch.zeros_like(v) if d is None else d) for v, d in ((x, dx), (t, dt), (s, ds))]
         out = self(*duals, y, w)
         return out.value, out.tangent
+
+
+def compile_blocks(*models, detached=False):
+    """Compiles the blocks of models, one function for all, once for each shape of a batch. detached: for a loss that does
+    not ask for the gradient of a tangent."""
+    compiled = torch.compile(Block.forward_detached if detached else Block.forward, fullgraph=True, dynamic=False)
+    for model in models:
+        model.run_block = compiled
 
 
 def positions(grid, dim):

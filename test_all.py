@@ -543,7 +543,7 @@ def test_gaussian_data(scaled, c, w):
     t, s_, s_fm = (a.double() for a in sample_times(n, generator=torch.Generator().manual_seed(0)))
     guide, y = torch.full((n,), w, dtype=F64), torch.zeros(n, dtype=torch.long)
     flow = GaussianFlow(mean, c, scaled)
-    terms = tvm_loss(flow, flow, x0, noise, y, guide, t, s_, s_fm)
+    terms = dict(tvm_loss(flow, flow, x0, noise, y, guide, t, s_, s_fm))
     assert terms["terminal"].max() < 1e-12
     r = s_fm.view(-1, 1, 1, 1)
     variance = (1 - r) ** 2 * c * c + r * r
@@ -578,13 +578,13 @@ def test_loss_against_a_naive_one(scaled):
     x0, noise, t, s_, y, w = random_inputs(B=5)
     s_[2] = t[2]
     s_fm = torch.rand(5, dtype=F64, generator=torch.Generator().manual_seed(9))
-    ours, naive = tvm_loss(net, target, x0, noise, y, w, t, s_, s_fm), naive_loss(net, target, x0, noise, y, w, t, s_, s_fm)
+    ours, naive = dict(tvm_loss(net, target, x0, noise, y, w, t, s_, s_fm)), naive_loss(net, target, x0, noise, y, w, t, s_, s_fm)
     assert ours["terminal"][2] == 0 and (ours["terminal"][[0, 1, 3, 4]] > 0).all()
     for term in ("terminal", "fm"):
         close(ours[term], naive[term], 1e-12)
     parameters = [p for p in net.parameters() if p.requires_grad]
     gradients = lambda terms: torch.autograd.grad(sum(term.sum() for term in terms.values()), parameters)
-    expected, cut = gradients(naive), gradients(tvm_loss(net, target, x0, noise, y, w, t, s_, s_fm, detach_jvp=True))
+    expected, cut = gradients(naive), gradients(dict(tvm_loss(net, target, x0, noise, y, w, t, s_, s_fm, detach_jvp=True)))
     for a, b in zip(gradients(ours), expected):
         close(a, b, 1e-10)
     assert any((a - b).norm() > 0.01 * b.norm() for a, b in zip(cut, expected))
@@ -657,6 +657,13 @@ def test_objective_is_a_function_of_seed_and_place(kind):
     if kind != "meanflow":                                            # which weighs the errors
         close(whole["loss"], (whole["terminal"] + whole["fm"]).mean(), 1e-6)
     assert (whole["t"] != objective.draw(x0, 6)[1]).any()
+
+    parameters = [p for p in objective.model.parameters() if p.requires_grad]
+    want = torch.autograd.grad(whole["loss"], parameters)
+    parts = objective(x0, y, *objective.draw(x0, 5), backward=lambda part: part.backward() or part.detach())     # one after the other
+    close(parts["loss"], whole["loss"], 1e-7)
+    for p, g in zip(parameters, want):
+        assert (p.grad - g).norm() <= 1e-5 * g.norm() + 1e-8
 
 
 class Recorder:
@@ -747,9 +754,9 @@ def test_meanflow_against_a_naive_one(scaled):
 def test_flow_matching_is_the_fm_term():
     net, target = random_model(), random_model(seed=1)
     x0, noise, t, s_, y, w = random_inputs(B=5)
-    alone, both = flow_matching_loss(net, target, x0, noise, y, w, s_), tvm_loss(net, target, x0, noise, y, w, t, s_, s_)
+    alone, both = dict(flow_matching_loss(net, target, x0, noise, y, w, s_)), dict(tvm_loss(net, target, x0, noise, y, w, t, s_, s_))
     close(alone["fm"], both["fm"], 1e-12)
-    assert (alone["terminal"] == 0).all()
+    assert list(alone) == ["fm"]
     parameters = [p for p in net.parameters() if p.requires_grad]
     for a, b in zip(*[torch.autograd.grad(terms["fm"].sum(), parameters) for terms in (alone, both)]):
         assert (a - b).norm() <= 1e-10 * b.norm() + 1e-13
@@ -2240,10 +2247,11 @@ def test_two_ranks_have_the_gradients_of_one(folder):
 def test_two_ranks_have_the_losses_of_one(folder, monkeypatch):
     """In float32, with a loss that is not finite in one sample on the last rank: all ranks skip that step, and say so."""
     make_checkpoint("start.safetensors", depth=1)
-    script, spot = open(os.path.join(HERE, "train.py")).read(), '(terms["loss"] * (micro_batch / local_batch)).backward()\n'
+    script, spot = open(os.path.join(HERE, "train.py")).read(), 'return loss_module(*inputs, backward=backward)\n'
     assert spot in script
     with open("train.py", "w") as f:
-        f.write(script.replace(spot, spot + 4 * " " + 'terms["fm"][-1] *= math.inf if (step, rank, last) == (3, ranks - 1, True) else 1\n'))
+        f.write(script.replace(spot, f"terms = {spot[7:]}        terms['fm'][-1] *= math.inf if (step, rank, first + micro_batch) == (3, ranks - 1, local_batch) "
+                                     "else 1\n        return terms\n"))
     monkeypatch.setenv("PYTHONPATH", HERE)
     arguments = (*SMALL, "--steps=8", "--init_from=start.safetensors")
     assert run_script(str(folder / "train.py"), "--name=one", "--micro_batch=4", *arguments) is None
@@ -2620,7 +2628,7 @@ def step_gradients(device, dtype, half=False):
     target = copy.deepcopy(net)
     x0, noise, t, s_, y, w = (a.to(device) for a in random_inputs(6, dtype=dtype))
     with torch.autocast("cuda", torch.bfloat16, enabled=half):
-        terms = tvm_loss(net, target, x0, noise, y, w, t, s_, s_.flip(0))
+        terms = dict(tvm_loss(net, target, x0, noise, y, w, t, s_, s_.flip(0)))
     loss = sum(term.mean() for term in terms.values())
     loss.backward()
     return {"loss": loss.detach().double().cpu()} | {name: p.grad.double().cpu() for name, p in net.named_parameters() if p.requires_grad}
@@ -2628,7 +2636,7 @@ def step_gradients(device, dtype, half=False):
 
 def loss_gradients(net, **options):
     x0, noise, t, s_, y, w = random_inputs(6)
-    terms = tvm_loss(net, random_model(seed=1), x0, noise, y, w, t, s_, s_.flip(0), **options)
+    terms = dict(tvm_loss(net, random_model(seed=1), x0, noise, y, w, t, s_, s_.flip(0), **options))
     return torch.autograd.grad(sum(term.sum() for term in terms.values()), [p for p in net.parameters() if p.requires_grad])
 
 

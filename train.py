@@ -34,19 +34,17 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import fid
 from checkpoint import CheckpointError, hold, load_newest, load_tensors, save_state, save_tensors, states
-from loss import TVM, Graph
-from model import SIZES, Block, DiT, DiTConfig
+from loss import TVM, Graph, all_reduce
+from model import SIZES, DiT, DiTConfig, compile_blocks
 from prepare import HERE, SD_VAE, DataError, load_dataset
 from sample import abilities, draw, find_device, find_vae, grid, sample, to_images
 from vae import VAEError, draw_latents
@@ -219,7 +217,6 @@ if ranks > 1:
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0", store)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=ranks, timeout=patience)
 half, can_compile = abilities(device)
-autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
 compiled = compile and can_compile
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -295,8 +292,7 @@ target = copy.deepcopy(model).requires_grad_(False)      # theta*
 evaluated = copy.deepcopy(model).requires_grad_(False)   # theta**
 model.checkpoint_blocks = checkpoint_blocks
 if compiled:
-    block = Block.forward_detached if detach_jvp or objective == "meanflow" else Block.forward
-    model.run_block = target.run_block = torch.compile(block, fullgraph=True, dynamic=False)
+    compile_blocks(model, target, detached=detach_jvp or objective == "meanflow")
 parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
 emas = {key: [dict(net.named_parameters())[p] for p in parameters] for key, net in (("target", target), ("eval", evaluated))}
 optimizer = torch.optim.AdamW(parameters.values(), lr, (beta1, beta2), eps, weight_decay, fused=device.type != "mps")
@@ -306,9 +302,6 @@ try:
     loss_module = TVM(model, target, times_config, guidance_config, label_dropout, detach_jvp, objective, kappa)
 except ValueError as error:
     fail(error)
-draw_batch = loss_module.draw
-if ranks > 1:
-    loss_module = DistributedDataParallel(loss_module, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
 # ---- saving and resuming -------------------------------------------------------------------------
 def git_commit():
@@ -395,6 +388,9 @@ if ranks > 1:
     dist.all_gather_object(first_steps, first_step)
     if len(set(first_steps)) > 1:
         fail(f"the ranks would go on from different steps, {first_steps}: {out} must be one folder that all of them see")
+    for net in nets.values():
+        for t in net.state_dict().values():
+            dist.broadcast(t, 0)                         # so that they cannot differ
 if first_step > steps:
     fail(f"{out} has come to step {first_step} already, beyond steps {steps}")
 
@@ -514,17 +510,23 @@ def on_signal(number, frame):
 
 
 def gradients(*inputs):
-    """A micro-batch forward and backward: its terms."""
-    if graphed:
+    """A micro-batch forward and backward: its terms. Its share of the global batch's gradient is added to what is there; or,
+    where it is all that this rank has, replaces it, so that gradients may lie where activations were."""
+    def backward(part):
+        with torch.autocast(device.type, enabled=False):
+            (part * (micro_batch / batch_size)).backward()
+        return part.detach()
+
+    if once:
         optimizer.zero_grad()
-    with autocast():
-        terms = loss_module(*inputs)
-    (terms["loss"] * (micro_batch / local_batch)).backward()
-    return terms
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        return loss_module(*inputs, backward=backward)
 
 
-# Under DistributedDataParallel the capture hung (torch 2.11), so that is launched kernel by kernel.
-graphed, graph = compiled and device.type == "cuda" and ranks == 1 and micro_batch == local_batch, None
+once, graph = micro_batch == local_batch, None
+if not once:
+    for p in parameters.values():
+        p.grad = torch.zeros_like(p)
 handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
 pool = ThreadPoolExecutor(1)
 batches = deque(pool.submit(fetch, step) for step in range(first_step, min(first_step + 3, steps)))
@@ -540,17 +542,22 @@ for step in progress:
     for first in range(0, local_batch, micro_batch):
         x0, y = (a[first:first + micro_batch].to(device, non_blocking=True) for a in (images, labels))
         x0 = (x0 - mean) / std
-        inputs = x0, y, *draw_batch(x0, noise_seed, rank * local_batch + first, batch_size)
-        if graphed:
+        inputs = x0, y, *loss_module.draw(x0, noise_seed, rank * local_batch + first, batch_size)
+        if compiled and device.type == "cuda":
             graph = graph or Graph(gradients, inputs)
-        last = first + micro_batch == local_batch
-        with loss_module.no_sync() if ranks > 1 and not last else nullcontext():
-            terms = (graph or gradients)(*inputs)
+        if first == 0 and not once:
+            optimizer.zero_grad(set_to_none=False)       # after the graph, whose trial runs leave theirs
+        terms = (graph or gradients)(*inputs)
         for i, (term, at) in enumerate((("terminal", "t"), ("fm", "s_fm"))):
             quarter = (terms[at] * 4).long().clamp(max=3)
             step_sums[i].index_add_(0, quarter, torch.stack([terms[term], torch.ones_like(terms[term])], dim=1))
 
-    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), grad_clip or math.inf)
+    grads = [p.grad for p in parameters.values()]
+    if ranks > 1:
+        all_reduce(grads)
+    norm = torch.nn.utils.get_total_norm(grads)
+    if grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters.values(), grad_clip, norm)
     asked = bool(signals) or "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent    # torchrun was killed
     # What all ranks must agree on, in one reduction of three numbers and one copy to the host.
     common = torch.stack([norm, step_sums[..., 0].sum(), torch.full_like(norm, asked)])
@@ -568,8 +575,6 @@ for step in progress:
         skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
         if skipped_in_a_row == 10:
             fail(f"the loss or its gradient was not finite in 10 steps in a row, the last of them {step}; {last_good()}")
-    if not graphed:
-        optimizer.zero_grad()
     if step == first_step:
         gc.collect(), gc.freeze()                        # what is alive now stays: the collector need not walk it again
         atexit.register(gc.unfreeze)
