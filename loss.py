@@ -196,10 +196,16 @@ class TVM(nn.Module):
 
 
 def all_reduce(tensors):
-    """Sums tensors over all ranks, in place, together: one by one, hundreds of small ones would take as long as the large."""
-    with dist._coalescing_manager():
-        for t in tensors:
-            dist.all_reduce(t)
+    """Sums tensors over all ranks, in place, in messages of at most 64 million numbers, or of one tensor."""
+    parts = [[]]
+    for t in tensors:
+        if sum(part.numel() for part in parts[-1]) + t.numel() > 2 ** 26:
+            parts.append([])
+        parts[-1].append(t.view(-1))
+    for part in filter(None, parts):
+        message = torch.cat(part)
+        dist.all_reduce(message)
+        torch._foreach_copy_(part, list(message.split([t.numel() for t in part])))
 
 
 class Graph:

@@ -2261,6 +2261,18 @@ def test_two_ranks_have_the_losses_of_one(folder, monkeypatch):
     assert all(abs(a["loss"] / b["loss"] - 1) < 1e-6 for a, b in zip(one, two)) and one[-1]["skipped"] == two[-1]["skipped"] == 1
 
 
+def test_ranks_that_come_apart_are_noticed(folder, monkeypatch):
+    script, spot = open(os.path.join(HERE, "train.py")).read(), "    step_sums.zero_()\n"
+    assert spot in script
+    with open("train.py", "w") as f:
+        f.write(script.replace(spot, spot + "    parameters['final_layer.linear.bias'].data += 1e-3 * rank * (step == 2)\n"))
+    monkeypatch.setenv("PYTHONPATH", HERE)
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        torchrun(str(folder / "train.py"), *SMALL, "--steps=8")
+    assert b"the ranks' weights have come apart before step 3" in error.value.stderr
+    assert [line["step"] for line in log_lines("digits") if "loss" in line] == [1, 2]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ranks_end_together(folder):
     """A killed rank: torchrun starts all of them again, and without restarts left ends with an error. A killed torchrun:
@@ -2715,6 +2727,24 @@ def test_gpu_training(folder):
     assert run_script("sample.py", "out/digits/ckpt.safetensors", "--n", 5, "--out", "a.npz", "--precision", "float32") is None
     assert run_script("sample.py", "out/digits/ckpt.safetensors", "--n", 5, "--out", "b.npz", "--device", "cpu") is None
     assert np.abs(np.load("a.npz")["arr_0"].astype(int) - np.load("b.npz")["arr_0"]).max() <= 1
+
+
+@gpu
+@pytest.mark.parametrize("how", ["whole", "eager", "two ranks"])
+def test_gpu_trainings_are_alike(folder, how):
+    """The losses of 40 steps in bfloat16: of accumulation, a graph for each half, against whole batches, as a graph and not,
+    and against two ranks, of which the first is late after each step, since it writes the log."""
+    arguments = (*SMALL, "--steps=40")
+    assert run_script("train.py", "--name=halves", "--micro_batch=4", *arguments) is None
+    if how == "two ranks":
+        if torch.cuda.device_count() < 2:
+            pytest.skip("one GPU here")
+        torchrun("train.py", "--name=other", *arguments)
+    else:
+        assert run_script("train.py", "--name=other", f"--compile={how == 'whole'}", *arguments) is None
+    halves, other = ([line["loss"] for line in log_lines(name) if "loss" in line] for name in ("halves", "other"))
+    assert len(halves) == len(other) == 40
+    assert max(abs(a / b - 1) for a, b in zip(halves, other)) < 1e-2
 
 
 @gpu

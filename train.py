@@ -583,6 +583,11 @@ for step in progress:
     if done % log_every == 0 or done == steps:
         if ranks > 1:
             dist.all_reduce(sums)
+            sizes = torch.stack(torch._foreach_norm(list(parameters.values())))
+            ends = torch.stack([sizes, -sizes])
+            dist.all_reduce(ends, dist.ReduceOp.MAX)
+            if (ends.sum(0) > 1e-5 * sizes).any():
+                fail(f"the ranks' weights have come apart before step {done}; {last_good()}")
         bins = sums.cpu().double()
         total = bins.sum(1)
         terminal, fm = (total[:, 0] / total[:, 1]).tolist()
