@@ -34,7 +34,7 @@ import attention_jvp as A
 import fid
 from loss import TVM, Graph, all_reduce
 from model import DiT, DiTConfig, compile_blocks
-from prepare import SD_VAE, Writer
+from prepare import HERE, SD_VAE, Writer
 from sample import fast, sample
 
 SHAPES = [(32, 18, 256, 64), (8, 18, 1024, 64), (32, 16, 256, 72), (1, 24, 4096, 128), (1, 24, 8192, 128)]
@@ -225,7 +225,7 @@ def stepper(config, batch, compiled=True, checkpoint=False, detach=False, flow=F
         if compiled and device == "cuda":
             graph = graph or Graph(gradients, inputs)
         loss = (graph or gradients)(*inputs)
-        grads = [p.grad for p in parameters]
+        grads = [p.grad for p in parameters if p.grad is not None]
         if ranks > 1:
             all_reduce(grads)
         norm = torch.nn.utils.get_total_norm(grads)
@@ -321,7 +321,7 @@ def trainer_table(preset="im256_w2", input_size=32, batch=64, steps=40):
     writer.finish("bench", [""] * 1000, kind="latents", shape=[4, *noise.shape[2:]], mean=[0.0] * 4, std=[1.0] * 4, vae=SD_VAE)
     shutil.rmtree("out/bench", ignore_errors=True)
     options = dict(preset=preset, dataset="bench", name="bench", batch_size=batch, steps=steps, log_every=steps // 4)
-    subprocess.run([sys.executable, "train.py", *(f"--{key}={value}" for key, value in options.items())], check=True)
+    subprocess.run([sys.executable, os.path.join(HERE, "train.py"), *(f"--{key}={value}" for key, value in options.items())], check=True)
     with open("out/bench/log.jsonl") as f:
         lines = [line for line in map(json.loads, f) if "loss" in line][1:]
     rate, wait = (sum(line[key] for line in lines) / len(lines) for key in ("images_per_second", "data_wait"))

@@ -196,7 +196,7 @@ class TVM(nn.Module):
 
 
 def all_reduce(tensors):
-    """Sums tensors over all ranks, in place, in messages of at most 64 million numbers, or of one tensor."""
+    """Sums contiguous tensors over all ranks, in place, in messages of at most 2^26 numbers, or of one tensor."""
     parts = [[]]
     for t in tensors:
         if sum(part.numel() for part in parts[-1]) + t.numel() > 2 ** 26:

@@ -8,7 +8,7 @@ written once for values and for forward-mode derivatives.
 
 The derivative: every function below takes tensors or Duals (value, tangent) and has one rule for
 each, so the same forward pass moves either through the network. Duals are ordinary tensors to
-autograd: backward, checkpointing, DistributedDataParallel and torch.compile need nothing special.
+autograd: backward, checkpointing and torch.compile need nothing special.
 
 Semi-Lipschitz control (arXiv 2511.19797, section 4): RMS norms without weights instead of layer
 norms, RMS norms on queries and keys, and RMS norms on the modulation vectors.
@@ -317,7 +317,7 @@ class DiT(nn.Module):
         self.final_layer = Final(config)
         self.run_block = Block.forward    # or what compile_blocks puts here
         # In a pass with a derivative so many blocks keep only their input for the backward, and run again there. (Passes
-        # without one keep a third as much, and give it up before the backward of the others begins.)
+        # without one keep a quarter as much, so a quarter of the blocks does.)
         self.checkpoint_blocks = 0
         self.initialize()
 

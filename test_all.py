@@ -2138,9 +2138,9 @@ def test_batches(folder, monkeypatch):
     seen = []
 
     class Spy(TVM):
-        def forward(self, x0, y, *draws):
+        def forward(self, x0, y, *draws, **options):
             seen.append((x0, y))
-            return super().forward(x0, y, *draws)
+            return super().forward(x0, y, *draws, **options)
     monkeypatch.setattr("loss.TVM", Spy)
     arguments = ("--hidden_size=32", "--depth=1", "--num_heads=2", "--batch_size=600", "--micro_batch=300", "--score_images=2")
     for steps in (2, 5):
@@ -2161,7 +2161,7 @@ def test_slow_and_broken_data(folder, monkeypatch):
 
         def __getitem__(self, rows):
             self.reads += 1
-            time.sleep(0.2)
+            time.sleep(0.8)
             if self.reads > 5:
                 raise OSError("the disk is gone")
             return self.array[rows]
@@ -2170,7 +2170,7 @@ def test_slow_and_broken_data(folder, monkeypatch):
     with pytest.raises(OSError, match="the disk is gone"):
         run_script("train.py", *SMALL)
     waits = [line["data_wait"] for line in log_lines("digits") if "loss" in line]
-    assert len(waits) == 5 and all(0.3 < wait < 1 for wait in waits[3:])      # the first three are fetched during a slow first step
+    assert len(waits) == 5 and all(0.3 < wait < 1 for wait in waits[4:])      # the first four are fetched during a slow first step
 
 
 def test_signals(start):
@@ -2238,6 +2238,9 @@ def test_two_ranks_have_the_gradients_of_one(folder):
     keys = [key for key in one if key.endswith("exp_avg")]
     whole = torch.cat([one[key].flatten() for key in keys]).norm()
     assert len(keys) > 20 and whole > 0
+    assert run_script("train.py", "--name=clipped", "--micro_batch=2", f"--grad_clip={whole / 2}", *arguments) is None
+    clipped = state("clipped")
+    assert all((2 * clipped[key] - one[key]).norm() <= 1e-5 * one[key].norm() + 1e-6 * whole for key in keys)
     for other in map(state, ("micro", "two")):
         for key in keys:
             assert (other[key] - one[key]).norm() <= 1e-5 * one[key].norm() + 1e-7 * whole, key
@@ -2265,7 +2268,8 @@ def test_ranks_that_come_apart_are_noticed(folder, monkeypatch):
     script, spot = open(os.path.join(HERE, "train.py")).read(), "    step_sums.zero_()\n"
     assert spot in script
     with open("train.py", "w") as f:
-        f.write(script.replace(spot, spot + "    parameters['final_layer.linear.bias'].data += 1e-3 * rank * (step == 2)\n"))
+        f.write(script.replace(spot, spot + "    weight = parameters['blocks.0.attn.qkv.weight'].data\n"
+                                     "    weight += 1e-3 * rank * (step == 2) * weight.std() * torch.randn_like(weight)\n"))
     monkeypatch.setenv("PYTHONPATH", HERE)
     with pytest.raises(subprocess.CalledProcessError) as error:
         torchrun(str(folder / "train.py"), *SMALL, "--steps=8")
@@ -2744,7 +2748,7 @@ def test_gpu_trainings_are_alike(folder, how):
         assert run_script("train.py", "--name=other", f"--compile={how == 'whole'}", *arguments) is None
     halves, other = ([line["loss"] for line in log_lines(name) if "loss" in line] for name in ("halves", "other"))
     assert len(halves) == len(other) == 40
-    assert max(abs(a / b - 1) for a, b in zip(halves, other)) < 1e-2
+    assert max(abs(a / b - 1) for a, b in zip(halves, other)) < (1e-3 if how == "two ranks" else 1e-2)
 
 
 @gpu

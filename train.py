@@ -83,7 +83,7 @@ detach_jvp = False       # no gradient through dF/ds: faster, biased
 # optimization
 steps = 1900
 batch_size = 64          # of all ranks together
-micro_batch = 0          # of one forward pass on one rank; 0: batch_size / ranks
+micro_batch = 0          # of one forward and backward on one rank; 0: batch_size / ranks
 lr = 2e-3
 beta1, beta2, eps = 0.9, 0.95, 1e-8
 weight_decay = 0.0
@@ -552,7 +552,7 @@ for step in progress:
             quarter = (terms[at] * 4).long().clamp(max=3)
             step_sums[i].index_add_(0, quarter, torch.stack([terms[term], torch.ones_like(terms[term])], dim=1))
 
-    grads = [p.grad for p in parameters.values()]
+    grads = [p.grad for p in parameters.values() if p.grad is not None]
     if ranks > 1:
         all_reduce(grads)
     norm = torch.nn.utils.get_total_norm(grads)
@@ -583,10 +583,10 @@ for step in progress:
     if done % log_every == 0 or done == steps:
         if ranks > 1:
             dist.all_reduce(sums)
-            sizes = torch.stack(torch._foreach_norm(list(parameters.values())))
-            ends = torch.stack([sizes, -sizes])
-            dist.all_reduce(ends, dist.ReduceOp.MAX)
-            if (ends.sum(0) > 1e-5 * sizes).any():
+            totals, sizes = (torch.stack([f(p.detach()) for p in parameters.values()]) for f in (torch.sum, torch.linalg.vector_norm))
+            largest = torch.stack([totals, -totals])
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            if (largest.sum(0) > 1e-5 * sizes).any():
                 fail(f"the ranks' weights have come apart before step {done}; {last_good()}")
         bins = sums.cpu().double()
         total = bins.sum(1)
