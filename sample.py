@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import hold, raw_bytes, written
-from model import CheckpointError, compile_blocks, load_model, widest
+from model import Block, CheckpointError, compile_blocks, load_model, widest
 from prepare import Parser
 from vae import VAEError, decode, load_vae
 
@@ -68,6 +68,7 @@ def fast(model, half=True, compiled=True):
     """Make a model sample as it trains, as far as its device is able to: its blocks compiled, once for each shape of a
     batch; and returns the context to call `sample` in, bfloat16 autocast. (The state between steps stays wide.)"""
     can_half, can_compile = abilities(model.pos_embed.device)
+    model.run_block = Block.forward
     if compiled and can_compile:
         compile_blocks(model)
     return torch.autocast(model.pos_embed.device.type, torch.bfloat16, enabled=half and can_half)
