@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import attention_jvp as A
 import fid
-from loss import TVM, Graph, all_reduce
+from loss import TVM, Graph, all_reduce, backward
 from model import DiT, DiTConfig, compile_blocks
 from prepare import HERE, SD_VAE, Writer
 from sample import fast, sample
@@ -208,15 +208,10 @@ def stepper(config, batch, compiled=True, checkpoint=False, detach=False, flow=F
     data = torch.randn(64, batch, config.in_channels, *[config.input_size] * 2), torch.randint(config.num_classes, (64, batch))
     images, labels = (a.pin_memory() if device == "cuda" else a for a in data)
 
-    def backward(part):
-        with torch.autocast(device, enabled=False):
-            (part / ranks).backward()
-        return part.detach()
-
     def gradients(*inputs):
         optimizer.zero_grad()
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            return loss_module(*inputs, backward=backward)["loss"]
+            return loss_module(*inputs, backward=functools.partial(backward, share=1 / ranks))["loss"]
 
     def step(n):
         nonlocal graph
@@ -229,7 +224,7 @@ def stepper(config, batch, compiled=True, checkpoint=False, detach=False, flow=F
         if ranks > 1:
             all_reduce(grads)
         norm = torch.nn.utils.get_total_norm(grads)
-        if torch.stack([norm, loss.detach()]).isfinite().all().item():
+        if torch.stack([norm, loss]).isfinite().all().item():
             optimizer.step()
             for i, rate in enumerate((0.99, 0.9999)):
                 torch._foreach_lerp_([ema[i] for _, ema in pairs], parameters, 1 - rate)
@@ -315,14 +310,14 @@ def step_table(size="XL/2", input_size=32, batch=32, modes=tuple(MODES), verbose
 def trainer_table(preset="im256_w2", input_size=32, batch=64, steps=40):
     """train.py itself, from a memory map of random latents: its speed and waits after the first quarter, by its log."""
     noise = np.random.default_rng(0).standard_normal((1024, 8, input_size, input_size)).astype(np.float16)
-    writer = Writer("data/bench", noise.shape[1:], {"train": 2 ** 24 // input_size ** 2, "test": 0}, np.float16)
+    writer = Writer("data/bench-trainer", noise.shape[1:], {"train": 2 ** 24 // input_size ** 2, "test": 0}, np.float16)
     for i in range(writer.count["train"]):
         writer.set(i, noise[i % 1024], i % 1000)
-    writer.finish("bench", [""] * 1000, kind="latents", shape=[4, *noise.shape[2:]], mean=[0.0] * 4, std=[1.0] * 4, vae=SD_VAE)
-    shutil.rmtree("out/bench", ignore_errors=True)
-    options = dict(preset=preset, dataset="bench", name="bench", batch_size=batch, steps=steps, log_every=steps // 4)
+    writer.finish("bench-trainer", [""] * 1000, kind="latents", shape=[4, *noise.shape[2:]], mean=[0.0] * 4, std=[1.0] * 4, vae=SD_VAE)
+    shutil.rmtree("out/bench-trainer", ignore_errors=True)
+    options = dict(preset=preset, dataset="bench-trainer", name="bench-trainer", batch_size=batch, steps=steps, log_every=steps // 4)
     subprocess.run([sys.executable, os.path.join(HERE, "train.py"), *(f"--{key}={value}" for key, value in options.items())], check=True)
-    with open("out/bench/log.jsonl") as f:
+    with open("out/bench-trainer/log.jsonl") as f:
         lines = [line for line in map(json.loads, f) if "loss" in line][1:]
     rate, wait = (sum(line[key] for line in lines) / len(lines) for key in ("images_per_second", "data_wait"))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, train.py --preset={preset}, {input_size}x{input_size}x4, batch {batch}: "

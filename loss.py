@@ -195,14 +195,23 @@ class TVM(nn.Module):
         return {"loss": loss, **terms, "t": t, "s_fm": s_fm}
 
 
-def all_reduce(tensors):
-    """Sums contiguous tensors over all ranks, in place, in messages of at most 2^26 numbers, or of one tensor."""
-    parts = [[]]
+def backward(part, share=1.0):
+    """Backward through a share of a part of the loss, as autocast wants it, after its forward; returns the part, detached."""
+    with torch.autocast(part.device.type, enabled=False):
+        (part * share).backward()
+    return part.detach()
+
+
+def all_reduce(tensors, limit=2 ** 26):
+    """Sums contiguous tensors over all ranks, in place, in messages of at most `limit` numbers, or of one tensor."""
+    parts, room = [], -1
     for t in tensors:
-        if sum(part.numel() for part in parts[-1]) + t.numel() > 2 ** 26:
+        if t.numel() > room:
             parts.append([])
+            room = limit
         parts[-1].append(t.view(-1))
-    for part in filter(None, parts):
+        room -= t.numel()
+    for part in parts:
         message = torch.cat(part)
         dist.all_reduce(message)
         torch._foreach_copy_(part, list(message.split([t.numel() for t in part])))
@@ -219,7 +228,6 @@ class Graph:
             for _ in range(3):                                          # what is compiled and allocated once
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.empty_cache()                                        # the graph has memory of its own
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):       # others may pin memory meanwhile
             self.outputs = function(*self.inputs)

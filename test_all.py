@@ -51,7 +51,7 @@ import prepare
 import sample as s
 import vae as v
 from attention_jvp import attention, attention_jvp
-from loss import TVM, Graph, flow_matching_loss, meanflow_loss, sample_guidance, sample_times, tvm_loss
+from loss import TVM, Graph, all_reduce, backward, flow_matching_loss, meanflow_loss, sample_guidance, sample_times, tvm_loss
 from model import Block, DiT, DiTConfig, Dual
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -2229,6 +2229,13 @@ def test_train_logs_fid(folder, monkeypatch):
     assert line["step"] == 2 and line["images"] == 30 and abs(line["fid"] / want - 1) < 1e-4
 
 
+def test_all_reduce_in_several_messages(monkeypatch):
+    tensors, messages = [torch.full((n,), float(n)).view(1, n) for n in (3, 4, 5, 9, 2)], []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda message: messages.append(len(message)) or message.mul_(2))
+    all_reduce(tensors, limit=8)
+    assert messages == [7, 5, 9, 2] and all((t == 2 * t.numel()).all() for t in tensors)
+
+
 def test_two_ranks_have_the_gradients_of_one(folder):
     """After one step of AdamW its first moment is (1 - beta1) times the gradient."""
     make_checkpoint("start.safetensors", depth=1)
@@ -2252,7 +2259,7 @@ def test_two_ranks_have_the_gradients_of_one(folder):
 def test_two_ranks_have_the_losses_of_one(folder, monkeypatch):
     """In float32, with a loss that is not finite in one sample on the last rank: all ranks skip that step, and say so."""
     make_checkpoint("start.safetensors", depth=1)
-    script, spot = open(os.path.join(HERE, "train.py")).read(), 'return loss_module(*inputs, backward=backward)\n'
+    script, spot = open(os.path.join(HERE, "train.py")).read(), 'return loss_module(*inputs, backward=partial(backward, share=micro_batch / batch_size))\n'
     assert spot in script
     with open("train.py", "w") as f:
         f.write(script.replace(spot, f"terms = {spot[7:]}        terms['fm'][-1] *= math.inf if (step, rank, first + micro_batch) == (3, ranks - 1, local_batch) "
@@ -2815,9 +2822,7 @@ def test_graph_gpu(compiled):
     def gradients(*inputs):
         model.zero_grad()
         with torch.autocast("cuda", torch.bfloat16):
-            terms = module(*inputs)
-        terms["loss"].backward()
-        return terms
+            return module(*inputs, backward=backward)
 
     def batch(seed):
         x0 = torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(seed)).cuda()
@@ -2925,10 +2930,12 @@ def test_attention_gpu_graph(D):
 @pytest.mark.parametrize("resize", ["tf1", "torch"])
 def test_inception_on_a_gpu_is_the_cpus(resize):
     net, images = seeded_inception(), torch.randint(256, (4, 3, 64, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    expected, before = net(images, resize, logits=True), torch.backends.cudnn.conv.fp32_precision
-    for got, want in zip((net := copy.deepcopy(net).cuda())(images.cuda(), resize, logits=True), expected):
-        close(got.cpu(), want, 1e-5)
-    assert torch.backends.cudnn.conv.fp32_precision == before
+    settings = lambda: (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.benchmark)
+    expected, before = net(images, resize, logits=True), settings()
+    for net in (copy.deepcopy(net).cuda(), copy.deepcopy(net).fold().cuda()):
+        for got, want in zip(net(images.cuda(), resize, logits=True), expected):
+            close(got.cpu(), want, 1e-5)
+    assert settings() == before
     moments = fid.Moments(2048)
     moments.add(net(images.cuda(), resize))
     moments.add(expected[0].cuda()), moments.add(expected[0].cuda())

@@ -35,6 +35,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ from tqdm import tqdm
 
 import fid
 from checkpoint import CheckpointError, hold, load_newest, load_tensors, save_state, save_tensors, states
-from loss import TVM, Graph, all_reduce
+from loss import TVM, Graph, all_reduce, backward
 from model import SIZES, DiT, DiTConfig, compile_blocks
 from prepare import HERE, SD_VAE, DataError, load_dataset
 from sample import abilities, draw, find_device, find_vae, grid, sample, to_images
@@ -512,15 +513,10 @@ def on_signal(number, frame):
 def gradients(*inputs):
     """A micro-batch forward and backward: its terms. Its share of the global batch's gradient is added to what is there; or,
     where it is all that this rank has, replaces it, so that gradients may lie where activations were."""
-    def backward(part):
-        with torch.autocast(device.type, enabled=False):
-            (part * (micro_batch / batch_size)).backward()
-        return part.detach()
-
     if once:
         optimizer.zero_grad()
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        return loss_module(*inputs, backward=backward)
+        return loss_module(*inputs, backward=partial(backward, share=micro_batch / batch_size))
 
 
 once, graph = micro_batch == local_batch, None
