@@ -42,6 +42,7 @@ FUSED = True  # False: CUDA tensors, too, take PyTorch's path
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # kernels on CPU tensors, for tests
 MAX_HEAD_DIM = 128
 MAX_GRID = 65535  # programs along the second and third axis
+TMA_FROM = 2 ** 25  # scores; a tensor's descriptor takes the host some 10 us, which a smaller call does not repay
 
 # ----------------------------------------------------------------------------------------------------------------
 # PyTorch: any device, any dtype, differentiable to any order, memory quadratic in S
@@ -181,18 +182,25 @@ if triton is not None:
         return x.to(tl.float32).to(tl.int32, bitcast=True)
 
     @triton.constexpr_function
+    def low_words(D):
+        """Of a chunk of D columns."""
+        return max(8, D // 8) if D else 0
+
+    @triton.constexpr_function
     def low_width(W):
-        """W of the rows of LO: half a byte an element, padding included."""
-        return (W[2] + W[3]) // 2, (W[2] + W[3]) // 2, W[2] // 2, W[3] // 2
+        """W of the rows of LO, words of eight elements, or of four or two where the first chunk has but 32 or 16 columns."""
+        w0, w1 = low_words(W[2]), low_words(W[3])
+        return w0 + w1, w0 + w1, w0, w1
 
     @triton.jit
     def low_bits(x, dtype: tl.constexpr):
-        """What rounding float32 tiles x to nearest even in dtype drops: of the sum whose upper bits are the result, the
-        next four, those of two columns in a byte."""
+        """What rounding float32 tiles x to nearest in dtype drops: of the sum whose upper bits are the result, the
+        next four, those of eight columns in a word. Its columns are 8 apart: one thread has them all."""
         SHIFT: tl.constexpr = 12 if dtype == tl.bfloat16 else 9
-        lo = (bits(x[0]) + ((8 << SHIFT) - 1) + ((bits(x[0]) >> (SHIFT + 4)) & 1)) >> SHIFT
-        even, odd = tl.split(tl.reshape(lo & 15, (lo.shape[0], lo.shape[1] // 2, 2)))
-        lo = (even | odd << 4).to(tl.int8)
+        N: tl.constexpr = low_words(x[0].shape[1]) // 8
+        lo = (bits(x[0]) + ((8 << SHIFT) - 1)) >> SHIFT & 15  # exact ties that rounding took upwards come back one unit high
+        lo = tl.reshape(lo, (lo.shape[0], N, lo.shape[1] // (8 * N), 8))
+        lo = tl.reshape(tl.sum(lo << (4 * tl.arange(0, lo.shape[2]))[None, None, :, None], 2), (lo.shape[0], 8 * N))
         if len(x) == 1:
             return (lo,)
         else:
@@ -202,8 +210,11 @@ if triton is not None:
     def with_low_bits(x, lo):
         """Float32 again, from rounded x."""
         SHIFT: tl.constexpr = 12 if x[0].dtype == tl.bfloat16 else 9
-        y = tl.reshape(tl.join(lo[0] & 15, lo[0] >> 4 & 15), x[0].shape).to(tl.int32)
-        y = (bits(x[0]) + ((y - 7 - (bits(x[0]) >> (SHIFT + 4) & 1)) << SHIFT)).to(tl.float32, bitcast=True)
+        N: tl.constexpr = lo[0].shape[1] // 8
+        J: tl.constexpr = x[0].shape[1] // (8 * N)
+        y = tl.reshape(lo[0], (lo[0].shape[0], N, 1, 8)) >> (4 * tl.arange(0, J))[None, None, :, None] & 15
+        y = tl.reshape(y, x[0].shape)
+        y = (bits(x[0]) + ((y - 7) << SHIFT)).to(tl.float32, bitcast=True)
         if x[0].dtype == tl.float16:  # below 2^-14 it keeps other bits than those
             y = tl.where(tl.abs(x[0].to(tl.float32)) >= 2 ** -14, y, x[0].to(tl.float32))
         if len(x) == 1:
@@ -462,7 +473,7 @@ TILES = {
     # Chunks of 16 columns (D = 72) have no descriptor; at D = 128 pointers were faster.
     "forward": {64: (64, 64, 4, 3, 1, 0), 96: (64, 64, 4, 2, 0, 0), 128: (128, 64, 8, 2, 0, 0)},
     # A short loop is mostly waiting at its ends: three programs a multiprocessor then beat two.
-    "short": {64: (64, 32, 4, 3, 0, 0)},
+    "short": {64: (64, 32, 4, 3, 1, 0)},
     # Four score tiles live at once: half the keys of the forward, but for D = 64, where they just fit.
     "row": {64: (64, 64, 4, 2, 1, 0), 96: (64, 32, 4, 3, 0, 0), 128: (128, 32, 8, 3, 0, 0)},
     # All four gradients in one pass, where their accumulators fit; otherwise "primal" and "tangent".
@@ -517,8 +528,8 @@ def _plan(name, shape, dtype, device, streamed, other_S, strides):
     BM, BN, num_warps, num_stages, tma, pair = _tiles("short" if short else name, D, dtype, device)
     own, other = (BM, BN) if name in ("forward", "row") else (BN, BM)
     U = 8 if all(s % 8 == 0 for st in strides for s in st[:3]) else 1
-    # Descriptors want strides in multiples of 16 bytes, and rows that do not overlap; short loops do not repay making them.
-    tma = bool(tma) and other_S >= 1024 and U == 8 and D1 == 0 and all(0 not in strides[i] for i in streamed)
+    # Descriptors want strides in multiples of 16 bytes, and rows that do not overlap.
+    tma = bool(tma) and B * H * S * other_S >= TMA_FROM and U == 8 and D1 == 0 and all(0 not in strides[i] for i in streamed)
     same = len({strides[i] for i in streamed}) == 1  # the compiler then keeps one set of offsets, not four
     flat = max(B, H) > MAX_GRID
     meta = dict(W=(U, D, D0, D1), BM=BM, BN=BN, EVEN=other_S % other == 0, SAME=same, FLAT=flat)
@@ -570,7 +581,8 @@ def _on(x):
 
 def _forward_now(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor, tv: Tensor,
                  scale: float, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> o, to; if save, four bits that rounding took from each element of to (int8, two in a byte; empty for float32), else an empty tensor;
+    """-> o, to; if save, four bits that rounding took from each element of to (eight in an int32, see low_bits; empty for
+    float32), else an empty tensor;
     logsumexp (base 2) and mu, both (B, H, Sq) in float32."""
     x = [_rows(t) for t in (q, k, v, tq, tk, tv)]
     o, to, lo, lse, mu = outputs = _empty_outputs(q, save)
@@ -582,8 +594,9 @@ def _forward_now(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor, tv: Te
 
 
 def _empty_outputs(q, save):
-    save = save and q.dtype != torch.float32
-    return (_like(q), _like(q), q.new_empty((*q.shape[:3], sum(_chunks(q.size(3))) // 2 if save else 0), dtype=torch.int8),
+    chunks, save = _chunks(q.size(3)), save and q.dtype != torch.float32
+    words, word = sum(max(8, D // 8) for D in chunks if D), (torch.int8, torch.int16, torch.int32)[min(chunks[0], 64) // 32]
+    return (_like(q), _like(q), q.new_empty((*q.shape[:3], words if save else 0), dtype=word),
             *(q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2)))
 
 

@@ -196,6 +196,24 @@ def low_bits_keep_small_values():
         assert max(rel(a, b) for a, b in zip(got, want)) < 1e-3, size
 
 
+def low_bits_for_all_widths():
+    """Where tV has an offset, dQ and dK of float16 need the low bits of tO."""
+    for D in (8, 24, 40, 64, 72, 128):
+        x, scale = [t.half() for t in six(1, 1, 33, 33, D)], D ** -0.5
+        x[5] += 8
+        d = [t.half() for t in six(1, 1, 33, 33, D, seed=1)[:2]]
+        o, to, lo, lse, mu = A._forward_now(*x, scale, True)
+        assert lo.nbytes <= to.nbytes
+        with_low, without = (A._backward_now(*d, *x, o, to, low, lse, mu, scale, [True] * 4) for low in (lo, lo[..., :0]))
+        y = [t.double().requires_grad_() for t in x]
+        want = torch.autograd.grad(A.attention_jvp_reference(*y), y, [t.double() for t in d])
+        assert max(rel(a, b) for a, b in zip(with_low, want)) < 1e-3 and rel(without[0], want[0]) > 1.5 * rel(with_low[0], want[0]), D
+
+
+def test_low_bits_for_all_widths():
+    interpreted("low_bits_for_all_widths")
+
+
 def test_low_bits():
     interpreted("low_bits_keep_small_values")
 
@@ -217,7 +235,7 @@ def kernels_match_float64():
     assert max(errors([q, k, v, tq, tk, tv])) < 2e-6
     assert max(errors([q, k, v, tq, tk[:, :, :1].expand_as(k), tv.mT.contiguous().mT])) < 2e-6
     # descriptors, and tiles loaded in pairs
-    tiles, A._tiles = A._tiles, lambda *_: (32, 32, 4, 1, 1, 1)
+    tiles, A._tiles, A.TMA_FROM = A._tiles, lambda *_: (32, 32, 4, 1, 1, 1), 0
     A._plan.cache_clear()
     for shape in [(2, 2, 37, 50, 64), (1, 2, 33, 20, 40), (1, 1, 33, 20, 72)]:
         assert max(errors(six(*shape))) < 2e-6, shape
@@ -2794,6 +2812,20 @@ def test_gpu_vae(folder):
                                    (1, 1, 1, 1, 64), (2, 2, 33, 70, 8), (1, 1, 1, 200, 96), (1, 2, 192, 192, 128), (2, 2, 160, 96, 64)])
 def test_attention_gpu_accuracy(shape, dtype, bound):
     assert max(errors(six(*shape, dtype, "cuda"))) < bound
+
+
+@gpu
+@pytest.mark.parametrize("shape", [(2, 3, 256, 256, 64), (1, 2, 300, 77, 64), (1, 2, 1000, 1030, 32), (1, 1, 1, 1, 64), (1, 2, 700, 513, 128)])
+def test_attention_gpu_descriptors(shape):
+    """Loads by descriptors and by pointers are the same to the bit."""
+    x, results = [t.requires_grad_() for t in six(*shape, torch.bfloat16, "cuda")], []
+    for A.TMA_FROM in (0, 2 ** 60):
+        A._plan.cache_clear()
+        o = A.attention_jvp(*x)
+        results.append((*o, *torch.autograd.grad(o, x, [t.detach() for t in o])))
+    A.TMA_FROM = 2 ** 25
+    A._plan.cache_clear()
+    assert all(torch.equal(a, b) for a, b in zip(*results)) and max(errors(six(*shape, torch.bfloat16, "cuda"))) < 3e-3
 
 
 @gpu
