@@ -473,7 +473,7 @@ TILES = {
     # Chunks of 16 columns (D = 72) have no descriptor; at D = 128 pointers were faster.
     "forward": {64: (64, 64, 4, 3, 1, 0), 96: (64, 64, 4, 2, 0, 0), 128: (128, 64, 8, 2, 0, 0)},
     # A short loop is mostly waiting at its ends: three programs a multiprocessor then beat two.
-    "short": {64: (64, 32, 4, 3, 1, 0)},
+    "short": {64: (64, 32, 4, 3, 0, 0)},
     # Four score tiles live at once: half the keys of the forward, but for D = 64, where they just fit.
     "row": {64: (64, 64, 4, 2, 1, 0), 96: (64, 32, 4, 3, 0, 0), 128: (128, 32, 8, 3, 0, 0)},
     # All four gradients in one pass, where their accumulators fit; otherwise "primal" and "tangent".

@@ -10,7 +10,8 @@ Every speed, measured; and Theorem 1's bound beside what it bounds.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python bench.py sanitize     # or racecheck
     python bench.py theory [--quick] [--report] [--plot=assets/theory.png]      # on a CPU; --report: from the last run's log
 
-Attention and sampling: medians of triton.testing.do_bench (cold L2), bfloat16; a step: median by the wall clock. "plain" is
+Attention and sampling: medians of triton.testing.do_bench (cold L2), bfloat16, attention's of five rounds in turns with plain
+attention's; a step: median by the wall clock. "plain" is
 F.scaled_dot_product_attention as torch dispatches it, without any derivative in forward mode; "maths" the same formulas
 in PyTorch operations. Useful products: 6 forward, 15 backward, each 2 B H S S D operations.
 """
@@ -65,7 +66,7 @@ def attention_times(fn, x, d, quick=False, graph=False):
         return fwd, both - fwd
     o = fn(*x)
     o, d = ((o,), d[:1]) if torch.is_tensor(o) else (o, d)
-    rep = dict(warmup=10, rep=40) if quick else dict(warmup=50, rep=200)
+    rep = dict(warmup=10, rep=40) if quick else dict(warmup=25, rep=100)
     return (do_bench(lambda: fn(*x), return_mode="median", **rep),
             do_bench(lambda: torch.autograd.grad(o, x, d, retain_graph=True), return_mode="median", **rep))
 
@@ -111,8 +112,9 @@ def attention_table(shapes=SHAPES, quick=False, plot="attention.png", maths=True
         B, H, S, D = shape
         x, d = inputs(shape)
         r = dict(shape=shape)
-        r["fwd"], r["bwd"] = attention_times(A.attention_jvp, x, d, quick)
-        r["plain_fwd"], r["plain_bwd"] = attention_times(F.scaled_dot_product_attention, x[:3], d, quick)
+        rounds = [(*attention_times(A.attention_jvp, x, d, quick), *attention_times(F.scaled_dot_product_attention, x[:3], d, quick))
+                  for _ in range(1 if quick else 5)]                    # in turns, for clocks drift
+        r["fwd"], r["bwd"], r["plain_fwd"], r["plain_bwd"] = np.median(rounds, axis=0)
         if maths and (not quick or S <= 1024):
             r["maths"] = attention_times(torch_maths, x, d, True)
             torch._dynamo.reset()

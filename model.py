@@ -317,7 +317,7 @@ class DiT(nn.Module):
         self.final_layer = Final(config)
         self.run_block = Block.forward    # or what compile_blocks puts here
         # In a pass with a derivative so many blocks keep only their input for the backward, and run again there. (Passes
-        # without one keep a quarter as much, so a quarter of the blocks does.)
+        # without one go backward on their own and keep two thirds as much, so half of the blocks does.)
         self.checkpoint_blocks = 0
         self.initialize()
 
@@ -345,7 +345,7 @@ class DiT(nn.Module):
         c = silu(c)
         x = self.x_embedder(x) + self.pos_embed                                       # (B, T, D)
         for i, block in enumerate(self.blocks):
-            kept = i >= (self.checkpoint_blocks if isinstance(c, Dual) else self.checkpoint_blocks // 4)
+            kept = i >= (self.checkpoint_blocks if isinstance(c, Dual) else self.checkpoint_blocks // 2)
             if torch.is_grad_enabled() and not kept:
                 x = checkpoint(self.run_block, block, x, c, use_reentrant=False, preserve_rng_state=False)
             else:

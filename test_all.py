@@ -2686,7 +2686,7 @@ def loss_gradients(net, **options):
 def test_checkpointed_blocks():
     """The gradient of the whole loss does not change by a bit, whether blocks keep their insides or run again."""
     net, gradients = random_model(), []
-    for net.checkpoint_blocks in (0, 1, 2, 8):                        # of plain passes a quarter as many
+    for net.checkpoint_blocks in (0, 1, 2, 8):                        # of plain passes half as many
         gradients.append(loss_gradients(net))
     assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other))
 
