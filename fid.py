@@ -11,8 +11,10 @@ reference batches are both: FID takes their mu and sigma, precision and recall t
 """
 import argparse
 import hashlib
+import mmap
 import os
 import pickle
+import pickletools
 import sys
 import time
 import zipfile
@@ -48,7 +50,7 @@ def reading(path):
         yield
     except Exception as error:                  # zipfile, zlib, numpy, Pillow, pickle and torch raise many kinds
         text = str(error) if isinstance(error, FidError) else f"cannot read {path}: {type(error).__name__}: {error}"
-        raise FidError(text.strip().splitlines()[0]) from None
+        raise FidError("".join(filter(str.isprintable, text.strip().splitlines()[0]))[:500]) from None    # with words of a stranger's
 
 
 # TensorFlow's Inception of 2015-12-05. Its blocks: input channels, pool, and convolutions, each name:channels:kernel/stride.
@@ -244,10 +246,21 @@ class Held(list):
 
 class Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
-        if f"{module}.{name}".replace("._core.", ".core.") not in (
-                "numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar"):
+        known = f"{module}.{name}".replace("._core.", ".core.")
+        if known == "numpy.core.numeric._frombuffer":                  # protocol 5's: the same parts in another order
+            return lambda raw, dtype, shape, order: Held(shape, dtype, order == "F", raw)
+        if known not in ("numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar"):
             raise FidError(f"a pickle that asks for {module}.{name}, which no statistics need, is refused")
         return Held
+
+
+def check_pickle(file):
+    """Raises, in one of many kinds, where a number in a pickle would have its reader ask for much more memory than the file fills:
+    a size, which the end of a map cuts, or a place to remember something in, which are counted from 0."""
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        for n, (opcode, number, _) in enumerate(pickletools.genops(mapped)):
+            if "PUT" in opcode.name and number > n or opcode.name == "FRAME" and number > len(mapped):
+                raise pickle.UnpicklingError(f"{opcode.name} of {number}, after {n} opcodes in {len(mapped)} bytes")
 
 
 def read_statistics(path, notes=False):
@@ -255,6 +268,7 @@ def read_statistics(path, notes=False):
     with reading(path):
         if path.endswith(".pkl"):
             with open(path, "rb") as f:
+                check_pickle(f)
                 found = Unpickler(f).load()
             found = {key: value for key, value in found.get("fid", found).items() if key in ("mu", "sigma")}
             for key, (*_, shape, dtype, by_columns, raw) in found.items():

@@ -1074,15 +1074,20 @@ class Malicious:
         return self.what
 
 
+# Pickles that ask for memory which they do not fill, and one that would colour the terminal.
+GREEDY = {"LONG_BINPUT of 16777215": b"Nr\xff\xff\xff\0.", " PUT of 9999999": b"(p9999999\nt.", "FRAME of 1099511627776": b"\x80\4\x95\0\0\0\0\0\1\0\0N.",
+          "expected 1099511627776 bytes": b"\x80\4\x8e\0\0\0\0\0\1\0\0.", "os.[31mred": b"cos\n\x1b[31mred\n."}
+
+
 def test_statistics(folder):
     mu, sigma = randn(5).numpy(), covariance(5, 9, 0).numpy()
     np.savez("a.npz", mu=mu, sigma=sigma, mu_s=mu)
     good = {"fid": {"mu": mu, "sigma": np.asfortranarray(sigma)}, "fd_dinov2": {"mu": mu[:2]}, "n": np.float64(3)}
     for name, content in {"a.pkl": pickle.dumps(good, 4), "b.pkl": pickle.dumps(good["fid"], 3),
-                          "c.pkl": pickle.dumps(good, 3).replace(b"numpy._core.multi", b"numpy.core.multi")}.items():
+                          "c.pkl": pickle.dumps(good, 3).replace(b"numpy._core.multi", b"numpy.core.multi"), "d.pkl": pickle.dumps(good, 5)}.items():
         with open(name, "wb") as f:
             f.write(content)
-    for name in ("a.npz", "a.pkl", "b.pkl", "c.pkl"):
+    for name in ("a.npz", "a.pkl", "b.pkl", "c.pkl", "d.pkl"):
         got = fid.read_statistics(name)
         assert all((g == w).all() and g.dtype == np.float64 for g, w in zip(got, (mu, sigma))), name
     np.savez("float32.npz", mu=mu.astype(np.float32), sigma=sigma.astype(np.float32))
@@ -1091,10 +1096,12 @@ def test_statistics(folder):
     bad = {"os.pkl": (Malicious(os.system, "touch ran"), "system"), "eval.pkl": (Malicious(eval, "open('ran', 'w')"), "builtins.eval"),
            "in.pkl": ({"fid": {"mu": mu, "sigma": sigma, "x": Malicious(np.fromfile, "a.npz")}}, "fromfile"),
            "torch.pkl": (torch.zeros(1), "torch"), "list.pkl": ([1, 2], "cannot read list.pkl"), "text.pkl": ({"fid": {"mu": "a"}}, "cannot read text.pkl"),
-           "object.pkl": ({"mu": np.array([None]), "sigma": sigma}, "cannot read object.pkl")}
+           "object.pkl": ({"mu": np.array([None]), "sigma": sigma}, "cannot read object.pkl"),
+           "int5.pkl": (pickle.dumps({"mu": np.arange(5), "sigma": sigma}, 5), "cannot read int5.pkl: KeyError: 'i8'"),
+           **{f"{i}.pkl": (content, re.escape(word)) for i, (word, content) in enumerate(GREEDY.items())}}
     for name, (content, word) in bad.items():
         with open(name, "wb") as f:
-            pickle.dump(content, f, protocol=4)
+            f.write(content if isinstance(content, bytes) else pickle.dumps(content, 4))
         with pytest.raises(fid.FidError, match=word) as error:
             fid.read_statistics(name)
         assert "\n" not in str(error.value) and not os.path.exists("ran"), name
@@ -1686,7 +1693,7 @@ EVIL = {
     "no plain storage: 'dict'": lambda: calling(torch.storage._load_from_bytes, saved({"a": torch.ones(2)})),
     "out of bounds": lambda: calling(torch._utils._rebuild_tensor_v2, torch.ones(2).storage(), 1, (2,), (1,), False, {}),
     "TVMWrapper": lambda: {"ema": calling(calling(getattr, calling(getattr, torch.nn.Linear, "__init__"), "__globals__"), "ran", "w")},
-}
+} | {word: lambda content=content: content for word, content in GREEDY.items()}
 
 
 @pytest.mark.filterwarnings("ignore")
