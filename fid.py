@@ -293,6 +293,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     # Eigenvalues that are zero but for rounding do not have small roots.
     clean = lambda values: values.where(values > D * torch.finfo(torch.float64).eps * values.abs().max(), 0)
     A, singular = torch.linalg.cholesky_ex(sigma1)
+    if singular:                                                       # the other's factor does as well, and is cheaper
+        sigma1, sigma2 = sigma2, sigma1
+        A, singular = torch.linalg.cholesky_ex(sigma1)
     if singular:
         values, vectors = torch.linalg.eigh(sigma1)
         A = vectors * clean(values).sqrt()
