@@ -277,7 +277,7 @@ def read_statistics(path, notes=False):
             with np.load(path, allow_pickle=False) as f:
                 found = {key: f[key] for key in ("mu", "sigma", "notes") if key in f.files}
         mu, sigma = (found[key].astype(np.float64, casting="same_kind") for key in ("mu", "sigma"))
-        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not np.isfinite(mu).all() or not np.allclose(sigma, sigma.T):
+        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not np.isfinite(mu).all() or not np.allclose(sigma, sigma.T) or sigma.diagonal().min() < 0:
             raise FidError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are not a mean and a covariance")
     return (mu, sigma, str(found.get("notes", ""))) if notes else (mu, sigma)
 
@@ -354,9 +354,11 @@ class Images:
             with reading(self.path):
                 self.file.seek(self.start + i * self.size)
                 return np.frombuffer(self.file.read(self.size), np.uint8).reshape(self.shape)
-        with reading(self.files[i]), Image.open(self.files[i]) as image:
-            if image.mode != "RGB" or self.shape and image.size != self.shape[1::-1]:
-                raise FidError(f"{self.files[i]} is {image.mode}, {image.size}: all must be 8-bit RGB and of one size, that of {self.files[0]}")
+        with reading(self.files[i]), open(self.files[i], "rb") as file:
+            depth, image = file.read(25)[24:], Image.open(file)         # of a PNG: Pillow would cut 16 bits to 8
+            deep = image.format == "PNG" and depth == b"\x10"
+            if deep or image.mode != "RGB" or self.shape and image.size != self.shape[1::-1]:
+                raise FidError(f"{self.files[i]} is {'16-bit ' * deep}{image.mode}, {image.size}: all must be 8-bit RGB and of one size, that of {self.files[0]}")
             return np.asarray(image)
 
 

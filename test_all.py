@@ -22,11 +22,13 @@ import re
 import runpy
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
 import time
 import types
+import zlib
 
 import numpy as np
 import pytest
@@ -1111,11 +1113,11 @@ def test_statistics(folder):
     for name, content in {"cut.npz": open("a.npz", "rb").read()[:300], "cut.pkl": open("a.pkl", "rb").read()[:300], "text.npz": b"hello"}.items():
         with open(name, "wb") as f:
             f.write(content)
-    for name, arrays in {"no.npz": dict(a=mu), "nan.npz": dict(mu=mu * np.nan, sigma=sigma), "askew.npz": dict(mu=mu, sigma=sigma + np.triu(sigma)),
+    for name, arrays in {"no.npz": dict(a=mu), "nan.npz": dict(mu=mu * np.nan, sigma=sigma), "askew.npz": dict(mu=mu, sigma=sigma + np.triu(sigma)), "minus.npz": dict(mu=mu, sigma=-np.eye(5)),
                          "small.npz": dict(mu=mu, sigma=sigma[:4]), "object.npz": dict(mu=np.array([None]), sigma=sigma),
                          "text2.npz": dict(mu=mu, sigma=sigma.astype(str))}.items():
         np.savez(name, **arrays)
-    for name in ("cut.npz", "cut.pkl", "text.npz", "no.npz", "nan.npz", "askew.npz", "small.npz", "object.npz", "text2.npz", "gone.npz", "gone.pkl"):
+    for name in ("cut.npz", "cut.pkl", "text.npz", "no.npz", "nan.npz", "askew.npz", "minus.npz", "small.npz", "object.npz", "text2.npz", "gone.npz", "gone.pkl"):
         with pytest.raises(fid.FidError, match=name):
             fid.read_statistics(name)
 
@@ -1215,14 +1217,17 @@ def test_fid_command(small_fid, capfd):
     live = fid.fid_of(images[:12].split(7), net := fid.load_inception("w.pth"), fid.read_reference("stats.npz", net))
     assert live == pytest.approx(numbers(of_npz)[0], rel=1e-4)
 
-    [os.makedirs(name) for name in ("gray", "empty", "one", "clear")]
+    [os.makedirs(name) for name in ("gray", "empty", "one", "clear", "deep")]
     Image.fromarray(small_fid[0, ..., 0]).save("gray/1.png")
     np.savez("gray.npz", arr_0=small_fid[:4, ..., :1])
     Image.fromarray(small_fid[0]).save("one/1.png")
     Image.fromarray(np.dstack([small_fid[0], small_fid[0, ..., 0]])).save("clear/1.png")
+    chunk = lambda kind, content: struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    with open("deep/1.png", "wb") as f:                                                                # Pillow writes none
+        f.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes(26))) + chunk(b"IEND", b""))
     np.savez("float.npz", arr_0=small_fid / 255)
     np.savez("planes.npz", arr_0=small_fid.transpose(0, 3, 1, 2))
-    for a, word in (("empty", "no images"), ("one", "at least 2"), ("clear", "is RGBA"), ("gray", "is L"), ("gray.npz", "must be uint8"), ("float.npz", "must be uint8"),
+    for a, word in (("empty", "no images"), ("one", "at least 2"), ("clear", "is RGBA"), ("deep", "is 16-bit RGB, (2, 2)"), ("gray", "is L"), ("gray.npz", "must be uint8"), ("float.npz", "must be uint8"),
                     ("planes.npz", "must be uint8"), ("gone", "gone"), ("w.pth", "w.pth")):
         assert word in fid_main(a, "stats.npz"), a
     Image.fromarray(small_fid[0, :9]).save("one/2.png")
