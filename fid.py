@@ -336,7 +336,7 @@ class Images:
         with reading(path):
             if os.path.isdir(path):
                 self.files = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
-                self.n, stamp = len(self.files), [os.path.getsize(file) for file in self.files]
+                self.n, stamp = len(self.files), [(file, (found := os.stat(file)).st_size, found.st_mtime_ns) for file in self.files]
             else:
                 self.file, stamp = zipfile.ZipFile(path).open("arr_0.npy"), os.stat(path).st_mtime_ns
                 header = getattr(np.lib.format, f"read_array_header_{np.lib.format.read_magic(self.file)[0]}_0")

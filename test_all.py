@@ -1247,8 +1247,11 @@ def test_fid_continues(small_fid, monkeypatch):
     with open(broken, "r+b") as f:
         f.seek(900), f.write(b"\0" * 300)
     assert "cannot read a/below/11.png" in fid_main("a", "b.npz", "--state=state") and os.path.exists(again)
+    before = os.stat(broken).st_mtime_ns
     with open(broken, "wb") as f:
         f.write(good)
+    assert "another run" in fid_main("a", "b.npz", "--state=state")                       # as many bytes, but others
+    os.utime(broken, ns=(before, before))                                                 # only reading had failed
     counted, read = [], fid.Images.__getitem__
     monkeypatch.setattr(fid.Images, "__getitem__", lambda self, i: (counted.append((self.path, i)), read(self, i))[1])
     assert fid_main("a", "b.npz", "--state=state") == whole
