@@ -21,6 +21,7 @@ import zipfile
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -166,12 +167,20 @@ def resized(images, resize):
 
 def load_inception(path=None, device="cpu"):
     """InceptionV3 with a file's weights, or the published ones, downloaded once into torch.hub's folder. Names, shapes and
-    dtypes must be right; num_batches_tracked, which the published file has, may be missing. Raises FidError."""
+    dtypes must be right; num_batches_tracked, which the published file has, may be missing. Raises FidError. Without a path a
+    machine's first rank downloads for its others, so all call this (which fail for themselves where it could not)."""
+    later, together = os.environ.get("LOCAL_RANK", "0") != "0", not path and dist.is_initialized()
     file = path or os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(URL))
     with reading(file if path else URL):
-        if not path and not os.path.exists(file):
-            os.makedirs(os.path.dirname(file), exist_ok=True)
-            torch.hub.download_url_to_file(URL, file, SHA256)           # aside, and renamed when its hash is right
+        if together and later:
+            dist.barrier()
+        try:
+            if not path and not os.path.exists(file):
+                os.makedirs(os.path.dirname(file), exist_ok=True)
+                torch.hub.download_url_to_file(URL, file, SHA256)       # aside, and renamed when its hash is right
+        finally:
+            if together and not later:
+                dist.barrier()
         digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
         if not path and digest != SHA256:
             raise FidError(f"{file} is not the published file, its SHA-256 is {digest}: delete it")
@@ -430,7 +439,7 @@ def main(argv=None):
         images.append(Images(path) if os.path.isdir(path) or "arr_0.npy" in names else None)
         found.append(None if images[-1] and (len(images) == 1 or "mu.npy" not in names) else read_statistics(path, notes=True))
     if ranks > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(days=1))           # another rank may be slow
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     net = load_inception(args.inception, device) if any(images) else None
     notes = made_with(net, args.resize) if net else ""

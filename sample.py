@@ -205,6 +205,8 @@ def main():
     device = find_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if ranks > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=1))       # a rank that dies ends all; a slow one may be slow
     half, compiled = abilities(device)
     if args.precision == "bfloat16" and not half:
         raise CheckpointError(f"--precision bfloat16 takes a CUDA device that has it, which {device} is not")
@@ -232,8 +234,6 @@ def main():
     parts = [range(first, min(first + batch, n)) for first in range(0, n, batch)]
     path = lambda part: os.path.join(folder, f"{key.hexdigest()[:16]}-{part.start:09d}.npy")
     barrier = dist.barrier if ranks > 1 else lambda: None
-    if ranks > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=1))       # a rank that dies ends all; a slow one may be slow
     if rank == 0:
         lock, here = hold(folder, 10), {os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".npy")}
         for other in (others := here - set(map(path, parts))):

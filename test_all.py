@@ -1275,7 +1275,17 @@ moments = fid.Moments(4)
 moments.add(x[:30] if rank == 0 else x[30:])
 moments.all_reduce()
 np.savez(f"moments{rank}.npz", **moments.state())
+real, torch.hub.get_dir, fid.URL = torch.hub.download_url_to_file, lambda: "hub", "file:///nowhere/w.pth"
+try:
+    fid.load_inception()
+except fid.FidError as error:
+    open(f"error{rank}", "w").write(str(error))
+torch.hub.download_url_to_file = lambda *what: (open(f"downloaded{rank}", "w").close(), real(*what))
+fid.URL, fid.SHA256 = "file://" + os.path.abspath("w.pth"), fid.hashlib.sha256(open("w.pth", "rb").read()).hexdigest()
+assert fid.load_inception().digest == fid.SHA256
 dist.destroy_process_group()
+init = dist.init_process_group
+dist.init_process_group = lambda backend, timeout: init(backend, timeout=timeout / timeout.days)      # a day or more
 sys.stdout = open(f"out{rank}", "w")
 fid.main(["a", "b.npz", "--inception=w.pth", "--batch=5", "--state=two"])
 """)
@@ -1284,6 +1294,8 @@ fid.main(["a", "b.npz", "--inception=w.pth", "--batch=5", "--state=two"])
     for rank in range(2):
         with np.load(f"moments{rank}.npz") as f:
             assert f["n"] == 101 and np.allclose(f["mean"], x.mean(0), rtol=1e-14) and np.allclose(f["scatter"] / 100, np.cov(x.T), atol=1e-11)
+        assert open(f"error{rank}").read().startswith("cannot read file:///nowhere/w.pth")           # no rank waits for what failed
+    assert glob.glob("downloaded*") == ["downloaded0"]
     got, want = ([float(n) for n in re.findall(r"\d+\.\d+", text)] for text in (open("out0").read(), whole))
     assert got == pytest.approx(want, rel=1e-4, abs=2e-4) and open("out1").read() == "" and os.path.exists("two-0-1.npz")
 
