@@ -239,11 +239,15 @@ class Moments:
     def state(self):
         return {"n": self.n, "mean": self.mean.cpu().numpy(), "scatter": self.scatter.cpu().numpy()}
 
+    def few(self):
+        """What an FID says beside its number where n images, whose covariance is of rank n - 1, are too few; or ""."""
+        return f" (too few images: {self.n} <= 2048)" if self.n <= 2048 == len(self.mean) else ""
+
     def mean_and_covariance(self):
         """(dim,) and, unbiased, (dim, dim): float64 arrays."""
         if self.n < 2:
             raise FidError(f"a covariance needs at least 2 images, not {self.n}")
-        if self.n < 2048 == len(self.mean) and os.environ.get("RANK", "0") == "0":
+        if self.few() and os.environ.get("RANK", "0") == "0":
             print(f"fid.py: {self.n} images for 2048 dimensions: the covariance is rank deficient, FID biased upward", file=sys.stderr)
         return self.mean.cpu().numpy(), (self.scatter / (self.n - 1)).cpu().numpy()
 
@@ -452,11 +456,13 @@ def main(argv=None):
     gaussians = [other[:2] if other else moments.mean_and_covariance() for other, (moments, _) in zip(found, results)]
     if args.save_stats:
         return write_npz(args.reference, mu=gaussians[0][0], sigma=gaussians[0][1], notes=notes)
-    print(f"FID {frechet_distance(*gaussians[0], *gaussians[1]):.4f}{notes and f' ({notes})'}")
+    few = "".join(moments.few() for other, (moments, _) in zip(found, results) if not other)
+    print(f"FID {frechet_distance(*gaussians[0], *gaussians[1]):.4f}{notes and f' ({notes})'}{few}")
     features, reference = (kept for _, kept in results)
     if images[0]:
         mean, std = inception_score(features.double() @ net.fc.weight.cpu().double().T)
-        print(f"Inception Score {mean:.3f} +- {std:.3f} (10 parts of an order drawn with seed 0)")
+        few = f"; too few images: {len(features)} <= 10 x 1008 classes" * (len(features) <= 10080)      # or a part cannot have them all
+        print(f"Inception Score {mean:.3f} +- {std:.3f} (10 parts of an order drawn with seed 0{few})")
     if all(images):
         precision, recall = precision_recall(features, reference)
         print(f"precision {precision:.4f}, recall {recall:.4f} (3 nearest neighbours)")

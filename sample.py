@@ -266,7 +266,7 @@ def main():
         moments = fid.Moments(2048)
         for part in batches:
             moments.add(torch.from_numpy(part))
-        result = f"FID {fid.frechet_distance(*moments.mean_and_covariance(), *reference):.4f} against {args.fid}"
+        result = f"FID {fid.frechet_distance(*moments.mean_and_covariance(), *reference):.4f}{moments.few()} against {args.fid}"
     else:
         write_images(args.out, batches, n, min(len(classes), 32) if classes else 10)
         result = args.out

@@ -1026,6 +1026,9 @@ def test_moments_of_batches():
     rest.add(x[400:])
     for m_ in (one, parts, rest):
         assert np.allclose(m_.mean_and_covariance()[0], mean, rtol=1e-14) and np.allclose(m_.mean_and_covariance()[1], sigma, rtol=1e-11, atol=1e-9)
+    wide = fid.Moments(2048)
+    for wide.n, word in (2048, " (too few images: 2048 <= 2048)"), (2049, ""):
+        assert wide.few() == word and one.few() == ""
     with pytest.raises(fid.FidError, match="at least 2"):
         fid.Moments(6).mean_and_covariance()
     with pytest.raises(fid.FidError, match=r"\(B, 6\)"):
@@ -1198,6 +1201,7 @@ def test_fid_command(small_fid, capfd):
     of_folder, of_npz = fid_main("a", "b.npz"), fid_main("a.npz", "b.npz")
     assert numbers(of_folder) == pytest.approx(numbers(of_npz), rel=1e-5) and len(numbers(of_npz)) == 4, of_npz
     assert "12 images for 2048 dimensions: the covariance is rank deficient" in capfd.readouterr().err
+    assert " (too few images: 12 <= 2048) (too few images: 10 <= 2048)\n" in of_npz and "seed 0; too few images: 12 <= 10 x" in of_npz
     images = torch.from_numpy(small_fid).permute(0, 3, 1, 2)
     features = fid.load_inception("w.pth")(images)
     moments = [(x.numpy().mean(0), np.cov(x.numpy().T)) for x in features.double().split([12, 10])]
@@ -1207,6 +1211,7 @@ def test_fid_command(small_fid, capfd):
     assert fid_main("--save-stats", "b.npz", "stats.npz") == ""
     assert np.allclose(fid.read_statistics("stats.npz")[1], moments[1][1], atol=1e-5 * moments[1][1].max())
     assert numbers(fid_main("a", "stats.npz")) == pytest.approx(numbers(of_npz)[:2], rel=1e-5)         # no precision, no recall
+    assert "12 <= 2048)\n" in fid_main("a", "stats.npz") and "too few" not in fid_main("stats.npz", "stats.npz")
     assert numbers(fid_main("stats.npz", "stats.npz")) == [0]
     with open("stats.pkl", "wb") as f:
         pickle.dump({"fid": dict(zip(("mu", "sigma"), fid.read_statistics("stats.npz")))}, f)
@@ -2665,7 +2670,7 @@ def test_rehearsal(folder, source, capsys):
     np.savez("eight.npz", arr_0=images[:8])                                                       # and without keeping them
     assert run_script("fid.py", "eight.npz", "real.npz", "--inception", "inception.pth") is None
     assert run_script("sample.py", "out/cut/ckpt.safetensors", "--n", 8, "--nfe", 2, "--vae", source / "vae", "--fid", "real.npz", "--inception", "inception.pth") is None
-    kept, not_kept = (float(number) for number in re.findall(r"FID ([0-9.]+)", capsys.readouterr().out))
+    kept, not_kept = (float(number) for number in re.findall(r"FID ([0-9.]+) .*\(too few images: 8 <= 2048\)", capsys.readouterr().out))
     assert abs(not_kept / kept - 1) < 1e-2                                                        # the same images, to a level
 
 
