@@ -227,7 +227,7 @@ def main():
     half = half and args.precision != "float32"
     compiled = compiled and half and n >= COMPILE_FROM                   # then one shape of batch, which compiles once
     batch, folder = min(args.batch, -(-n // ranks)), args.out + ".parts"
-    key = [about, n, args.nfe, w, args.seed, classes, batch, half, compiled, device.type, bool(args.fid), args.inception, vae and vae.crc32]
+    key = [about, n, args.nfe, w, args.seed, classes, batch, half, compiled, device.type, args.fid and inception.digest, vae and vae.crc32]
     key = hashlib.sha256(json.dumps(key).encode())
     for t in model.state_dict().values():
         key.update(raw_bytes(t))

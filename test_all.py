@@ -1547,6 +1547,8 @@ def test_partial_samples_are_of_one_run(folder, capsys, monkeypatch):
 def test_fid_of_samples(folder, capsys, monkeypatch):
     """--fid is the distance of the features of the same images from the reference, and leaves nothing behind."""
     class Inception:
+        digest = "a"
+
         def __call__(self, images, resize):
             assert images.dtype == torch.uint8 and images.shape[1:] == (3, 8, 8) and resize == "tf1"
             return images.float().flatten(2).mean(1)[:, ::8]
@@ -1565,6 +1567,12 @@ def test_fid_of_samples(folder, capsys, monkeypatch):
     assert abs(float(re.search(r"FID (\S+) against ref.npz", capsys.readouterr().out)[1]) - expected) < 1e-4 * expected + 1e-4
     assert sorted(os.listdir()) == ["a.npz", "c.safetensors"]
     assert "without --out" in run_script("sample.py", "c.safetensors", "--fid", "ref.npz", "--out", "b.npz")
+    with monkeypatch.context() as patch:
+        patch.setattr(fid, "frechet_distance", None)                          # an end at the last moment
+        pytest.raises(TypeError, run_script, "sample.py", "c.safetensors", "--n", 50, "--fid", "ref.npz", "--inception", "w.pth")
+    Inception.digest = "b"                                                    # other weights in the same file
+    assert run_script("sample.py", "c.safetensors", "--n", 50, "--fid", "ref.npz", "--inception", "w.pth") is None
+    assert "starting over" in capsys.readouterr().err
 
 
 def test_sample_refuses(folder):
