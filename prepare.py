@@ -7,7 +7,7 @@ Raw images -> data/NAME/, the memory-mapped arrays that train.py reads.
     python prepare.py cifar10 cifar-10-binary.tar.gz  # the binary version, from its authors' page
     python prepare.py imagenet SRC [DST] --size 256   # a folder of class folders -> latents of a VAE, in data/im256
     torchrun --nproc_per_node=8 prepare.py imagenet SRC --size 512   # the same command again goes on where it was
-    python prepare.py check NAME [--src SRC]          # is data/NAME what it should be? with a picture
+    python prepare.py check NAME [--src SRC]          # is data/NAME, or the folder NAME, what it should be? with a picture
 
 Common options: --name NAME (data/NAME), --seed N. A folder of data holds
     header.json                             what it is and how it was made
@@ -457,7 +457,8 @@ def main():
     for make in (digits, shapes, folder, cifar10, imagenet, check):
         p = kinds.add_parser(make.__name__)
         p.set_defaults(make=make)
-        p.add_argument("name" if make is check else "--name", default=None if make is imagenet else make.__name__, help="data/NAME")
+        p.add_argument("name" if make is check else "--name", default=None if make is imagenet else make.__name__,
+                       help="data/NAME" + ", or a folder of data" * (make is check))
         p.add_argument("--seed", type=int, default=0)
         if make is shapes:
             p.add_argument("--size", type=int, default=32)
@@ -481,7 +482,7 @@ def main():
     if args.make is imagenet:
         args.dst = args.dst or os.path.join("data", args.name or f"im{args.size}")
         args.name = args.name or os.path.basename(os.path.normpath(args.dst))
-    if args.make is check and os.sep in args.name:                        # made with a DST
+    if args.make is check and (os.sep in args.name or os.path.exists(os.path.join(args.name, "header.json"))):      # made with a DST
         args.dst, args.name = args.name, os.path.basename(os.path.normpath(args.name))
     if args.name != os.path.basename(args.name) or args.name in ("", ".", ".."):
         parser.error(f"--name names a folder in data/, which {args.name!r} does not")

@@ -2585,6 +2585,8 @@ def test_imagenet(folder, source, capsys, monkeypatch):
     np.save("data/a/train_images.npy", stored[:199])
     assert "its header says float16 (200, 8, 8, 8)" in check("a")
     assert run_script("prepare.py", "digits") is None and run_script("prepare.py", "check", "digits") is None
+    os.rename("data/digits", "moved")
+    assert run_script("prepare.py", "check", "moved") is None and "no data in data/digits" in run_script("prepare.py", "check", "digits")
 
     refuse = lambda *a: run_script("prepare.py", "imagenet", source / "src", *a)
     assert "multiple of 4" in refuse("--size", 30, "--vae", source / "vae")
