@@ -18,9 +18,11 @@ with the VAE's name) are stored as posteriors, (N, 2C, h, w) float16, C means an
 train_files.txt, the file of each row; the image in that formula is then mean + standard deviation * noise.
 """
 import argparse
+import ctypes
 import json
 import os
 import shutil
+import signal
 import sys
 import tarfile
 import zlib
@@ -335,6 +337,12 @@ def read_batch(files, size):
     return [read_image(file, size) for file in files]
 
 
+def end_with_parent(_):
+    """In a loader's worker: what kills a rank kills its workers, which would else block on what they cannot hand over."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)                         # PR_SET_PDEATHSIG
+
+
 def imagenet(args):
     """File i of SRC, in sorted order, becomes row i of the arrays in DST.partial; done.npy says which rows are there
     (1) or cannot be (2). So ranks share the work, and a killed run goes on. Batches are always the same, hence the result."""
@@ -378,7 +386,7 @@ def imagenet(args):
     mine = [np.arange(first, min(first + batch, len(files))) for first in range(rank * batch, len(files), ranks * batch)]
     mine = [rows for rows in mine if not done[rows].all()]
     loader = DataLoader([file for file, _ in files], batch_sampler=mine, collate_fn=partial(read_batch, size=args.size),
-                        num_workers=max(1, (os.cpu_count() or 1) // ranks))
+                        num_workers=max(1, (os.cpu_count() or 1) // ranks), worker_init_fn=end_with_parent)
     with tqdm(total=len(files), initial=np.count_nonzero(done), desc="encoding", unit="img", disable=rank > 0) as bar:
         for rows, images in zip(mine, loader):
             whole = np.array([not isinstance(image, str) for image in images])

@@ -2625,6 +2625,11 @@ def test_published_latents(folder, source, capsys):
     assert "this model makes pixels" in run_script("sample.py", "pixels.safetensors", "--vae", source / "vae")
 
 
+def running(pid):
+    with contextlib.suppress(OSError):
+        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="kills processes as Linux does")
 def test_rehearsal(folder, source, capsys):
     """The whole way on small files: JPEGs, latents, a killed run and two ranks that finish it, training, 64 samples on two ranks."""
@@ -2634,7 +2639,9 @@ def test_rehearsal(folder, source, capsys):
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     done = "data/cut.partial/done.npy"
     until(lambda: os.path.exists("data/cut.partial/plan.json") and np.count_nonzero(np.load(done)) >= 20, "20 encoded images")
+    workers = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
     process.kill(), process.wait()
+    assert workers and until(lambda: not any(map(running, workers)), "the end of its workers", 2)
     at = np.count_nonzero(np.load(done))
     assert 20 <= at < 200 and not os.path.exists("data/cut")
     assert "begun with another batch" in run_script("prepare.py", *arguments[:-1], 2, "--name", "cut")
