@@ -109,8 +109,9 @@ class Writer:
         if os.path.exists(path) and not os.path.exists(os.path.join(path, "header.json")):
             raise DataError(f"{path} exists and is not a dataset of prepare.py: move it away, or choose another --name")
         if not begun:
-            shutil.rmtree(self.partial, ignore_errors=True)               # what an interrupted run left
-            os.makedirs(self.partial)
+            os.makedirs(self.partial, exist_ok=True)
+            for name in set(os.listdir(self.partial)) - {"lock"}:          # what an interrupted run left
+                os.remove(os.path.join(self.partial, name))
             need, free = sum(count.values()) * int(np.prod(shape)) * self.dtype.itemsize, shutil.disk_usage(self.partial).free
             if need > free:                                                # or a memory map would end the process, without a word
                 raise DataError(f"{path} takes {need / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left")
@@ -350,7 +351,7 @@ def imagenet(args):
     from torch.cuda import is_available
     from torch.utils.data import DataLoader
 
-    from checkpoint import written
+    from checkpoint import hold, written
     from vae import PUBLISHED, encode, latent_moments, load_vae
     rank, ranks, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if ranks != int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
@@ -369,19 +370,26 @@ def imagenet(args):
     barrier = dist.barrier if ranks > 1 else lambda: None
     if ranks > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))         # torchrun ends all ranks when one of them ends
+    complaint = [None]
     if rank == 0:
-        begun = json.load(open(at("plan.json"))) if os.path.exists(at("plan.json")) else {}
-        if differ := [key for key in plan if begun.get(key, plan[key]) != plan[key]]:
-            raise DataError(f"{at('')} was begun with another {' and another '.join(differ)}: delete it to start over")
-        writer = Writer(args.path, (2 * C, side, side), {"train": len(files), "test": 0}, np.float16, bool(begun))
-        if not begun:
-            writer.arrays["train_labels"][:] = [label for _, label in files]
-            writer.arrays["train_labels"].flush()
-            with written(at("done.npy")) as f:
-                np.save(f, np.zeros(len(files), np.uint8))
-            with written(at("plan.json")) as f:                            # last: with it, all of them are there
-                f.write(json.dumps(plan).encode())
-    barrier()
+        try:
+            lock, begun = hold(at(""), 10), json.load(open(at("plan.json"))) if os.path.exists(at("plan.json")) else {}
+            if differ := [key for key in plan if begun.get(key, plan[key]) != plan[key]]:
+                raise DataError(f"{at('')} was begun with another {' and another '.join(differ)}: delete it to start over")
+            writer = Writer(args.path, (2 * C, side, side), {"train": len(files), "test": 0}, np.float16, bool(begun))
+            if not begun:
+                writer.arrays["train_labels"][:] = [label for _, label in files]
+                writer.arrays["train_labels"].flush()
+                with written(at("done.npy")) as f:
+                    np.save(f, np.zeros(len(files), np.uint8))
+                with written(at("plan.json")) as f:                        # last: with it, all of them are there
+                    f.write(json.dumps(plan).encode())
+        except (DataError, OSError, ValueError) as error:
+            complaint = [f"cannot write {args.path}: {error}" if isinstance(error, OSError) else str(error)]
+    if ranks > 1:
+        dist.broadcast_object_list(complaint)
+    if complaint[0]:
+        raise DataError(complaint[0])
     stored, done = (np.load(at(file), mmap_mode="r+") for file in ("train_images.npy", "done.npy"))
     mine = [np.arange(first, min(first + batch, len(files))) for first in range(rank * batch, len(files), ranks * batch)]
     mine = [rows for rows in mine if not done[rows].all()]
@@ -415,7 +423,8 @@ def imagenet(args):
     writer.finish(args.name, **plan, kind="latents", shape=[C, side, side], mean=mean, std=std, skipped=len(files) - n,
                   normalization="published" if known else "measured", license="yours", source="a folder of images",
                   made_by=f"prepare.py imagenet --size {args.size} --batch {batch}")
-    os.remove(os.path.join(args.path, "done.npy")), os.remove(os.path.join(args.path, "plan.json"))
+    for name in ("done.npy", "plan.json", "lock"):
+        os.remove(os.path.join(args.path, name))
 
 
 def check(args):

@@ -2631,7 +2631,7 @@ def running(pid):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="kills processes as Linux does")
-def test_rehearsal(folder, source, capsys):
+def test_rehearsal(folder, source, capsys, monkeypatch):
     """The whole way on small files: JPEGs, latents, a killed run and two ranks that finish it, training, 64 samples on two ranks."""
     arguments = ["imagenet", source / "src", "--size", 32, "--vae", source / "vae", "--vae-name", "tiny", "--batch", 1]
     assert run_script("prepare.py", *arguments, "--name", "whole") is None
@@ -2645,6 +2645,11 @@ def test_rehearsal(folder, source, capsys):
     at = np.count_nonzero(np.load(done))
     assert 20 <= at < 200 and not os.path.exists("data/cut")
     assert "begun with another batch" in run_script("prepare.py", *arguments[:-1], 2, "--name", "cut")
+    failed = pytest.raises(subprocess.CalledProcessError, torchrun, "prepare.py", *arguments[:-1], 2, "--name", "cut").value
+    assert failed.stderr.decode().count("begun with another batch") == 2                        # both ranks say why
+    with ckpt.hold("data/cut.partial", 0), monkeypatch.context() as patch:
+        patch.setattr(ckpt, "hold", lambda path, seconds, hold=ckpt.hold: hold(path, 0))
+        assert "data/cut: process" in (line := run_script("prepare.py", *arguments, "--name", "cut")) and "is at work there" in line
     assert f"| {at}/200 [" in torchrun("prepare.py", *arguments, "--name", "cut").stderr.decode()
     for file in os.listdir("data/whole"):
         if file != "header.json":
