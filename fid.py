@@ -2,7 +2,7 @@
 How good are images? FID and the other scores of Inception's features, and scores for data too small for them.
 
     python fid.py SAMPLES REFERENCE                  # FID, Inception Score; precision and recall where both are images
-    python fid.py --save-stats IMAGES stats.npz      # the statistics of a reference, once
+    python fid.py --save-stats IMAGES stats.npz      # the statistics of a reference, once; --size 256: of images cut as prepare.py does
     torchrun --nproc_per_node=8 fid.py SAMPLES REFERENCE --state=progress    # the same again continues
 
 Images: a folder of PNG and JPEG files, at any depth, or an .npz (arr_0, uint8 (N, H, W, 3)). Statistics: an .npz of mu and
@@ -342,10 +342,11 @@ def precision_recall(samples, reference, k=3, size=2 ** 25):
 
 
 class Images:
-    """The n images of a folder, in the order of their paths, or of an .npz: [i] is image i, uint8 (H, W, 3)."""
+    """The n images of a folder, in the order of their paths, or of an .npz: [i] is image i, uint8 (H, W, 3). side: of a folder's, as
+    prepare.py cuts and resizes them."""
 
-    def __init__(self, path):
-        self.path, self.file, self.shape = path, None, None
+    def __init__(self, path, side=0):
+        self.path, self.file, self.shape, self.side = path, None, None, side
         with reading(path):
             if os.path.isdir(path):
                 self.files = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
@@ -360,13 +361,18 @@ class Images:
         if not self.n:
             raise FidError(f"no images in {path}")
         self.shape = self.shape or self[0].shape
-        self.about = f"{self.n} images of {os.path.abspath(path)}, {hashlib.sha256(repr(stamp).encode()).hexdigest()[:16]}"
+        self.about = f"{self.n} images of {os.path.abspath(path)}, {hashlib.sha256(repr((stamp, side)).encode()).hexdigest()[:16]}"
 
     def __getitem__(self, i):
         if self.file:                                    # not held in memory: 50,000 of 256 x 256 are 10 GB
             with reading(self.path):
                 self.file.seek(self.start + i * self.size)
                 return np.frombuffer(self.file.read(self.size), np.uint8).reshape(self.shape)
+        if self.side:
+            from prepare import read_image
+            if isinstance(image := read_image(self.files[i], self.side), str):
+                raise FidError(f"cannot read {self.files[i]}: {image}")
+            return image.transpose(1, 2, 0)
         with reading(self.files[i]), open(self.files[i], "rb") as file:
             depth, image = file.read(25)[24:], Image.open(file)         # of a PNG: Pillow would cut 16 bits to 8
             deep = image.format == "PNG" and depth == b"\x10"
@@ -428,6 +434,7 @@ def main(argv=None):
     parser.add_argument("samples", help="images, or statistics")
     parser.add_argument("reference", help="images or statistics; with --save-stats the .npz to write")
     parser.add_argument("--save-stats", action="store_true", help="write the statistics of the images")
+    parser.add_argument("--size", type=int, default=0, help="with --save-stats of a folder: cut and resize its images to this, as prepare.py does")
     parser.add_argument("--inception", help="weights with the names of pytorch-fid's file (default: that file, downloaded once)")
     parser.add_argument("--resize", choices=("tf1", "torch"), default="tf1", help="TensorFlow 1's, as in papers, or pytorch-fid's")
     parser.add_argument("--batch", type=int, default=128)
@@ -436,11 +443,13 @@ def main(argv=None):
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.batch < 1 or args.save_stats and not args.reference.endswith(".npz"):
         raise FidError(f"--batch is at least 1 and --save-stats writes an .npz, not {args.batch} and {args.reference}")
+    if args.size and (args.size < 0 or not args.save_stats or not os.path.isdir(args.samples)):
+        raise FidError(f"--size is at least 1 and goes with --save-stats of a folder, not {args.size} and {args.samples}")
     images, found = [], []
     for path in (args.samples, args.reference)[:2 - args.save_stats]:
         with reading(path):
             names = zipfile.ZipFile(path).namelist() if path.endswith(".npz") else []
-        images.append(Images(path) if os.path.isdir(path) or "arr_0.npy" in names else None)
+        images.append(Images(path, args.size) if os.path.isdir(path) or "arr_0.npy" in names else None)
         found.append(None if images[-1] and (len(images) == 1 or "mu.npy" not in names) else read_statistics(path, notes=True))
     if ranks > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=1))           # another rank may be slow

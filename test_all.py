@@ -1222,6 +1222,19 @@ def test_fid_command(small_fid, capfd):
     live = fid.fid_of(images[:12].split(7), net := fid.load_inception("w.pth"), fid.read_reference("stats.npz", net))
     assert live == pytest.approx(numbers(of_npz)[0], rel=1e-4)
 
+    os.makedirs("mixed")                                                                               # of many sizes, as ImageNet's
+    for i, (mode, *size) in enumerate((("RGB", 30, 20), ("L", 19, 40), ("CMYK", 70, 50))):
+        Image.fromarray(small_fid[i]).convert(mode).resize(size).save(f"mixed/{i}.JPEG")
+    np.savez("cut.npz", arr_0=[prepare.read_image(f"mixed/{i}.JPEG", 16).transpose(1, 2, 0) for i in range(3)])
+    assert fid_main("--save-stats", "mixed", "m.npz", "--size=16", "--state=m") == fid_main("--save-stats", "cut.npz", "c.npz") == ""
+    assert all((a == b).all() for a, b in zip(fid.read_statistics("m.npz"), fid.read_statistics("c.npz")))
+    assert "another run" in fid_main("--save-stats", "mixed", "m.npz", "--size=8", "--state=m")
+    for wrong in (("mixed", "m.npz"), ("--save-stats", "cut.npz", "m.npz")):
+        assert "--size is at least 1 and goes with --save-stats of a folder" in fid_main(*wrong, "--size=16")
+    with open("mixed/3.JPEG", "wb") as f:
+        f.write(open("mixed/2.JPEG", "rb").read()[:300])
+    assert "cannot read mixed/3.JPEG" in fid_main("--save-stats", "mixed", "m.npz", "--size=16")
+
     [os.makedirs(name) for name in ("gray", "empty", "one", "clear", "deep")]
     Image.fromarray(small_fid[0, ..., 0]).save("gray/1.png")
     np.savez("gray.npz", arr_0=small_fid[:4, ..., :1])
