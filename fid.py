@@ -290,7 +290,8 @@ def read_statistics(path, notes=False):
             with np.load(path, allow_pickle=False) as f:
                 found = {key: f[key] for key in ("mu", "sigma", "notes") if key in f.files}
         mu, sigma = (found[key].astype(np.float64, casting="same_kind") for key in ("mu", "sigma"))
-        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not np.isfinite(mu).all() or not np.allclose(sigma, sigma.T) or sigma.diagonal().min() < 0:
+        symmetric = sigma.shape == (mu.size, mu.size) and np.allclose(sigma, sigma.T)
+        if mu.ndim != 1 or not symmetric or not np.isfinite(mu).all() or sigma.diagonal().min() < 0:
             raise FidError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are not a mean and a covariance")
     return (mu, sigma, str(found.get("notes", ""))) if notes else (mu, sigma)
 
@@ -434,7 +435,7 @@ def main(argv=None):
     parser.add_argument("samples", help="images, or statistics")
     parser.add_argument("reference", help="images or statistics; with --save-stats the .npz to write")
     parser.add_argument("--save-stats", action="store_true", help="write the statistics of the images")
-    parser.add_argument("--size", type=int, default=0, help="with --save-stats of a folder: cut and resize its images to this, as prepare.py does")
+    parser.add_argument("--size", type=int, default=0, help="of a folder's images, cut as prepare.py does for --save-stats")
     parser.add_argument("--inception", help="weights with the names of pytorch-fid's file (default: that file, downloaded once)")
     parser.add_argument("--resize", choices=("tf1", "torch"), default="tf1", help="TensorFlow 1's, as in papers, or pytorch-fid's")
     parser.add_argument("--batch", type=int, default=128)
