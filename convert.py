@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, save_tensors
+from fid import check_pickle
 from model import DiT, DiTConfig
 from prepare import SD_VAE, DataError, Parser, load_dataset
 from vae import PUBLISHED
@@ -93,6 +94,7 @@ def read_snapshot(path):
     """A snapshot's outermost dict, of plain values and Stubs. Raises CheckpointError, OSError."""
     with open(path, "rb") as f, tqdm(total=os.path.getsize(path), desc="reading", unit="B", unit_scale=True) as progress:
         try:
+            check_pickle(f)
             reader = Reader(f)
             reader.progress = progress
             return reader.load()
@@ -178,4 +180,4 @@ if __name__ == "__main__":
     try:
         main()
     except (CheckpointError, DataError, OSError) as error:
-        sys.exit(f"convert.py: {' '.join(str(error).split())}")
+        sys.exit("convert.py: " + "".join(filter(str.isprintable, " ".join(str(error).split()))))      # with names of a stranger's

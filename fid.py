@@ -2,7 +2,7 @@
 How good are images? FID and the other scores of Inception's features, and scores for data too small for them.
 
     python fid.py SAMPLES REFERENCE                  # FID, Inception Score; precision and recall where both are images
-    python fid.py --save-stats IMAGES stats.npz      # the statistics of a reference, once
+    python fid.py --save-stats IMAGES stats.npz      # the statistics of a reference, once; --size 256: of images cut as prepare.py does
     torchrun --nproc_per_node=8 fid.py SAMPLES REFERENCE --state=progress    # the same again continues
 
 Images: a folder of PNG and JPEG files, at any depth, or an .npz (arr_0, uint8 (N, H, W, 3)). Statistics: an .npz of mu and
@@ -11,14 +11,17 @@ reference batches are both: FID takes their mu and sigma, precision and recall t
 """
 import argparse
 import hashlib
+import mmap
 import os
 import pickle
+import pickletools
 import sys
 import time
 import zipfile
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -48,7 +51,7 @@ def reading(path):
         yield
     except Exception as error:                  # zipfile, zlib, numpy, Pillow, pickle and torch raise many kinds
         text = str(error) if isinstance(error, FidError) else f"cannot read {path}: {type(error).__name__}: {error}"
-        raise FidError(text.strip().splitlines()[0]) from None
+        raise FidError("".join(filter(str.isprintable, text.strip().splitlines()[0]))[:500]) from None    # with words of a stranger's
 
 
 # TensorFlow's Inception of 2015-12-05. Its blocks: input channels, pool, and convolutions, each name:channels:kernel/stride.
@@ -164,12 +167,20 @@ def resized(images, resize):
 
 def load_inception(path=None, device="cpu"):
     """InceptionV3 with a file's weights, or the published ones, downloaded once into torch.hub's folder. Names, shapes and
-    dtypes must be right; num_batches_tracked, which the published file has, may be missing. Raises FidError."""
+    dtypes must be right; num_batches_tracked, which the published file has, may be missing. Raises FidError. Without a path a
+    machine's first rank downloads for its others, so all call this (which fail for themselves where it could not)."""
+    later, together = os.environ.get("LOCAL_RANK", "0") != "0", not path and dist.is_initialized()
     file = path or os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(URL))
     with reading(file if path else URL):
-        if not path and not os.path.exists(file):
-            os.makedirs(os.path.dirname(file), exist_ok=True)
-            torch.hub.download_url_to_file(URL, file, SHA256)           # aside, and renamed when its hash is right
+        if together and later:
+            dist.barrier()
+        try:
+            if not path and not os.path.exists(file):
+                os.makedirs(os.path.dirname(file), exist_ok=True)
+                torch.hub.download_url_to_file(URL, file, SHA256)       # aside, and renamed when its hash is right
+        finally:
+            if together and not later:
+                dist.barrier()
         digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
         if not path and digest != SHA256:
             raise FidError(f"{file} is not the published file, its SHA-256 is {digest}: delete it")
@@ -228,11 +239,15 @@ class Moments:
     def state(self):
         return {"n": self.n, "mean": self.mean.cpu().numpy(), "scatter": self.scatter.cpu().numpy()}
 
+    def few(self):
+        """What an FID says beside its number where n images, whose covariance is of rank n - 1, are too few; or ""."""
+        return f" (too few images: {self.n} <= 2048)" if self.n <= 2048 == len(self.mean) else ""
+
     def mean_and_covariance(self):
         """(dim,) and, unbiased, (dim, dim): float64 arrays."""
         if self.n < 2:
             raise FidError(f"a covariance needs at least 2 images, not {self.n}")
-        if self.n < 2048 == len(self.mean) and os.environ.get("RANK", "0") == "0":
+        if self.few() and os.environ.get("RANK", "0") == "0":
             print(f"fid.py: {self.n} images for 2048 dimensions: the covariance is rank deficient, FID biased upward", file=sys.stderr)
         return self.mean.cpu().numpy(), (self.scatter / (self.n - 1)).cpu().numpy()
 
@@ -244,10 +259,21 @@ class Held(list):
 
 class Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
-        if f"{module}.{name}".replace("._core.", ".core.") not in (
-                "numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar"):
+        known = f"{module}.{name}".replace("._core.", ".core.")
+        if known == "numpy.core.numeric._frombuffer":                  # protocol 5's: the same parts in another order
+            return lambda raw, dtype, shape, order: Held(shape, dtype, order == "F", raw)
+        if known not in ("numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar"):
             raise FidError(f"a pickle that asks for {module}.{name}, which no statistics need, is refused")
         return Held
+
+
+def check_pickle(file):
+    """Raises, in one of many kinds, where a number in a pickle would have its reader ask for much more memory than the file fills:
+    a size, which the end of a map cuts, or a place to remember something in, which are counted from 0."""
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        for n, (opcode, number, _) in enumerate(pickletools.genops(mapped)):
+            if "PUT" in opcode.name and number > n or opcode.name == "FRAME" and number > len(mapped):
+                raise pickle.UnpicklingError(f"{opcode.name} of {number}, after {n} opcodes in {len(mapped)} bytes")
 
 
 def read_statistics(path, notes=False):
@@ -255,6 +281,7 @@ def read_statistics(path, notes=False):
     with reading(path):
         if path.endswith(".pkl"):
             with open(path, "rb") as f:
+                check_pickle(f)
                 found = Unpickler(f).load()
             found = {key: value for key, value in found.get("fid", found).items() if key in ("mu", "sigma")}
             for key, (*_, shape, dtype, by_columns, raw) in found.items():
@@ -263,7 +290,8 @@ def read_statistics(path, notes=False):
             with np.load(path, allow_pickle=False) as f:
                 found = {key: f[key] for key in ("mu", "sigma", "notes") if key in f.files}
         mu, sigma = (found[key].astype(np.float64, casting="same_kind") for key in ("mu", "sigma"))
-        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not np.isfinite(mu).all() or not np.allclose(sigma, sigma.T):
+        symmetric = sigma.shape == (mu.size, mu.size) and np.allclose(sigma, sigma.T)
+        if mu.ndim != 1 or not symmetric or not np.isfinite(mu).all() or sigma.diagonal().min() < 0:
             raise FidError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are not a mean and a covariance")
     return (mu, sigma, str(found.get("notes", ""))) if notes else (mu, sigma)
 
@@ -279,6 +307,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     # Eigenvalues that are zero but for rounding do not have small roots.
     clean = lambda values: values.where(values > D * torch.finfo(torch.float64).eps * values.abs().max(), 0)
     A, singular = torch.linalg.cholesky_ex(sigma1)
+    if singular:                                                       # the other's factor does as well, and is cheaper
+        sigma1, sigma2 = sigma2, sigma1
+        A, singular = torch.linalg.cholesky_ex(sigma1)
     if singular:
         values, vectors = torch.linalg.eigh(sigma1)
         A = vectors * clean(values).sqrt()
@@ -312,14 +343,15 @@ def precision_recall(samples, reference, k=3, size=2 ** 25):
 
 
 class Images:
-    """The n images of a folder, in the order of their paths, or of an .npz: [i] is image i, uint8 (H, W, 3)."""
+    """The n images of a folder, in the order of their paths, or of an .npz: [i] is image i, uint8 (H, W, 3). side: of a folder's, as
+    prepare.py cuts and resizes them."""
 
-    def __init__(self, path):
-        self.path, self.file, self.shape = path, None, None
+    def __init__(self, path, side=0):
+        self.path, self.file, self.shape, self.side = path, None, None, side
         with reading(path):
             if os.path.isdir(path):
                 self.files = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
-                self.n, stamp = len(self.files), [os.path.getsize(file) for file in self.files]
+                self.n, stamp = len(self.files), [(file, (found := os.stat(file)).st_size, found.st_mtime_ns) for file in self.files]
             else:
                 self.file, stamp = zipfile.ZipFile(path).open("arr_0.npy"), os.stat(path).st_mtime_ns
                 header = getattr(np.lib.format, f"read_array_header_{np.lib.format.read_magic(self.file)[0]}_0")
@@ -330,16 +362,23 @@ class Images:
         if not self.n:
             raise FidError(f"no images in {path}")
         self.shape = self.shape or self[0].shape
-        self.about = f"{self.n} images of {os.path.abspath(path)}, {hashlib.sha256(repr(stamp).encode()).hexdigest()[:16]}"
+        self.about = f"{self.n} images of {os.path.abspath(path)}, {hashlib.sha256(repr((stamp, side)).encode()).hexdigest()[:16]}"
 
     def __getitem__(self, i):
         if self.file:                                    # not held in memory: 50,000 of 256 x 256 are 10 GB
             with reading(self.path):
                 self.file.seek(self.start + i * self.size)
                 return np.frombuffer(self.file.read(self.size), np.uint8).reshape(self.shape)
-        with reading(self.files[i]), Image.open(self.files[i]) as image:
-            if image.mode != "RGB" or self.shape and image.size != self.shape[1::-1]:
-                raise FidError(f"{self.files[i]} is {image.mode}, {image.size}: all must be 8-bit RGB and of one size, that of {self.files[0]}")
+        if self.side:
+            from prepare import read_image
+            if isinstance(image := read_image(self.files[i], self.side), str):
+                raise FidError(f"cannot read {self.files[i]}: {image}")
+            return image.transpose(1, 2, 0)
+        with reading(self.files[i]), open(self.files[i], "rb") as file:
+            depth, image = file.read(25)[24:], Image.open(file)         # of a PNG: Pillow would cut 16 bits to 8
+            deep = image.format == "PNG" and depth == b"\x10"
+            if deep or image.mode != "RGB" or self.shape and image.size != self.shape[1::-1]:
+                raise FidError(f"{self.files[i]} is {'16-bit ' * deep}{image.mode}, {image.size}: all must be 8-bit RGB and of one size, that of {self.files[0]}")
             return np.asarray(image)
 
 
@@ -396,6 +435,7 @@ def main(argv=None):
     parser.add_argument("samples", help="images, or statistics")
     parser.add_argument("reference", help="images or statistics; with --save-stats the .npz to write")
     parser.add_argument("--save-stats", action="store_true", help="write the statistics of the images")
+    parser.add_argument("--size", type=int, default=0, help="of a folder's images, cut as prepare.py does for --save-stats")
     parser.add_argument("--inception", help="weights with the names of pytorch-fid's file (default: that file, downloaded once)")
     parser.add_argument("--resize", choices=("tf1", "torch"), default="tf1", help="TensorFlow 1's, as in papers, or pytorch-fid's")
     parser.add_argument("--batch", type=int, default=128)
@@ -404,14 +444,16 @@ def main(argv=None):
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.batch < 1 or args.save_stats and not args.reference.endswith(".npz"):
         raise FidError(f"--batch is at least 1 and --save-stats writes an .npz, not {args.batch} and {args.reference}")
+    if args.size and (args.size < 0 or not args.save_stats or not os.path.isdir(args.samples)):
+        raise FidError(f"--size is at least 1 and goes with --save-stats of a folder, not {args.size} and {args.samples}")
     images, found = [], []
     for path in (args.samples, args.reference)[:2 - args.save_stats]:
         with reading(path):
             names = zipfile.ZipFile(path).namelist() if path.endswith(".npz") else []
-        images.append(Images(path) if os.path.isdir(path) or "arr_0.npy" in names else None)
+        images.append(Images(path, args.size) if os.path.isdir(path) or "arr_0.npy" in names else None)
         found.append(None if images[-1] and (len(images) == 1 or "mu.npy" not in names) else read_statistics(path, notes=True))
     if ranks > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(days=1))           # another rank may be slow
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     net = load_inception(args.inception, device) if any(images) else None
     notes = made_with(net, args.resize) if net else ""
@@ -424,11 +466,13 @@ def main(argv=None):
     gaussians = [other[:2] if other else moments.mean_and_covariance() for other, (moments, _) in zip(found, results)]
     if args.save_stats:
         return write_npz(args.reference, mu=gaussians[0][0], sigma=gaussians[0][1], notes=notes)
-    print(f"FID {frechet_distance(*gaussians[0], *gaussians[1]):.4f}{notes and f' ({notes})'}")
+    few = "".join(moments.few() for other, (moments, _) in zip(found, results) if not other)
+    print(f"FID {frechet_distance(*gaussians[0], *gaussians[1]):.4f}{notes and f' ({notes})'}{few}")
     features, reference = (kept for _, kept in results)
     if images[0]:
         mean, std = inception_score(features.double() @ net.fc.weight.cpu().double().T)
-        print(f"Inception Score {mean:.3f} +- {std:.3f} (10 parts of an order drawn with seed 0)")
+        few = f"; too few images: {len(features)} <= 10 x 1008 classes" * (len(features) <= 10080)      # or a part cannot have them all
+        print(f"Inception Score {mean:.3f} +- {std:.3f} (10 parts of an order drawn with seed 0{few})")
     if all(images):
         precision, recall = precision_recall(features, reference)
         print(f"precision {precision:.4f}, recall {recall:.4f} (3 nearest neighbours)")

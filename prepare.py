@@ -7,7 +7,7 @@ Raw images -> data/NAME/, the memory-mapped arrays that train.py reads.
     python prepare.py cifar10 cifar-10-binary.tar.gz  # the binary version, from its authors' page
     python prepare.py imagenet SRC [DST] --size 256   # a folder of class folders -> latents of a VAE, in data/im256
     torchrun --nproc_per_node=8 prepare.py imagenet SRC --size 512   # the same command again goes on where it was
-    python prepare.py check NAME [--src SRC]          # is data/NAME what it should be? with a picture
+    python prepare.py check NAME [--src SRC]          # is data/NAME, or the folder NAME, what it should be? with a picture
 
 Common options: --name NAME (data/NAME), --seed N. A folder of data holds
     header.json                             what it is and how it was made
@@ -18,9 +18,11 @@ with the VAE's name) are stored as posteriors, (N, 2C, h, w) float16, C means an
 train_files.txt, the file of each row; the image in that formula is then mean + standard deviation * noise.
 """
 import argparse
+import ctypes
 import json
 import os
 import shutil
+import signal
 import sys
 import tarfile
 import zlib
@@ -107,8 +109,9 @@ class Writer:
         if os.path.exists(path) and not os.path.exists(os.path.join(path, "header.json")):
             raise DataError(f"{path} exists and is not a dataset of prepare.py: move it away, or choose another --name")
         if not begun:
-            shutil.rmtree(self.partial, ignore_errors=True)               # what an interrupted run left
-            os.makedirs(self.partial)
+            os.makedirs(self.partial, exist_ok=True)
+            for name in set(os.listdir(self.partial)) - {"lock"}:          # what an interrupted run left
+                os.remove(os.path.join(self.partial, name))
             need, free = sum(count.values()) * int(np.prod(shape)) * self.dtype.itemsize, shutil.disk_usage(self.partial).free
             if need > free:                                                # or a memory map would end the process, without a word
                 raise DataError(f"{path} takes {need / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left")
@@ -335,6 +338,12 @@ def read_batch(files, size):
     return [read_image(file, size) for file in files]
 
 
+def end_with_parent(_):
+    """In a loader's worker: what kills a rank kills its workers, which would else block on what they cannot hand over."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)                         # PR_SET_PDEATHSIG
+
+
 def imagenet(args):
     """File i of SRC, in sorted order, becomes row i of the arrays in DST.partial; done.npy says which rows are there
     (1) or cannot be (2). So ranks share the work, and a killed run goes on. Batches are always the same, hence the result."""
@@ -342,7 +351,7 @@ def imagenet(args):
     from torch.cuda import is_available
     from torch.utils.data import DataLoader
 
-    from checkpoint import written
+    from checkpoint import hold, written
     from vae import PUBLISHED, encode, latent_moments, load_vae
     rank, ranks, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if ranks != int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
@@ -361,24 +370,31 @@ def imagenet(args):
     barrier = dist.barrier if ranks > 1 else lambda: None
     if ranks > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))         # torchrun ends all ranks when one of them ends
+    complaint = [None]
     if rank == 0:
-        begun = json.load(open(at("plan.json"))) if os.path.exists(at("plan.json")) else {}
-        if differ := [key for key in plan if begun.get(key, plan[key]) != plan[key]]:
-            raise DataError(f"{at('')} was begun with another {' and another '.join(differ)}: delete it to start over")
-        writer = Writer(args.path, (2 * C, side, side), {"train": len(files), "test": 0}, np.float16, bool(begun))
-        if not begun:
-            writer.arrays["train_labels"][:] = [label for _, label in files]
-            writer.arrays["train_labels"].flush()
-            with written(at("done.npy")) as f:
-                np.save(f, np.zeros(len(files), np.uint8))
-            with written(at("plan.json")) as f:                            # last: with it, all of them are there
-                f.write(json.dumps(plan).encode())
-    barrier()
+        try:
+            lock, begun = hold(at(""), 10), json.load(open(at("plan.json"))) if os.path.exists(at("plan.json")) else {}
+            if differ := [key for key in plan if begun.get(key, plan[key]) != plan[key]]:
+                raise DataError(f"{at('')} was begun with another {' and another '.join(differ)}: delete it to start over")
+            writer = Writer(args.path, (2 * C, side, side), {"train": len(files), "test": 0}, np.float16, bool(begun))
+            if not begun:
+                writer.arrays["train_labels"][:] = [label for _, label in files]
+                writer.arrays["train_labels"].flush()
+                with written(at("done.npy")) as f:
+                    np.save(f, np.zeros(len(files), np.uint8))
+                with written(at("plan.json")) as f:                        # last: with it, all of them are there
+                    f.write(json.dumps(plan).encode())
+        except (DataError, OSError, ValueError) as error:
+            complaint = [f"cannot write {args.path}: {error}" if isinstance(error, OSError) else str(error)]
+    if ranks > 1:
+        dist.broadcast_object_list(complaint)
+    if complaint[0]:
+        raise DataError(complaint[0])
     stored, done = (np.load(at(file), mmap_mode="r+") for file in ("train_images.npy", "done.npy"))
     mine = [np.arange(first, min(first + batch, len(files))) for first in range(rank * batch, len(files), ranks * batch)]
     mine = [rows for rows in mine if not done[rows].all()]
     loader = DataLoader([file for file, _ in files], batch_sampler=mine, collate_fn=partial(read_batch, size=args.size),
-                        num_workers=max(1, (os.cpu_count() or 1) // ranks))
+                        num_workers=max(1, (os.cpu_count() or 1) // ranks), worker_init_fn=end_with_parent)
     with tqdm(total=len(files), initial=np.count_nonzero(done), desc="encoding", unit="img", disable=rank > 0) as bar:
         for rows, images in zip(mine, loader):
             whole = np.array([not isinstance(image, str) for image in images])
@@ -407,7 +423,8 @@ def imagenet(args):
     writer.finish(args.name, **plan, kind="latents", shape=[C, side, side], mean=mean, std=std, skipped=len(files) - n,
                   normalization="published" if known else "measured", license="yours", source="a folder of images",
                   made_by=f"prepare.py imagenet --size {args.size} --batch {batch}")
-    os.remove(os.path.join(args.path, "done.npy")), os.remove(os.path.join(args.path, "plan.json"))
+    for name in ("done.npy", "plan.json", "lock"):
+        os.remove(os.path.join(args.path, name))
 
 
 def check(args):
@@ -457,7 +474,8 @@ def main():
     for make in (digits, shapes, folder, cifar10, imagenet, check):
         p = kinds.add_parser(make.__name__)
         p.set_defaults(make=make)
-        p.add_argument("name" if make is check else "--name", default=None if make is imagenet else make.__name__, help="data/NAME")
+        p.add_argument("name" if make is check else "--name", default=None if make is imagenet else make.__name__,
+                       help="data/NAME" + ", or a folder of data" * (make is check))
         p.add_argument("--seed", type=int, default=0)
         if make is shapes:
             p.add_argument("--size", type=int, default=32)
@@ -481,7 +499,7 @@ def main():
     if args.make is imagenet:
         args.dst = args.dst or os.path.join("data", args.name or f"im{args.size}")
         args.name = args.name or os.path.basename(os.path.normpath(args.dst))
-    if args.make is check and os.sep in args.name:                        # made with a DST
+    if args.make is check and (os.sep in args.name or os.path.exists(os.path.join(args.name, "header.json"))):      # made with a DST
         args.dst, args.name = args.name, os.path.basename(os.path.normpath(args.name))
     if args.name != os.path.basename(args.name) or args.name in ("", ".", ".."):
         parser.error(f"--name names a folder in data/, which {args.name!r} does not")

@@ -205,6 +205,8 @@ def main():
     device = find_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if ranks > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=1))       # a rank that dies ends all; a slow one may be slow
     half, compiled = abilities(device)
     if args.precision == "bfloat16" and not half:
         raise CheckpointError(f"--precision bfloat16 takes a CUDA device that has it, which {device} is not")
@@ -225,15 +227,13 @@ def main():
     half = half and args.precision != "float32"
     compiled = compiled and half and n >= COMPILE_FROM                   # then one shape of batch, which compiles once
     batch, folder = min(args.batch, -(-n // ranks)), args.out + ".parts"
-    key = [about, n, args.nfe, w, args.seed, classes, batch, half, compiled, device.type, bool(args.fid), args.inception, vae and vae.crc32]
+    key = [about, n, args.nfe, w, args.seed, classes, batch, half, compiled, device.type, args.fid and inception.digest, vae and vae.crc32]
     key = hashlib.sha256(json.dumps(key).encode())
     for t in model.state_dict().values():
         key.update(raw_bytes(t))
     parts = [range(first, min(first + batch, n)) for first in range(0, n, batch)]
     path = lambda part: os.path.join(folder, f"{key.hexdigest()[:16]}-{part.start:09d}.npy")
     barrier = dist.barrier if ranks > 1 else lambda: None
-    if ranks > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=1))       # a rank that dies ends all; a slow one may be slow
     if rank == 0:
         lock, here = hold(folder, 10), {os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".npy")}
         for other in (others := here - set(map(path, parts))):
@@ -266,7 +266,7 @@ def main():
         moments = fid.Moments(2048)
         for part in batches:
             moments.add(torch.from_numpy(part))
-        result = f"FID {fid.frechet_distance(*moments.mean_and_covariance(), *reference):.4f} against {args.fid}"
+        result = f"FID {fid.frechet_distance(*moments.mean_and_covariance(), *reference):.4f}{moments.few()} against {args.fid}"
     else:
         write_images(args.out, batches, n, min(len(classes), 32) if classes else 10)
         result = args.out

@@ -22,11 +22,13 @@ import re
 import runpy
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
 import time
 import types
+import zlib
 
 import numpy as np
 import pytest
@@ -1042,13 +1044,16 @@ def test_moments_of_batches():
     rest.add(x[400:])
     for m_ in (one, parts, rest):
         assert np.allclose(m_.mean_and_covariance()[0], mean, rtol=1e-14) and np.allclose(m_.mean_and_covariance()[1], sigma, rtol=1e-11, atol=1e-9)
+    wide = fid.Moments(2048)
+    for wide.n, word in (2048, " (too few images: 2048 <= 2048)"), (2049, ""):
+        assert wide.few() == word and one.few() == ""
     with pytest.raises(fid.FidError, match="at least 2"):
         fid.Moments(6).mean_and_covariance()
     with pytest.raises(fid.FidError, match=r"\(B, 6\)"):
         one.add(x[:, :5])
 
 
-def test_frechet_distance_at_512_dimensions():
+def test_frechet_distance_at_512_dimensions(monkeypatch):
     D = 512
     a, b = covariance(D, 2000, 0) * torch.logspace(0, -4, D, dtype=F64), covariance(D, 2000, 1)
     a = (a + a.T) / 2 + torch.eye(D, dtype=F64)
@@ -1057,8 +1062,11 @@ def test_frechet_distance_at_512_dimensions():
     assert abs(fid.frechet_distance(mu, a, torch.zeros(D), b) / expected - 1) < 1e-6
     low = covariance(D, 100, 2)                                                            # rank 100, and one of full rank
     expected = low.trace() + D - 2 * (torch.linalg.svdvals(randn(D, 100, seed=2)) / 10).sum()
+    monkeypatch.setattr(torch.linalg, "eigh", None)                                        # slow, and not needed: one has a Cholesky factor
     assert abs(fid.frechet_distance(mu, low, mu, torch.eye(D)) / expected - 1) < 1e-6
     assert abs(fid.frechet_distance(mu, torch.eye(D), mu, low) / expected - 1) < 1e-6
+    expected = (low + b).trace() - 2 * np.trace(scipy.linalg.sqrtm((low @ b).numpy()).real)
+    assert abs(fid.frechet_distance(mu, low, mu, b) / expected - 1) < 1e-6
 
 
 def test_inception_score():
@@ -1092,15 +1100,20 @@ class Malicious:
         return self.what
 
 
+# Pickles that ask for memory which they do not fill, and one that would colour the terminal.
+GREEDY = {"LONG_BINPUT of 16777215": b"Nr\xff\xff\xff\0.", " PUT of 9999999": b"(p9999999\nt.", "FRAME of 1099511627776": b"\x80\4\x95\0\0\0\0\0\1\0\0N.",
+          "expected 1099511627776 bytes": b"\x80\4\x8e\0\0\0\0\0\1\0\0.", "os.[31mred": b"cos\n\x1b[31mred\n."}
+
+
 def test_statistics(folder):
     mu, sigma = randn(5).numpy(), covariance(5, 9, 0).numpy()
     np.savez("a.npz", mu=mu, sigma=sigma, mu_s=mu)
     good = {"fid": {"mu": mu, "sigma": np.asfortranarray(sigma)}, "fd_dinov2": {"mu": mu[:2]}, "n": np.float64(3)}
     for name, content in {"a.pkl": pickle.dumps(good, 4), "b.pkl": pickle.dumps(good["fid"], 3),
-                          "c.pkl": pickle.dumps(good, 3).replace(b"numpy._core.multi", b"numpy.core.multi")}.items():
+                          "c.pkl": pickle.dumps(good, 3).replace(b"numpy._core.multi", b"numpy.core.multi"), "d.pkl": pickle.dumps(good, 5)}.items():
         with open(name, "wb") as f:
             f.write(content)
-    for name in ("a.npz", "a.pkl", "b.pkl", "c.pkl"):
+    for name in ("a.npz", "a.pkl", "b.pkl", "c.pkl", "d.pkl"):
         got = fid.read_statistics(name)
         assert all((g == w).all() and g.dtype == np.float64 for g, w in zip(got, (mu, sigma))), name
     np.savez("float32.npz", mu=mu.astype(np.float32), sigma=sigma.astype(np.float32))
@@ -1109,21 +1122,23 @@ def test_statistics(folder):
     bad = {"os.pkl": (Malicious(os.system, "touch ran"), "system"), "eval.pkl": (Malicious(eval, "open('ran', 'w')"), "builtins.eval"),
            "in.pkl": ({"fid": {"mu": mu, "sigma": sigma, "x": Malicious(np.fromfile, "a.npz")}}, "fromfile"),
            "torch.pkl": (torch.zeros(1), "torch"), "list.pkl": ([1, 2], "cannot read list.pkl"), "text.pkl": ({"fid": {"mu": "a"}}, "cannot read text.pkl"),
-           "object.pkl": ({"mu": np.array([None]), "sigma": sigma}, "cannot read object.pkl")}
+           "object.pkl": ({"mu": np.array([None]), "sigma": sigma}, "cannot read object.pkl"),
+           "int5.pkl": (pickle.dumps({"mu": np.arange(5), "sigma": sigma}, 5), "cannot read int5.pkl: KeyError: 'i8'"),
+           **{f"{i}.pkl": (content, re.escape(word)) for i, (word, content) in enumerate(GREEDY.items())}}
     for name, (content, word) in bad.items():
         with open(name, "wb") as f:
-            pickle.dump(content, f, protocol=4)
+            f.write(content if isinstance(content, bytes) else pickle.dumps(content, 4))
         with pytest.raises(fid.FidError, match=word) as error:
             fid.read_statistics(name)
         assert "\n" not in str(error.value) and not os.path.exists("ran"), name
     for name, content in {"cut.npz": open("a.npz", "rb").read()[:300], "cut.pkl": open("a.pkl", "rb").read()[:300], "text.npz": b"hello"}.items():
         with open(name, "wb") as f:
             f.write(content)
-    for name, arrays in {"no.npz": dict(a=mu), "nan.npz": dict(mu=mu * np.nan, sigma=sigma), "askew.npz": dict(mu=mu, sigma=sigma + np.triu(sigma)),
+    for name, arrays in {"no.npz": dict(a=mu), "nan.npz": dict(mu=mu * np.nan, sigma=sigma), "askew.npz": dict(mu=mu, sigma=sigma + np.triu(sigma)), "minus.npz": dict(mu=mu, sigma=-np.eye(5)),
                          "small.npz": dict(mu=mu, sigma=sigma[:4]), "object.npz": dict(mu=np.array([None]), sigma=sigma),
                          "text2.npz": dict(mu=mu, sigma=sigma.astype(str))}.items():
         np.savez(name, **arrays)
-    for name in ("cut.npz", "cut.pkl", "text.npz", "no.npz", "nan.npz", "askew.npz", "small.npz", "object.npz", "text2.npz", "gone.npz", "gone.pkl"):
+    for name in ("cut.npz", "cut.pkl", "text.npz", "no.npz", "nan.npz", "askew.npz", "minus.npz", "small.npz", "object.npz", "text2.npz", "gone.npz", "gone.pkl"):
         with pytest.raises(fid.FidError, match=name):
             fid.read_statistics(name)
 
@@ -1204,6 +1219,7 @@ def test_fid_command(small_fid, capfd):
     of_folder, of_npz = fid_main("a", "b.npz"), fid_main("a.npz", "b.npz")
     assert numbers(of_folder) == pytest.approx(numbers(of_npz), rel=1e-5) and len(numbers(of_npz)) == 4, of_npz
     assert "12 images for 2048 dimensions: the covariance is rank deficient" in capfd.readouterr().err
+    assert " (too few images: 12 <= 2048) (too few images: 10 <= 2048)\n" in of_npz and "seed 0; too few images: 12 <= 10 x" in of_npz
     images = torch.from_numpy(small_fid).permute(0, 3, 1, 2)
     features = fid.load_inception("w.pth")(images)
     moments = [(x.numpy().mean(0), np.cov(x.numpy().T)) for x in features.double().split([12, 10])]
@@ -1213,6 +1229,7 @@ def test_fid_command(small_fid, capfd):
     assert fid_main("--save-stats", "b.npz", "stats.npz") == ""
     assert np.allclose(fid.read_statistics("stats.npz")[1], moments[1][1], atol=1e-5 * moments[1][1].max())
     assert numbers(fid_main("a", "stats.npz")) == pytest.approx(numbers(of_npz)[:2], rel=1e-5)         # no precision, no recall
+    assert "12 <= 2048)\n" in fid_main("a", "stats.npz") and "too few" not in fid_main("stats.npz", "stats.npz")
     assert numbers(fid_main("stats.npz", "stats.npz")) == [0]
     with open("stats.pkl", "wb") as f:
         pickle.dump({"fid": dict(zip(("mu", "sigma"), fid.read_statistics("stats.npz")))}, f)
@@ -1223,14 +1240,30 @@ def test_fid_command(small_fid, capfd):
     live = fid.fid_of(images[:12].split(7), net := fid.load_inception("w.pth"), fid.read_reference("stats.npz", net))
     assert live == pytest.approx(numbers(of_npz)[0], rel=1e-4)
 
-    [os.makedirs(name) for name in ("gray", "empty", "one", "clear")]
+    os.makedirs("mixed")                                                                               # of many sizes, as ImageNet's
+    for i, (mode, *size) in enumerate((("RGB", 30, 20), ("L", 19, 40), ("CMYK", 70, 50))):
+        Image.fromarray(small_fid[i]).convert(mode).resize(size).save(f"mixed/{i}.JPEG")
+    np.savez("cut.npz", arr_0=[prepare.read_image(f"mixed/{i}.JPEG", 16).transpose(1, 2, 0) for i in range(3)])
+    assert fid_main("--save-stats", "mixed", "m.npz", "--size=16", "--state=m") == fid_main("--save-stats", "cut.npz", "c.npz") == ""
+    assert all((a == b).all() for a, b in zip(fid.read_statistics("m.npz"), fid.read_statistics("c.npz")))
+    assert "another run" in fid_main("--save-stats", "mixed", "m.npz", "--size=8", "--state=m")
+    for wrong in (("mixed", "m.npz"), ("--save-stats", "cut.npz", "m.npz")):
+        assert "--size is at least 1 and goes with --save-stats of a folder" in fid_main(*wrong, "--size=16")
+    with open("mixed/3.JPEG", "wb") as f:
+        f.write(open("mixed/2.JPEG", "rb").read()[:300])
+    assert "cannot read mixed/3.JPEG" in fid_main("--save-stats", "mixed", "m.npz", "--size=16")
+
+    [os.makedirs(name) for name in ("gray", "empty", "one", "clear", "deep")]
     Image.fromarray(small_fid[0, ..., 0]).save("gray/1.png")
     np.savez("gray.npz", arr_0=small_fid[:4, ..., :1])
     Image.fromarray(small_fid[0]).save("one/1.png")
     Image.fromarray(np.dstack([small_fid[0], small_fid[0, ..., 0]])).save("clear/1.png")
+    chunk = lambda kind, content: struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    with open("deep/1.png", "wb") as f:                                                                # Pillow writes none
+        f.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes(26))) + chunk(b"IEND", b""))
     np.savez("float.npz", arr_0=small_fid / 255)
     np.savez("planes.npz", arr_0=small_fid.transpose(0, 3, 1, 2))
-    for a, word in (("empty", "no images"), ("one", "at least 2"), ("clear", "is RGBA"), ("gray", "is L"), ("gray.npz", "must be uint8"), ("float.npz", "must be uint8"),
+    for a, word in (("empty", "no images"), ("one", "at least 2"), ("clear", "is RGBA"), ("deep", "is 16-bit RGB, (2, 2)"), ("gray", "is L"), ("gray.npz", "must be uint8"), ("float.npz", "must be uint8"),
                     ("planes.npz", "must be uint8"), ("gone", "gone"), ("w.pth", "w.pth")):
         assert word in fid_main(a, "stats.npz"), a
     Image.fromarray(small_fid[0, :9]).save("one/2.png")
@@ -1250,8 +1283,11 @@ def test_fid_continues(small_fid, monkeypatch):
     with open(broken, "r+b") as f:
         f.seek(900), f.write(b"\0" * 300)
     assert "cannot read a/below/11.png" in fid_main("a", "b.npz", "--state=state") and os.path.exists(again)
+    before = os.stat(broken).st_mtime_ns
     with open(broken, "wb") as f:
         f.write(good)
+    assert "another run" in fid_main("a", "b.npz", "--state=state")                       # as many bytes, but others
+    os.utime(broken, ns=(before, before))                                                 # only reading had failed
     counted, read = [], fid.Images.__getitem__
     monkeypatch.setattr(fid.Images, "__getitem__", lambda self, i: (counted.append((self.path, i)), read(self, i))[1])
     assert fid_main("a", "b.npz", "--state=state") == whole
@@ -1275,7 +1311,17 @@ moments = fid.Moments(4)
 moments.add(x[:30] if rank == 0 else x[30:])
 moments.all_reduce()
 np.savez(f"moments{rank}.npz", **moments.state())
+real, torch.hub.get_dir, fid.URL = torch.hub.download_url_to_file, lambda: "hub", "file:///nowhere/w.pth"
+try:
+    fid.load_inception()
+except fid.FidError as error:
+    open(f"error{rank}", "w").write(str(error))
+torch.hub.download_url_to_file = lambda *what: (open(f"downloaded{rank}", "w").close(), real(*what))
+fid.URL, fid.SHA256 = "file://" + os.path.abspath("w.pth"), fid.hashlib.sha256(open("w.pth", "rb").read()).hexdigest()
+assert fid.load_inception().digest == fid.SHA256
 dist.destroy_process_group()
+init = dist.init_process_group
+dist.init_process_group = lambda backend, timeout: init(backend, timeout=timeout / timeout.days)      # a day or more
 sys.stdout = open(f"out{rank}", "w")
 fid.main(["a", "b.npz", "--inception=w.pth", "--batch=5", "--state=two"])
 """)
@@ -1284,6 +1330,8 @@ fid.main(["a", "b.npz", "--inception=w.pth", "--batch=5", "--state=two"])
     for rank in range(2):
         with np.load(f"moments{rank}.npz") as f:
             assert f["n"] == 101 and np.allclose(f["mean"], x.mean(0), rtol=1e-14) and np.allclose(f["scatter"] / 100, np.cov(x.T), atol=1e-11)
+        assert open(f"error{rank}").read().startswith("cannot read file:///nowhere/w.pth")           # no rank waits for what failed
+    assert glob.glob("downloaded*") == ["downloaded0"]
     got, want = ([float(n) for n in re.findall(r"\d+\.\d+", text)] for text in (open("out0").read(), whole))
     assert got == pytest.approx(want, rel=1e-4, abs=2e-4) and open("out1").read() == "" and os.path.exists("two-0-1.npz")
 
@@ -1530,6 +1578,8 @@ def test_partial_samples_are_of_one_run(folder, capsys, monkeypatch):
 def test_fid_of_samples(folder, capsys, monkeypatch):
     """--fid is the distance of the features of the same images from the reference, and leaves nothing behind."""
     class Inception:
+        digest = "a"
+
         def __call__(self, images, resize):
             assert images.dtype == torch.uint8 and images.shape[1:] == (3, 8, 8) and resize == "tf1"
             return images.float().flatten(2).mean(1)[:, ::8]
@@ -1548,6 +1598,12 @@ def test_fid_of_samples(folder, capsys, monkeypatch):
     assert abs(float(re.search(r"FID (\S+) against ref.npz", capsys.readouterr().out)[1]) - expected) < 1e-4 * expected + 1e-4
     assert sorted(os.listdir()) == ["a.npz", "c.safetensors"]
     assert "without --out" in run_script("sample.py", "c.safetensors", "--fid", "ref.npz", "--out", "b.npz")
+    with monkeypatch.context() as patch:
+        patch.setattr(fid, "frechet_distance", None)                          # an end at the last moment
+        pytest.raises(TypeError, run_script, "sample.py", "c.safetensors", "--n", 50, "--fid", "ref.npz", "--inception", "w.pth")
+    Inception.digest = "b"                                                    # other weights in the same file
+    assert run_script("sample.py", "c.safetensors", "--n", 50, "--fid", "ref.npz", "--inception", "w.pth") is None
+    assert "starting over" in capsys.readouterr().err
 
 
 def test_sample_refuses(folder):
@@ -1704,7 +1760,7 @@ EVIL = {
     "no plain storage: 'dict'": lambda: calling(torch.storage._load_from_bytes, saved({"a": torch.ones(2)})),
     "out of bounds": lambda: calling(torch._utils._rebuild_tensor_v2, torch.ones(2).storage(), 1, (2,), (1,), False, {}),
     "TVMWrapper": lambda: {"ema": calling(calling(getattr, calling(getattr, torch.nn.Linear, "__init__"), "__globals__"), "ran", "w")},
-}
+} | {word: lambda content=content: content for word, content in GREEDY.items()}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -2567,6 +2623,8 @@ def test_imagenet(folder, source, capsys, monkeypatch):
     np.save("data/a/train_images.npy", stored[:199])
     assert "its header says float16 (200, 8, 8, 8)" in check("a")
     assert run_script("prepare.py", "digits") is None and run_script("prepare.py", "check", "digits") is None
+    os.rename("data/digits", "moved")
+    assert run_script("prepare.py", "check", "moved") is None and "no data in data/digits" in run_script("prepare.py", "check", "digits")
 
     refuse = lambda *a: run_script("prepare.py", "imagenet", source / "src", *a)
     assert "multiple of 4" in refuse("--size", 30, "--vae", source / "vae")
@@ -2605,8 +2663,13 @@ def test_published_latents(folder, source, capsys):
     assert "this model makes pixels" in run_script("sample.py", "pixels.safetensors", "--vae", source / "vae")
 
 
+def running(pid):
+    with contextlib.suppress(OSError):
+        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="kills processes as Linux does")
-def test_rehearsal(folder, source, capsys):
+def test_rehearsal(folder, source, capsys, monkeypatch):
     """The whole way on small files: JPEGs, latents, a killed run and two ranks that finish it, training, 64 samples on two ranks."""
     arguments = ["imagenet", source / "src", "--size", 32, "--vae", source / "vae", "--vae-name", "tiny", "--batch", 1]
     assert run_script("prepare.py", *arguments, "--name", "whole") is None
@@ -2614,10 +2677,17 @@ def test_rehearsal(folder, source, capsys):
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     done = "data/cut.partial/done.npy"
     until(lambda: os.path.exists("data/cut.partial/plan.json") and np.count_nonzero(np.load(done)) >= 20, "20 encoded images")
+    workers = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
     process.kill(), process.wait()
+    assert workers and until(lambda: not any(map(running, workers)), "the end of its workers", 2)
     at = np.count_nonzero(np.load(done))
     assert 20 <= at < 200 and not os.path.exists("data/cut")
     assert "begun with another batch" in run_script("prepare.py", *arguments[:-1], 2, "--name", "cut")
+    failed = pytest.raises(subprocess.CalledProcessError, torchrun, "prepare.py", *arguments[:-1], 2, "--name", "cut").value
+    assert failed.stderr.decode().count("begun with another batch") == 2                        # both ranks say why
+    with ckpt.hold("data/cut.partial", 0), monkeypatch.context() as patch:
+        patch.setattr(ckpt, "hold", lambda path, seconds, hold=ckpt.hold: hold(path, 0))
+        assert "data/cut: process" in (line := run_script("prepare.py", *arguments, "--name", "cut")) and "is at work there" in line
     assert f"| {at}/200 [" in torchrun("prepare.py", *arguments, "--name", "cut").stderr.decode()
     for file in os.listdir("data/whole"):
         if file != "header.json":
@@ -2660,7 +2730,7 @@ def test_rehearsal(folder, source, capsys):
     np.savez("eight.npz", arr_0=images[:8])                                                       # and without keeping them
     assert run_script("fid.py", "eight.npz", "real.npz", "--inception", "inception.pth") is None
     assert run_script("sample.py", "out/cut/ckpt.safetensors", "--n", 8, "--nfe", 2, "--vae", source / "vae", "--fid", "real.npz", "--inception", "inception.pth") is None
-    kept, not_kept = (float(number) for number in re.findall(r"FID ([0-9.]+)", capsys.readouterr().out))
+    kept, not_kept = (float(number) for number in re.findall(r"FID ([0-9.]+) .*\(too few images: 8 <= 2048\)", capsys.readouterr().out))
     assert abs(not_kept / kept - 1) < 1e-2                                                        # the same images, to a level
 
 
