@@ -592,7 +592,8 @@ for step in progress:
         rate = total[1, 1].item() / seconds
         if norms:
             log(step=done, loss=terminal + fm, terminal=terminal, fm=fm, terminal_by_t=by_quarter[0], fm_by_s=by_quarter[1],
-                grad_norm=float(np.mean(norms)), images_per_second=round(rate, 1), data_wait=round(waited / seconds, 4), skipped=skipped)
+                grad_norm=float(np.mean(norms)), images_per_second=round(rate, 1), data_wait=round(waited / seconds, 4), skipped=skipped,
+                **({"peak_gb": round(torch.cuda.max_memory_reserved() / 1e9, 1)} if device.type == "cuda" else {}))
         progress.set_postfix_str(f"terminal {terminal:.4f} fm {fm:.4f} {rate:.0f} img/s, {waited / seconds:.1%} data wait"
                                  + f", {skipped} skipped" * bool(skipped))
         sums.zero_(), norms.clear()
