@@ -61,12 +61,17 @@ def holding(**what):
     return stub
 
 
+def rebuilt(flat, at, size, stride, *_):
+    if math.prod(size) > flat.tensor.numel():                                    # overlapping itself, to ask for memory
+        raise CheckpointError(f"a tensor of {tuple(size)} in a storage of {flat.tensor.numel()}")
+    return holding(tensor=flat.tensor.as_strided(size, stride, at))              # which keeps within the storage, or raises
+
+
 class Reader(pickle.Unpickler):
     def find_class(self, module, name):
         known = {"torch.storage._load_from_bytes": self.storage, "builtins.getattr": self.attribute,
                  "torch._utils._rebuild_parameter": (first := lambda data, *_: data), "torch._utils._rebuild_parameter_with_state": first,
-                 # as_strided keeps within the storage, or raises
-                 "torch._utils._rebuild_tensor_v2": lambda flat, at, size, stride, *_: holding(tensor=flat.tensor.as_strided(size, stride, at)),
+                 "torch._utils._rebuild_tensor_v2": rebuilt,
                  "torch_utils.persistence._reconstruct_persistent_obj": lambda meta: holding(state=meta["state"])}   # not its source
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)      # as old protocols have them
         if f"{module}.{name}" in known:

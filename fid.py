@@ -344,20 +344,26 @@ def precision_recall(samples, reference, k=3, size=2 ** 25):
 
 class Images:
     """The n images of a folder, in the order of their paths, or of an .npz: [i] is image i, uint8 (H, W, 3). side: of a folder's, as
-    prepare.py cuts and resizes them."""
+    prepare.py cuts and resizes them; those that it would skip are None."""
 
     def __init__(self, path, side=0):
         self.path, self.file, self.shape, self.side = path, None, None, side
         with reading(path):
             if os.path.isdir(path):
-                self.files = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+                if side:
+                    from prepare import list_images
+                    self.files, self.shape = [file for file, _ in list_images(path)[1]], [side, side, 3]
+                else:                                    # links to folders are entered where they lie in the folder itself
+                    tops = [path, *(d.path for d in os.scandir(path) if d.is_symlink() and d.is_dir())]
+                    self.files = sorted(os.path.join(at, file) for top in tops for at, _, files in os.walk(top) for file in files
+                                        if file.lower().endswith((".png", ".jpg", ".jpeg")))
                 self.n, stamp = len(self.files), [(file, (found := os.stat(file)).st_size, found.st_mtime_ns) for file in self.files]
             else:
                 self.file, stamp = zipfile.ZipFile(path).open("arr_0.npy"), os.stat(path).st_mtime_ns
                 header = getattr(np.lib.format, f"read_array_header_{np.lib.format.read_magic(self.file)[0]}_0")
                 (self.n, *self.shape), by_columns, dtype = header(self.file)
                 self.start, self.size = self.file.tell(), int(np.prod(self.shape))
-                if dtype != np.uint8 or len(self.shape) != 3 or self.shape[2] != 3 or by_columns:
+                if dtype != np.uint8 or len(self.shape) != 3 or self.shape[2] != 3 or by_columns or min(self.n + 1, *self.shape) < 1:
                     raise FidError(f"{path}: arr_0 must be uint8 (N, H, W, 3), not {dtype} {(self.n, *self.shape)}")
         if not self.n:
             raise FidError(f"no images in {path}")
@@ -372,7 +378,7 @@ class Images:
         if self.side:
             from prepare import read_image
             if isinstance(image := read_image(self.files[i], self.side), str):
-                raise FidError(f"cannot read {self.files[i]}: {image}")
+                return tqdm.write(f"skipped {self.files[i]}: {image}", file=sys.stderr)         # None
             return image.transpose(1, 2, 0)
         with reading(self.files[i]), open(self.files[i], "rb") as file:
             depth, image = file.read(25)[24:], Image.open(file)         # of a PNG: Pillow would cut 16 bits to 8
@@ -393,23 +399,23 @@ def measure(images, net, resize="tf1", batch=128, keep=True, state=None):
     """Images -> Moments of all ranks' features and, where `keep`, on rank 0 the features (n, 2048). state: see --state."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     first, last = images.n * rank // ranks, images.n * (rank + 1) // ranks
-    moments, kept, saved = Moments(2048), [torch.empty(0, 2048)], time.monotonic()
+    moments, kept, saved, begin = Moments(2048), [torch.empty(0, 2048)], time.monotonic(), first
     about, state = f"{images.about}, {first} to {last}, {resize}, weights {net.digest}, {keep}", state and f"{state}-{rank}.npz"
     if state and os.path.exists(state):
         with reading(state), np.load(state, allow_pickle=False) as f:
             if str(f["about"]) != about:
                 raise FidError(f"{state} belongs to another run: delete it, or give another --state")
             moments.merge(f["n"], f["mean"], f["scatter"])
-            kept = [torch.from_numpy(f["kept"])]
+            kept, begin = [torch.from_numpy(f["kept"])], int(f["next"])
     with ThreadPoolExecutor(1 if images.file else min(16, os.cpu_count() or 1)) as pool:   # a GPU computes meanwhile
-        for at in tqdm(range(first + moments.n, last, batch), desc=images.path, unit="batch", disable=rank > 0):
-            pixels = np.stack(list(pool.map(images.__getitem__, range(at, min(at + batch, last)))))
-            features = net(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(net.fc.weight.device), resize)
-            moments.add(features)
-            kept += [features] * keep
+        for at in tqdm(range(begin, last, batch), desc=images.path, unit="batch", disable=rank > 0):
+            if pixels := [x for x in pool.map(images.__getitem__, range(at, min(at + batch, last))) if x is not None]:
+                features = net(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(net.fc.weight.device), resize)
+                moments.add(features)
+                kept += [features] * keep
             if state and (time.monotonic() > saved + SAVE_SECONDS or at + batch >= last):
                 kept, saved = [torch.cat([part.cpu() for part in kept])], time.monotonic()
-                write_npz(state, about=about, kept=kept[0], **moments.state())
+                write_npz(state, about=about, kept=kept[0], next=min(at + batch, last), **moments.state())
     kept = [torch.cat([part.cpu() for part in kept])]
     if ranks > 1:
         moments.all_reduce()
@@ -442,10 +448,12 @@ def main(argv=None):
     parser.add_argument("--state", help="keep progress in files whose names begin so, and continue from them")
     args = parser.parse_args(argv)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch < 1 or args.save_stats and not args.reference.endswith(".npz"):
+    if args.batch < 1 or args.save_stats and (not args.reference.endswith(".npz") or os.path.isdir(args.reference)):
         raise FidError(f"--batch is at least 1 and --save-stats writes an .npz, not {args.batch} and {args.reference}")
     if args.size and (args.size < 0 or not args.save_stats or not os.path.isdir(args.samples)):
         raise FidError(f"--size is at least 1 and goes with --save-stats of a folder, not {args.size} and {args.samples}")
+    for file in [args.reference] * args.save_stats + [args.state] * bool(args.state):
+        os.makedirs(os.path.dirname(file) or ".", exist_ok=True)             # complain before the work, not after it
     images, found = [], []
     for path in (args.samples, args.reference)[:2 - args.save_stats]:
         with reading(path):
@@ -580,5 +588,7 @@ def classify(net, images, batch=1000):
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (FidError, OSError, RuntimeError) as error:
         sys.exit(f"fid.py: {' '.join(str(error).split())}")

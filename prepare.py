@@ -120,6 +120,8 @@ class Writer:
             for kind, kind_dtype, item in (("images", dtype, shape), ("labels", np.int64, ())):
                 file = os.path.join(self.partial, f"{split}_{kind}.npy")
                 if n:
+                    if begun:                                              # raises where the file was cut off, which "r+" would fill up
+                        np.load(file, mmap_mode="r")
                     self.arrays[f"{split}_{kind}"] = open_memmap(file, "r+" if begun else "w+", kind_dtype, (n, *item))
                 else:                                                      # a memory map cannot be empty
                     np.save(file, np.zeros((0, *item), kind_dtype))
@@ -374,6 +376,8 @@ def imagenet(args):
     if rank == 0:
         try:
             lock, begun = hold(at(""), 10), json.load(open(at("plan.json"))) if os.path.exists(at("plan.json")) else {}
+            if os.path.exists(args.path):                                  # since the look above
+                raise DataError(f"{args.path} is there already: another run made it")
             if differ := [key for key in plan if begun.get(key, plan[key]) != plan[key]]:
                 raise DataError(f"{at('')} was begun with another {' and another '.join(differ)}: delete it to start over")
             writer = Writer(args.path, (2 * C, side, side), {"train": len(files), "test": 0}, np.float16, bool(begun))
@@ -384,8 +388,8 @@ def imagenet(args):
                     np.save(f, np.zeros(len(files), np.uint8))
                 with written(at("plan.json")) as f:                        # last: with it, all of them are there
                     f.write(json.dumps(plan).encode())
-        except (DataError, OSError, ValueError) as error:
-            complaint = [f"cannot write {args.path}: {error}" if isinstance(error, OSError) else str(error)]
+        except (DataError, OSError, ValueError, AttributeError) as error:
+            complaint = [str(error) if isinstance(error, DataError) else f"cannot write {args.path}: {error}"]
     if ranks > 1:
         dist.broadcast_object_list(complaint)
     if complaint[0]:
@@ -435,7 +439,7 @@ def check(args):
     header, data = load_dataset(args.path)
     stored, latent, classes, wrong = data["train_images"], "vae" in header, header["num_classes"], []
     counts = np.bincount(data["train_labels"], minlength=classes)[:classes]
-    print(f"{args.path}: {len(stored)} {header['kind']}, {'x'.join(map(str, header['shape']))}, "
+    print(f"{args.path}: {len(stored)} {header.get('kind', 'images')}, {'x'.join(map(str, header['shape']))}, "
           + (f"{classes} classes of {counts.min()} to {counts.max()}" if classes else "no classes"))
     if counts.tolist() != header["class_counts"] or 0 in counts:
         wrong.append("a class is empty, or the header's class_counts are not those of the labels")
@@ -451,7 +455,7 @@ def check(args):
             wrong.append(f"channel {c} has mean {mean:.3g} and std {std:.3g}" + ", not about 0 and 1" * latent)
     sheet = [stored[rows[:8]].transpose(0, 2, 3, 1)]
     if latent:
-        vae = load_vae(args.vae or header["vae"], crc32=header["vae_crc32"])
+        vae = load_vae(args.vae or header["vae"], crc32=header.get("vae_crc32"))
         sheet = [decode(vae, from_numpy(stored[rows[:8], :header["shape"][0]]))]
     if latent and args.src:
         with open(os.path.join(args.path, "train_files.txt"), errors="surrogateescape") as f:
@@ -463,7 +467,7 @@ def check(args):
         print(f"decoded images differ from their originals by {np.abs(np.float32(sheet[0]) - sheet[1]).mean():.1f} of 255 levels in the mean")
     sheet = np.concatenate([np.concatenate(images, axis=1) for images in sheet])
     Image.fromarray(np.broadcast_to(sheet, (*sheet.shape[:2], 3))).save(os.path.join(args.path, "check.png"))
-    print(f"{args.path}/check.png: {'originals over ' * bool(args.src)}{'decoded ' * latent}examples")
+    print(f"{args.path}/check.png: {'originals over ' * bool(latent and args.src)}{'decoded ' * latent}examples")
     if wrong:
         raise DataError(f"{args.path}: {'; '.join(wrong)}")
 
@@ -505,7 +509,7 @@ def main():
         parser.error(f"--name names a folder in data/, which {args.name!r} does not")
     if not 0 <= args.seed < 2 ** 63:
         parser.error(f"--seed must be at least 0 and below 2**63, not {args.seed}")
-    args.path = getattr(args, "dst", None) or os.path.join("data", args.name)
+    args.path = os.path.normpath(getattr(args, "dst", None) or os.path.join("data", args.name))          # FOLDER/ is FOLDER
     try:
         args.make(args)
     except KeyboardInterrupt:

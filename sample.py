@@ -171,7 +171,8 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if args.fid and args.out or args.inception and not args.fid:
         raise CheckpointError("--fid keeps no images, so it goes without --out; --inception goes with --fid only")
-    args.out = args.out or (f"{args.checkpoint.replace(os.sep, '-')}-nfe{args.nfe}-fid" if args.fid else "samples.png")
+    name = f"{args.checkpoint.replace(os.sep, '-')}-nfe{args.nfe}-fid" if args.fid else "samples.png"
+    args.out = os.path.normpath(args.out or name)                         # FOLDER/ is FOLDER
     args.n = 50_000 if args.fid and args.n is None else args.n
     if min(args.nfe, args.batch, 1 if args.n is None else args.n) < 1 or not 0 <= args.seed < 2 ** 63:
         raise CheckpointError("--nfe, --n and --batch must be at least 1, --seed at least 0 and below 2**63")

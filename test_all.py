@@ -1251,7 +1251,16 @@ def test_fid_command(small_fid, capfd):
         assert "--size is at least 1 and goes with --save-stats of a folder" in fid_main(*wrong, "--size=16")
     with open("mixed/3.JPEG", "wb") as f:
         f.write(open("mixed/2.JPEG", "rb").read()[:300])
-    assert "cannot read mixed/3.JPEG" in fid_main("--save-stats", "mixed", "m.npz", "--size=16")
+    os.makedirs("linked/b"), os.symlink("../mixed", "linked/a")                                       # one image in a folder, four in a link
+    os.rename("mixed/1.JPEG", "linked/b/1.JPEG")
+    for path in ("linked", "linked", "mixed"):                                                        # skipped like prepare.py; the state ends after it
+        assert fid_main("--save-stats", path, f"new/{path}.npz", "--size=16", f"--state=newer/{path}") == ""
+    assert "skipped linked/a/3.JPEG: " in (said := capfd.readouterr().err) and said.count("skipped") == 2, said
+    assert np.allclose(fid.read_statistics("new/linked.npz")[1], fid.read_statistics("m.npz")[1], rtol=1e-10, atol=1e-12)
+    with np.load("newer/mixed-0-0.npz") as f:
+        assert f["n"] == 2 and f["next"] == 3
+    os.makedirs("folder.npz"), os.makedirs("links"), os.symlink("../a", "links/a")
+    assert "folder.npz" in fid_main("--save-stats", "a", "folder.npz") and fid.Images("links").n == 12
 
     [os.makedirs(name) for name in ("gray", "empty", "one", "clear", "deep")]
     Image.fromarray(small_fid[0, ..., 0]).save("gray/1.png")
@@ -1498,7 +1507,7 @@ def test_sample_outputs(folder):
     assert a.shape == (7, 8, 8, 1) and a.dtype == np.uint8 and a.std() > 0
     assert run_script("sample.py", "c.safetensors", "--n", 7, "--out", "b.npz", "--seed", 4, "--batch", 3) is None
     assert np.abs(a.astype(int) - np.load("b.npz", allow_pickle=False)["arr_0"]).max() <= 1
-    assert run_script("sample.py", "c.safetensors", "--n", 7, "--out", "pngs", "--seed", 4) is None
+    assert run_script("sample.py", "c.safetensors", "--n", 7, "--out", "pngs/", "--seed", 4) is None
     assert len(os.listdir("pngs")) == 7 and (np.asarray(Image.open("pngs/000003.png")) == a[3, ..., 0]).all()
     assert run_script("sample.py", "c.safetensors", "--classes", "3,5", "--nfe", 2) is None
     assert Image.open("samples.png").size[0] >= 700
@@ -2644,7 +2653,7 @@ def test_published_latents(folder, source, capsys):
         write_picture(folder / "src" / f"c{i % 2}" / f"{i}.jpg", size=(300, 260), colour=(60 * i, 200, 9))
     named = ("--vae", source / "vae", "--vae-name", prepare.SD_VAE)
     for size, preset, mean in ((256, "im256_w2", 0.86488), (512, "im512_w2p25", 1.56)):
-        assert run_script("prepare.py", "imagenet", "src", *[f"data/im{size}"] * (size > 256), "--size", size, *named) is None
+        assert run_script("prepare.py", "imagenet", "src", *[f"data/im{size}/"] * (size > 256), "--size", size, *named) is None
         header = prepare.load_dataset(f"data/im{size}")[0]
         assert header["normalization"] == "published" and header["mean"][0] == mean and header["vae"] == prepare.SD_VAE
     assert "not about 0 and 1" in run_script("prepare.py", "check", "im256", "--vae", source / "vae")
@@ -2688,6 +2697,11 @@ def test_rehearsal(folder, source, capsys, monkeypatch):
     with ckpt.hold("data/cut.partial", 0), monkeypatch.context() as patch:
         patch.setattr(ckpt, "hold", lambda path, seconds, hold=ckpt.hold: hold(path, 0))
         assert "data/cut: process" in (line := run_script("prepare.py", *arguments, "--name", "cut")) and "is at work there" in line
+    images = open(file := "data/cut.partial/train_images.npy", "rb").read()
+    os.truncate(file, 5000)
+    assert "cannot write data/cut: mmap length" in run_script("prepare.py", *arguments, "--name", "cut") and os.path.getsize(file) == 5000
+    with open(file, "wb") as f:
+        f.write(images)
     assert f"| {at}/200 [" in torchrun("prepare.py", *arguments, "--name", "cut").stderr.decode()
     for file in os.listdir("data/whole"):
         if file != "header.json":
