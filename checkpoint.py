@@ -121,7 +121,8 @@ def save_state(folder, step, tensors, about, keep):
     kept = [at for at in states(folder) if at <= step][-keep:]
     for at, path in states(folder).items():
         if at not in kept:
-            os.remove(path)
+            with contextlib.suppress(OSError):                    # the new one is whole, which is what counts
+                os.remove(path)
 
 
 def load_newest(folder, device="cpu", quiet=False):

@@ -788,14 +788,17 @@ def test_flow_matching_is_the_fm_term():
     close(s.sample(net, noise, y, w, 4, euler=True), x, 1e-12)
 
 
-def test_meanflow_compiles_once():
-    """The trainer's compiled block needs three graphs, all in the first step: without a derivative, and with one, whose tangent
-    has a gradient in the first block alone."""
+@pytest.mark.parametrize("name, kept", [("meanflow", 0), ("tvm", 0), ("tvm", 1)])
+def test_blocks_compile_once(name, kept):
+    """The trainer's compiled block needs three graphs, all in the first step: MeanFlow's without a derivative, and with one, whose
+    tangent is the detached one of a block before or not; TVM's for the two passes and the target's."""
     torch._dynamo.reset()
     net, graphs = random_model(torch.float32), []
     count = lambda graph, inputs: graphs.append(graph) or graph.forward
-    net.run_block = torch.compile(m.Block.forward_detached, fullgraph=True, dynamic=False, backend=count)
-    objective = TVM(net, copy.deepcopy(net), guidance=dict(w=2.0), objective="meanflow", times=dict(sampler="two", p_equal=0.75))
+    block, net.checkpoint_blocks = m.Block.forward_detached if name == "meanflow" else m.Block.forward, kept
+    net.run_block = torch.compile(block, fullgraph=True, dynamic=False, backend=count)
+    target, times = copy.deepcopy(net).requires_grad_(False), dict(sampler="two", p_equal=0.75) if name == "meanflow" else {}
+    objective = TVM(net, target, guidance=dict(w=2.0), objective=name, times=times)
     seen = []
     for step in range(3):
         x0 = randn(8, 2, 4, 4, dtype=torch.float32)
@@ -2350,7 +2353,7 @@ def test_two_ranks_have_the_losses_of_one(folder, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", HERE)
     arguments = (*SMALL, "--steps=8", "--init_from=start.safetensors")
     assert run_script(str(folder / "train.py"), "--name=one", "--micro_batch=4", *arguments) is None
-    torchrun(str(folder / "train.py"), "--name=two", *arguments)
+    torchrun(str(folder / "train.py"), "--name=two", "--micro_batch=2", *arguments)
     one, two = ([line for line in log_lines(name) if "loss" in line] for name in ("one", "two"))
     assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2, 3, 5, 6, 7, 8]
     assert all(abs(a["loss"] / b["loss"] - 1) < 1e-6 for a, b in zip(one, two)) and one[-1]["skipped"] == two[-1]["skipped"] == 1
@@ -2405,10 +2408,10 @@ def test_ranks_end_together(folder):
 def test_a_run_that_blows_up_stops(folder):
     """The first update puts the weights near +-1e30; from then on no gradient is finite, and nothing is updated."""
     complaint = run_script("train.py", *SMALL, "--steps=20", "--save_every=2", "--lr=1e30")
-    assert "not finite in 10 steps in a row" in complaint and "is out/digits/state_10.safetensors" in complaint
+    assert "not finite in 10 steps in a row" in complaint and "nothing was saved yet" in complaint     # and nothing bad either
     lines = [json.loads(line) for line in open("out/digits/log.jsonl")]
     assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
-    assert all(value.isfinite().all() for value in state("digits").values())
+    assert not ckpt.states("out/digits")
 
 
 def train_config(name):

@@ -66,7 +66,7 @@ depth = 4
 num_heads = 4
 patch_size = 2
 semi_lipschitz = True    # False: LayerNorm, no QK norm, plain modulation
-checkpoint_blocks = 0    # so many blocks keep only their input for the backward: less memory, a fifth more time
+checkpoint_blocks = 0    # so many blocks (in passes without a derivative half as many) keep only their input: less memory, a fifth more time
 time_init = "spectral"   # of the time MLPs: "spectral" or "normal"
 scaled = True            # displacement (s-t) w F instead of (s-t) F
 # objective
@@ -334,11 +334,11 @@ def last_good():
 
 
 def save(step):
-    """The evaluation network for sample.py, then everything for a continuation."""
-    save_tensors(os.path.join(out, "ckpt.safetensors"), evaluated.state_dict(), {**about, "step": step})
+    """Everything for a continuation, then the evaluation network for sample.py."""
     state = {f"{kind}.{key}": v for kind, net in nets.items() for key, v in net.state_dict().items()}
     state |= {f"optimizer.{key}.{kind}": v for key, p in parameters.items() for kind, v in optimizer.state[p].items()}
     save_state(out, step, state, about, keep)
+    save_tensors(os.path.join(out, "ckpt.safetensors"), evaluated.state_dict(), {**about, "step": step})
 
 
 def resume():
@@ -392,6 +392,8 @@ if ranks > 1:
     for net in nets.values():
         for t in net.state_dict().values():
             dist.broadcast(t, 0)                         # so that they cannot differ
+if device.type == "cuda":
+    torch.cuda.empty_cache()                             # what a state was loaded through
 if first_step > steps:
     fail(f"{out} has come to step {first_step} already, beyond steps {steps}")
 
@@ -598,7 +600,7 @@ for step in progress:
                                  + f", {skipped} skipped" * bool(skipped))
         sums.zero_(), norms.clear()
         waited = 0.0
-    if done % save_every == 0 or done == steps or stop:
+    if done % save_every == 0 and not skipped_in_a_row or done == steps or stop:       # a good state stays until steps are good again
         whole = attempt(f"the checkpoint of step {done}", save, done)
     if stop:
         break
@@ -610,6 +612,7 @@ for step in progress:
 for number, handler in handlers.items():
     signal.signal(number, handler)
 if ranks > 1:
+    dist.barrier()                                       # a rank that ends has torchrun end the others: not before rank 0 has saved
     dist.destroy_process_group()                         # nobody waits while rank 0 scores
 if not whole:
     fail(f"the save of step {done} failed; {last_good()}")
