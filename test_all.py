@@ -2364,12 +2364,14 @@ def test_ranks_that_come_apart_are_noticed(folder, monkeypatch):
     assert spot in script
     with open("train.py", "w") as f:
         f.write(script.replace(spot, spot + "    weight = parameters['blocks.0.attn.qkv.weight'].data\n"
-                                     "    weight += 1e-3 * rank * (step == 2) * weight.std() * torch.randn_like(weight)\n"))
+                                     "    weight += 1e-3 * rank * (step == 2) * weight.std() * torch.randn_like(weight)\n"
+                                     "    waited += 1000 * rank\n"))
     monkeypatch.setenv("PYTHONPATH", HERE)
     with pytest.raises(subprocess.CalledProcessError) as error:
         torchrun(str(folder / "train.py"), *SMALL, "--steps=8")
     assert b"the ranks' weights have come apart before step 3" in error.value.stderr
-    assert [line["step"] for line in log_lines("digits") if "loss" in line] == [1, 2]
+    lines = [line for line in log_lines("digits") if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2] and all(line["data_wait"] > 1 for line in lines)      # the slowest rank's
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

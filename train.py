@@ -582,9 +582,10 @@ for step in progress:
         if ranks > 1:
             dist.all_reduce(sums)
             totals, sizes = (torch.stack([f(p.detach()) for p in parameters.values()]) for f in (torch.sum, torch.linalg.vector_norm))
-            largest = torch.stack([totals, -totals])
+            largest = torch.cat([totals, -totals, totals.new_tensor([waited])])
             dist.all_reduce(largest, dist.ReduceOp.MAX)
-            if (largest.sum(0) > 1e-5 * sizes).any():
+            waited = largest[-1].item()                  # the slowest rank's
+            if (largest[:-1].view(2, -1).sum(0) > 1e-5 * sizes).any():
                 fail(f"the ranks' weights have come apart before step {done}; {last_good()}")
         bins = sums.cpu().double()
         total = bins.sum(1)
