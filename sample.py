@@ -219,11 +219,8 @@ def main():
     n = args.n or (len(classes) * max(1, 80 // len(classes)) if classes else 80)
     if args.fid:
         import fid
-        try:
-            inception = fid.load_inception(args.inception, device)
-            reference = fid.read_reference(args.fid, inception)
-        except fid.FidError as error:
-            raise CheckpointError(error) from None
+        inception = fid.load_inception(args.inception, device)
+        reference = fid.read_reference(args.fid, inception)
 
     half = half and args.precision != "float32"
     compiled = compiled and half and n >= COMPILE_FROM                   # then one shape of batch, which compiles once

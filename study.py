@@ -3,7 +3,7 @@ TVM beside MeanFlow and flow matching: one network, one trainer, one data set, e
 
     python study.py [--seconds=45] [--workers=9] [--images=5000]     # one GPU or several; the same command again goes on
     python study.py --report [--log=FILE]                            # tables and figure from the log alone
-    python study.py --tiny                                           # all of it in a minute on a CPU; its numbers mean nothing
+    python study.py --tiny                                           # all of it in a minute on a CPU, in out/study-tiny/; its numbers mean nothing
 
 Everything is in out/study/: log.jsonl (a line of settings and step times, then one a finished run), tables.md,
 study.png, and of each run its samples (rows: steps, columns: classes) and what train.py said. Checkpoints: out/study-RUN/.
@@ -59,7 +59,7 @@ ABLATIONS = {
 SCORES = {"features": "Fréchet, features", "pixels": "Fréchet, pixels", "label": "label accuracy", "two_sample": "two-sample accuracy",
           "of_samples": "of samples", "of_fresh": "of fresh images"}
 FOLDER, TIMED = os.path.join("out", "study"), [*METHODS, "detach_jvp"]
-options = dict(seconds=45.0, workers=9, images=5000, log=os.path.join(FOLDER, "log.jsonl"), time="", report=False, tiny=False)
+options = dict(seconds=45.0, workers=9, images=5000, log="", time="", report=False, tiny=False)
 dataset, size, count = "shapes", 32, 60000
 
 
@@ -113,7 +113,7 @@ def command(run, constants, step_ms):
 
 
 def folder_of(run):
-    return "study-" + re.sub(r"[^\w.-]", "_", run)
+    return os.path.basename(FOLDER) + "-" + re.sub(r"[^\w.-]", "_", run)
 
 
 def step_time(what):
@@ -345,10 +345,12 @@ def report():
             axis.imshow(sheet[first_line:first_line + height - 2], interpolation="nearest"), axis.set(xticks=[], yticks=[])
             axis.set_ylabel(title, rotation=0, ha="right", va="center"), [spine.set_visible(False) for spine in axis.spines.values()]
         figure.savefig(os.path.join(at, "samples.png"), dpi=120)
+    else:
+        print(f"no samples.png: the pictures of the runs do not lie in {at}", file=sys.stderr)
 
 
 def main():
-    global RATES, SEEDS, ABLATIONS, NETWORK, dataset, size, count
+    global RATES, SEEDS, ABLATIONS, NETWORK, FOLDER, dataset, size, count
     for argument in sys.argv[1:]:
         key, equals, value = argument.removeprefix("--").partition("=")
         kind = type(options.get(key))
@@ -361,8 +363,9 @@ def main():
     if options["tiny"]:
         RATES, SEEDS, ABLATIONS, NETWORK = (1e-3,), (0, 1), {"gap": dict(times="gap")}, dict(
             hidden_size=32, depth=1, num_heads=2, patch_size=2, batch_size=8, ema_eval=0.5)
-        dataset, size, count = "tiny-shapes", 8, 300
+        FOLDER, dataset, size, count = os.path.join("out", "study-tiny"), "tiny-shapes", 8, 300
         options.update(seconds=0.1, images=40, workers=2)
+    options["log"] = options["log"] or os.path.join(FOLDER, "log.jsonl")
     if not min(options["seconds"], options["workers"], options["images"] - 9) > 0:
         fail("seconds and workers must be above 0, images at least 10")
     if not torch.cuda.is_available() and not options["tiny"] and not options["report"]:

@@ -826,7 +826,7 @@ def test_other_objectives_train(folder):
 def test_study(folder):
     """The whole study at toy size, ended in the middle and begun again; its report comes from the log alone."""
     study = [sys.executable, os.path.join(HERE, "study.py")]
-    lines = lambda: open("out/study/log.jsonl").read().splitlines() if os.path.exists("out/study/log.jsonl") else []
+    lines = lambda: open("out/study-tiny/log.jsonl").read().splitlines() if os.path.exists("out/study-tiny/log.jsonl") else []
     first = subprocess.Popen([*study, "--tiny"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     until(lambda: len(lines()) > 1, "the first run", 300)
     first.terminate()
@@ -837,10 +837,11 @@ def test_study(folder):
     runs = [json.loads(line)["run"] for line in lines()[1:]]
     assert lines()[:len(some)] == some and len(runs) == len(set(runs)) == 7 and "tvm-0.001-1" in runs and "ablation-gap" in runs
     os.makedirs("elsewhere")
-    os.replace("out/study/log.jsonl", "elsewhere/log.jsonl")
+    os.replace("out/study-tiny/log.jsonl", "elsewhere/log.jsonl")
     again = subprocess.run([*study, "--report", "--log=elsewhere/log.jsonl"], capture_output=True, text=True)
-    assert again.stdout == open("out/study/tables.md").read() == open("elsewhere/tables.md").read()
-    assert Image.open("elsewhere/study.png").size[0] > 300 and Image.open("out/study/study-tvm-0.001-1.png").size[0] > 300
+    assert "no samples.png" in again.stderr
+    assert again.stdout == open("out/study-tiny/tables.md").read() == open("elsewhere/tables.md").read()
+    assert Image.open("elsewhere/study.png").size[0] > 300 and Image.open("out/study-tiny/study-tiny-tvm-0.001-1.png").size[0] > 300
     for arguments, word in ((["--secs=3"], "no option"), (["--report", "--log=no"], "is not the log of a study"), (["--seconds=0"], "above 0")):
         refused = subprocess.run([*study, *arguments], capture_output=True, text=True)
         assert refused.returncode == 1 and word in refused.stderr and refused.stderr.count("\n") == 1

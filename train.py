@@ -295,7 +295,7 @@ model.checkpoint_blocks = checkpoint_blocks
 if compiled:
     compile_blocks(model, target, detached=detach_jvp or objective == "meanflow")
 parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
-emas = {key: [dict(net.named_parameters())[p] for p in parameters] for key, net in (("target", target), ("eval", evaluated))}
+emas = {key: [net.get_parameter(p) for p in parameters] for key, net in (("target", target), ("eval", evaluated))}
 optimizer = torch.optim.AdamW(parameters.values(), lr, (beta1, beta2), eps, weight_decay, fused=device.type != "mps")
 times_config = dict(sampler=times, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, p_equal=p_equal)
 guidance_config = dict(sampler=guidance, w=w, w_min=w_min, w_max=w_max)
