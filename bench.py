@@ -11,9 +11,8 @@ Every speed, measured; and Theorem 1's bound beside what it bounds.
     python bench.py theory [--quick] [--report] [--plot=assets/theory.png]      # on a CPU; --report: from the last run's log
 
 Attention and sampling: medians of triton.testing.do_bench (cold L2), bfloat16, attention's of five rounds in turns with plain
-attention's; a step: median by the wall clock. "plain" is
-F.scaled_dot_product_attention as torch dispatches it, without any derivative in forward mode; "maths" the same formulas
-in PyTorch operations. Useful products: 6 forward, 15 backward, each 2 B H S S D operations.
+attention's; a step: median by the wall clock. "plain" is F.scaled_dot_product_attention as torch dispatches it, without any
+derivative in forward mode; "maths" the same formulas in PyTorch operations. Useful products: 6 forward, 15 backward, each 2 B H S S D operations.
 """
 import copy
 import functools
@@ -204,7 +203,7 @@ def stepper(config, batch, compiled=True, checkpoint=False, detach=False, flow=F
     if compiled:
         compile_blocks(model, emas[0], detached=detach or objective == "meanflow")
     loss_module = FlowMatching(model) if flow else TVM(model, emas[0], guidance=dict(w=2.0), detach_jvp=detach, objective=objective)
-    pairs = [(p, [dict(net.named_parameters())[name] for net in emas]) for name, p in model.named_parameters() if p.requires_grad]
+    pairs = [(p, [net.get_parameter(name) for net in emas]) for name, p in model.named_parameters() if p.requires_grad]
     parameters, graph = [p for p, _ in pairs], None
     optimizer = torch.optim.AdamW(parameters, 1e-4, (0.9, 0.95), fused=True)
     data = torch.randn(64, batch, config.in_channels, *[config.input_size] * 2), torch.randint(config.num_classes, (64, batch))

@@ -2354,10 +2354,11 @@ def test_two_ranks_have_the_losses_of_one(folder, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", HERE)
     arguments = (*SMALL, "--steps=8", "--init_from=start.safetensors")
     assert run_script(str(folder / "train.py"), "--name=one", "--micro_batch=4", *arguments) is None
-    torchrun(str(folder / "train.py"), "--name=two", "--micro_batch=2", *arguments)
-    one, two = ([line for line in log_lines(name) if "loss" in line] for name in ("one", "two"))
-    assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2, 3, 5, 6, 7, 8]
-    assert all(abs(a["loss"] / b["loss"] - 1) < 1e-6 for a, b in zip(one, two)) and one[-1]["skipped"] == two[-1]["skipped"] == 1
+    for micro_batch in (0, 2):
+        torchrun(str(folder / "train.py"), f"--name=two-{micro_batch}", f"--micro_batch={micro_batch}", *arguments)
+        one, two = ([line for line in log_lines(name) if "loss" in line] for name in ("one", f"two-{micro_batch}"))
+        assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2, 3, 5, 6, 7, 8]
+        assert all(abs(a["loss"] / b["loss"] - 1) < 1e-6 for a, b in zip(one, two)) and one[-1]["skipped"] == two[-1]["skipped"] == 1
 
 
 def test_ranks_that_come_apart_are_noticed(folder, monkeypatch):
@@ -2415,6 +2416,8 @@ def test_a_run_that_blows_up_stops(folder):
     lines = [json.loads(line) for line in open("out/digits/log.jsonl")]
     assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
     assert not ckpt.states("out/digits")
+    assert run_script("train.py", *SMALL, "--name=short", "--steps=8", "--lr=1e30", "--score_images=2") is None      # its end is saved
+    assert all(value.isfinite().all() for value in state("short").values())
 
 
 def train_config(name):
