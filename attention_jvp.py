@@ -34,6 +34,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import libdevice
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # no Triton: every call takes the PyTorch path
     triton = None
@@ -73,6 +74,7 @@ def attention_jvp_reference(q, k, v, tq, tk, tv, scale=None):
 
 if triton is not None:
     LOG2E = tl.constexpr(math.log2(math.e))
+    INTERPRETED = tl.constexpr(INTERPRET)
 
     @triton.jit
     def load(X, b, h, row, S, st, W: tl.constexpr, R: tl.constexpr, EVEN: tl.constexpr,
@@ -178,6 +180,14 @@ if triton is not None:
             return (x[0] + r * y[0].to(tl.float32), x[1] + r * y[1].to(tl.float32))
 
     @triton.jit
+    def log2(x):
+        """By the one instruction, to 2^-22, where tl.log2 is some fifty."""
+        if INTERPRETED:
+            return tl.log2(x)
+        else:
+            return libdevice.fast_log2f(x)
+
+    @triton.jit
     def bits(x):
         return x.to(tl.float32).to(tl.int32, bitcast=True)
 
@@ -194,11 +204,11 @@ if triton is not None:
 
     @triton.jit
     def low_bits(x, dtype: tl.constexpr):
-        """What rounding float32 tiles x to nearest in dtype drops: of the sum whose upper bits are the result, the
-        next four, those of eight columns in a word. Its columns are 8 apart: one thread has them all."""
+        """The first four bits that rounding float32 tiles x to nearest in dtype drops, those of eight columns in a word.
+        Its columns are 8 apart: one thread has them all. (A tie that went down to even comes back one unit low.)"""
         SHIFT: tl.constexpr = 12 if dtype == tl.bfloat16 else 9
         N: tl.constexpr = low_words(x[0].shape[1]) // 8
-        lo = (bits(x[0]) + ((8 << SHIFT) - 1)) >> SHIFT & 15  # exact ties that rounding took upwards come back one unit high
+        lo = bits(x[0]) >> SHIFT & 15
         lo = tl.reshape(lo, (lo.shape[0], N, lo.shape[1] // (8 * N), 8))
         lo = tl.reshape(tl.sum(lo << (4 * tl.arange(0, lo.shape[2]))[None, None, :, None], 2), (lo.shape[0], 8 * N))
         if len(x) == 1:
@@ -212,9 +222,9 @@ if triton is not None:
         SHIFT: tl.constexpr = 12 if x[0].dtype == tl.bfloat16 else 9
         N: tl.constexpr = lo[0].shape[1] // 8
         J: tl.constexpr = x[0].shape[1] // (8 * N)
-        y = tl.reshape(lo[0], (lo[0].shape[0], N, 1, 8)) >> (4 * tl.arange(0, J))[None, None, :, None] & 15
-        y = tl.reshape(y, x[0].shape)
-        y = (bits(x[0]) + ((y - 7) << SHIFT)).to(tl.float32, bitcast=True)
+        y = tl.reshape(lo[0].to(tl.int32), (lo[0].shape[0], N, 1, 8)) << (28 - 4 * tl.arange(0, J))[None, None, :, None] >> 28
+        y = tl.reshape(y, x[0].shape)  # -8 to 7: negative where rounding went up
+        y = (bits(x[0]) + (2 * y + 1 << SHIFT - 1)).to(tl.float32, bitcast=True)
         if x[0].dtype == tl.float16:  # below 2^-14 it keeps other bits than those
             y = tl.where(tl.abs(x[0].to(tl.float32)) >= 2 ** -14, y, x[0].to(tl.float32))
         if len(x) == 1:
@@ -292,14 +302,15 @@ if triton is not None:
             alpha = tl.exp2(m - m_new)
             l, mu, o, to = l * alpha[:, None], mu * alpha[:, None], times(o, alpha[:, None]), times(to, alpha[:, None])
             m = m_new
+            v = load(V, b, h, n0, Sk, stv, W, BN, EVEN, TMA)
+            tv = load(TV, b, h, n0, Sk, sttv, W, BN, EVEN, TMA)
+            Pr = P.to(v[0].dtype)
+            o = dot(Pr, v, o, PREC)
+            to = dot(Pr, tv, to, PREC)  # what needs P alone first: PN is made meanwhile
             PN = P * (tS * scale - c[:, None])
             l += tl.sum(tl.reshape(P, (BM, BN // 8, 8)), 1)
             mu += tl.sum(tl.reshape(PN, (BM, BN // 8, 8)), 1)
-            v = load(V, b, h, n0, Sk, stv, W, BN, EVEN, TMA)
-            tv = load(TV, b, h, n0, Sk, sttv, W, BN, EVEN, TMA)
-            P = P.to(v[0].dtype)
-            o = dot(P, v, o, PREC)
-            to = dot(P, tv, dot(PN.to(v[0].dtype), v, to, PREC), PREC)
+            to = dot(PN.to(v[0].dtype), v, to, PREC)
         l = tl.sum(l, 1)
         mu = tl.sum(mu, 1) / l
         o = times(o, (1 / l)[:, None])
@@ -309,7 +320,7 @@ if triton is not None:
         if HAS_LO:  # rounding a tO that tV offsets costs s2 its bits: the backward takes these back
             store(LO, low_bits(to, TO.dtype.element_ty), b, h, m0, Sq, (H * Sq, Sq, 1), low_width(W), BM, FULL)
         i = m0 + tl.arange(0, BM)
-        tl.store(LSE + tl.cast(bh, tl.int64) * Sq + i, m + tl.log2(l), mask=i < Sq)
+        tl.store(LSE + tl.cast(bh, tl.int64) * Sq + i, m + log2(l), mask=i < Sq)
         tl.store(MU + tl.cast(bh, tl.int64) * Sq + i, mu + c, mask=i < Sq)
 
     @triton.jit
@@ -366,8 +377,6 @@ if triton is not None:
                 P = tl.exp2(dot_t(q, k, None, PREC) * (scale * LOG2E) - lse[:, None])
                 if not EVEN:
                     P = tl.where((n0 + tl.arange(0, BN) < Sk)[None, :], P, 0.0)
-                if PRIMAL:
-                    dq = dot((P * G).to(k[0].dtype), k, dq, PREC)
                 if HAS_DTO:
                     Gt = (P * A).to(k[0].dtype)
                     if PRIMAL:
@@ -375,6 +384,8 @@ if triton is not None:
                         delta = tl.dot(Gt, ones, delta, input_precision=PREC)
                     if TANGENT:
                         dtq = dot(Gt, k, dtq, PREC)
+                if PRIMAL:  # as far as it can be from the other product into dQ, which it waits for
+                    dq = dot((P * G).to(k[0].dtype), k, dq, PREC)
             if PRIMAL:
                 if HAS_DTO:
                     # Rows of Gt sum to zero before rounding. Where tK has a common offset, what rounding leaves of
@@ -582,8 +593,7 @@ def _on(x):
 def _forward_now(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor, tv: Tensor,
                  scale: float, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> o, to; if save, four bits that rounding took from each element of to (eight in an int32, see low_bits; empty for
-    float32), else an empty tensor;
-    logsumexp (base 2) and mu, both (B, H, Sq) in float32."""
+    float32), else an empty tensor; logsumexp (base 2) and mu, both (B, H, Sq) in float32."""
     x = [_rows(t) for t in (q, k, v, tq, tk, tv)]
     o, to, lo, lse, mu = outputs = _empty_outputs(q, save)
     with _on(q):
@@ -594,9 +604,9 @@ def _forward_now(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor, tv: Te
 
 
 def _empty_outputs(q, save):
-    chunks, save = _chunks(q.size(3)), save and q.dtype != torch.float32
-    words, word = sum(max(8, D // 8) for D in chunks if D), (torch.int8, torch.int16, torch.int32)[min(chunks[0], 64) // 32]
-    return (_like(q), _like(q), q.new_empty((*q.shape[:3], words if save else 0), dtype=word),
+    D0, D1 = _chunks(q.size(3))
+    words = low_words(D0) + low_words(D1) if save and q.dtype != torch.float32 else 0
+    return (_like(q), _like(q), q.new_empty((*q.shape[:3], words), dtype=(torch.int8, torch.int16, torch.int32)[min(D0, 64) // 32]),
             *(q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2)))
 
 

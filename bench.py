@@ -10,8 +10,8 @@ Every speed, measured; and Theorem 1's bound beside what it bounds.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python bench.py sanitize     # or racecheck
     python bench.py theory [--quick] [--report] [--plot=assets/theory.png]      # on a CPU; --report: from the last run's log
 
-Attention and sampling: medians of triton.testing.do_bench (cold L2), bfloat16, attention's of five rounds in turns with plain
-attention's; a step: median by the wall clock. "plain" is F.scaled_dot_product_attention as torch dispatches it, without any
+Attention: medians of events on the GPU (cold L2), bfloat16, of five rounds in turns with plain attention's; sampling: of
+triton.testing.do_bench; a step: by the wall clock. "plain" is F.scaled_dot_product_attention as torch dispatches it, without any
 derivative in forward mode; "maths" the same formulas in PyTorch operations. Useful products: 6 forward, 15 backward, each 2 B H S S D operations.
 """
 import copy
@@ -54,10 +54,25 @@ def inputs(shape, seed=0):
     return [t.requires_grad_() for t in x[:6]], x[6:]
 
 
+def timed(function, calls, flush):
+    """Median milliseconds of a function on the GPU, L2 cold: zeroing `flush` ten times before each call also takes longer
+    than the host needs for a call, which is then in the queue before its turn comes."""
+    function()
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    for start, end in marks:
+        for _ in range(10):
+            flush.zero_()
+        start.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return np.median([start.elapsed_time(end) for start, end in marks])
+
+
 def attention_times(fn, x, d, quick=False, graph=False):
     """Median milliseconds of fn(*x) and of its backward from d."""
-    from triton.testing import do_bench, do_bench_cudagraph
     if graph:  # leaves of its own: a capture must not meet autograd nodes of another stream
+        from triton.testing import do_bench_cudagraph
         with torch.cuda.stream(torch.cuda.Stream()):
             x = [t.detach().clone().requires_grad_() for t in x]
             fwd = do_bench_cudagraph(lambda: fn(*x), rep=50, return_mode="median")
@@ -65,9 +80,8 @@ def attention_times(fn, x, d, quick=False, graph=False):
         return fwd, both - fwd
     o = fn(*x)
     o, d = ((o,), d[:1]) if torch.is_tensor(o) else (o, d)
-    rep = dict(warmup=10, rep=40) if quick else dict(warmup=25, rep=100)
-    return (do_bench(lambda: fn(*x), return_mode="median", **rep),
-            do_bench(lambda: torch.autograd.grad(o, x, d, retain_graph=True), return_mode="median", **rep))
+    calls, flush = 10 if quick else 30, torch.empty(2 ** 28, dtype=torch.int8, device="cuda")
+    return timed(lambda: fn(*x), calls, flush), timed(lambda: torch.autograd.grad(o, x, d, retain_graph=True), calls, flush)
 
 
 def attention_errors(x, d, heads=2):

@@ -2759,14 +2759,26 @@ def test_rehearsal(folder, source, capsys, monkeypatch):
 
 # ---- on a GPU ------------------------------------------------------------------------------------
 
-def step_gradients(device, dtype, half=False):
+def step_gradients(device, dtype, half=False, compiled=False):
+    """Loss and gradients; compiled: as train.py makes them, one term after the other, blocks compiled, all of it a CUDA graph."""
     net = random_model(depth=3, hidden_size=64).to(device, dtype)
     target = copy.deepcopy(net)
     x0, noise, t, s_, y, w = (a.to(device) for a in random_inputs(6, dtype=dtype))
-    with torch.autocast("cuda", torch.bfloat16, enabled=half):
-        terms = dict(tvm_loss(net, target, x0, noise, y, w, t, s_, s_.flip(0)))
-    loss = sum(term.mean() for term in terms.values())
-    loss.backward()
+    inputs, module = (x0, y, noise, t, s_, s_.flip(0), w, torch.zeros_like(w, dtype=bool)), TVM(net, target)
+
+    def gradients(*inputs):
+        net.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=half):
+            return module(*inputs, backward=backward)["loss"]
+
+    if compiled:
+        torch._dynamo.reset()
+        m.compile_blocks(net, target)
+        loss = Graph(gradients, inputs)(*inputs)
+    else:
+        with torch.autocast("cuda", torch.bfloat16, enabled=half):
+            loss = module(*inputs)["loss"]
+        loss.backward()
     return {"loss": loss.detach().double().cpu()} | {name: p.grad.double().cpu() for name, p in net.named_parameters() if p.requires_grad}
 
 
@@ -2827,12 +2839,13 @@ def test_readme_diffs(folder):
 
 
 @gpu
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("half, tolerance", [(False, 1e-4), (True, 2e-2)])
-def test_gpu_gradients(half, tolerance, monkeypatch):
+def test_gpu_gradients(half, tolerance, compiled, monkeypatch):
     """The loss and every gradient of a training step against float64 on the CPU. In bf16 a gradient that nearly cancels has
     no relative accuracy of its own, so there the error is taken over all of them; the kernels' is not above that of
     attention in PyTorch's operations."""
-    reference, got = step_gradients("cpu", F64), step_gradients("cuda", torch.float32, half)
+    reference, got = step_gradients("cpu", F64), step_gradients("cuda", torch.float32, half, compiled)
     if not half:
         for name in reference:
             close(got[name], reference[name], tolerance)
@@ -2909,14 +2922,15 @@ def test_attention_gpu_accuracy(shape, dtype, bound):
 
 @gpu
 @pytest.mark.parametrize("shape", [(2, 3, 256, 256, 64), (1, 2, 300, 77, 64), (1, 2, 1000, 1030, 32), (1, 1, 1, 1, 64), (1, 2, 700, 513, 128)])
-def test_attention_gpu_descriptors(shape):
+def test_attention_gpu_descriptors(shape, monkeypatch):
     """Loads by descriptors and by pointers are the same to the bit."""
     x, results = [t.requires_grad_() for t in six(*shape, torch.bfloat16, "cuda")], []
-    for A.TMA_FROM in (0, 2 ** 60):
+    for limit in (0, 2 ** 60):
+        monkeypatch.setattr(A, "TMA_FROM", limit)
         A._plan.cache_clear()
         o = A.attention_jvp(*x)
         results.append((*o, *torch.autograd.grad(o, x, [t.detach() for t in o])))
-    A.TMA_FROM = 2 ** 25
+    monkeypatch.undo()
     A._plan.cache_clear()
     assert all(torch.equal(a, b) for a, b in zip(*results)) and max(errors(six(*shape, torch.bfloat16, "cuda"))) < 3e-3
 
