@@ -54,19 +54,25 @@ def inputs(shape, seed=0):
     return [t.requires_grad_() for t in x[:6]], x[6:]
 
 
-def timed(function, calls, flush):
-    """Median milliseconds of a function on the GPU, L2 cold: zeroing `flush` ten times before each call also takes longer
-    than the host needs for a call, which is then in the queue before its turn comes."""
-    function()
-    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
-    for start, end in marks:
-        for _ in range(10):
+def timed(function, calls):
+    """Median milliseconds of a function on the GPU, each time after 256 MB of zeros, so that L2 is cold; after ten times as
+    many where it takes under a millisecond, so that the host, which may need half of one, is ahead of the GPU."""
+    def once(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(repeats):
             flush.zero_()
         start.record()
         function()
         end.record()
-    torch.cuda.synchronize()
-    return np.median([start.elapsed_time(end) for start, end in marks])
+        return start, end
+
+    def milliseconds(events):
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in events]
+
+    flush = torch.empty(2 ** 28, dtype=torch.int8, device="cuda")
+    repeats = 10 if min(milliseconds([once(10) for _ in range(3)])) < 1 else 1
+    return np.median(milliseconds([once(repeats) for _ in range(calls)]))
 
 
 def attention_times(fn, x, d, quick=False, graph=False):
@@ -80,8 +86,8 @@ def attention_times(fn, x, d, quick=False, graph=False):
         return fwd, both - fwd
     o = fn(*x)
     o, d = ((o,), d[:1]) if torch.is_tensor(o) else (o, d)
-    calls, flush = 10 if quick else 30, torch.empty(2 ** 28, dtype=torch.int8, device="cuda")
-    return timed(lambda: fn(*x), calls, flush), timed(lambda: torch.autograd.grad(o, x, d, retain_graph=True), calls, flush)
+    calls = 10 if quick else 30
+    return timed(lambda: fn(*x), calls), timed(lambda: torch.autograd.grad(o, x, d, retain_graph=True), calls)
 
 
 def attention_errors(x, d, heads=2):

@@ -196,6 +196,9 @@ def low_bits_keep_small_values():
         y = [t.double().requires_grad_() for t in x]
         want = torch.autograd.grad(A.attention_jvp_reference(*y, scale=0.25), y, [t.double() for t in d])
         assert max(rel(a, b) for a, b in zip(got, want)) < 1e-3, size
+    x, d = [t.half() for t in six(1, 2, 33, 1, 16)], [t.half() for t in six(1, 2, 33, 33, 16, seed=1)[:2]]
+    got = A._backward_now(*d, *x, *A._forward_now(*x, 0.25, True), 0.25, [True] * 4)
+    assert max(got[i].abs().max() for i in (0, 1, 3, 4)) < 1e-5       # of one key: what float16 holds exactly has no low bits
 
 
 def low_bits_for_all_widths():
