@@ -35,6 +35,8 @@ from functools import partial
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -328,10 +330,8 @@ def report():
     with open(os.path.join(at, "tables.md"), "w") as f:
         f.write("\n".join(text) + "\n")
 
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes = figure.subplots(1, 3)
     for axis, key in zip(axes, ("features", "two_sample", "label")):
         for i, (method, lines) in enumerate(chosen.items()):
             values = np.array([[line["scores"][nfe][key] for nfe in nfes] for line in lines])
@@ -347,9 +347,9 @@ def report():
     wanted = [("TVM, 1 step", "tvm", 0), ("MeanFlow, 1 step", "meanflow", 0), ("flow matching, 1 step", "flow_matching", 0), ("flow matching, 50 steps", "flow_matching", -1)]
     sheets = {method: os.path.join(at, folder_of(f"{method}-{rate:g}-0") + ".png") for method, rate in best.items()}
     if all(os.path.exists(sheets.get(method, "")) for _, method, _ in wanted):       # where the study ran: a row of each
-        figure, axes = plt.subplots(len(wanted), 1, figsize=(8, 3.6), layout="constrained")
-        for axis, (title, method, row) in zip(axes, wanted):
-            sheet = plt.imread(sheets[method])
+        figure = Figure(figsize=(8, 3.6), layout="constrained")
+        for axis, (title, method, row) in zip(figure.subplots(len(wanted)), wanted):
+            sheet = np.asarray(Image.open(sheets[method]))
             height = (sheet.shape[0] + 2) // len(nfes)                              # rows lie 2 pixels apart
             first_line = row % len(nfes) * height
             axis.imshow(sheet[first_line:first_line + height - 2], interpolation="nearest"), axis.set(xticks=[], yticks=[])

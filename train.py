@@ -439,9 +439,7 @@ def log_fid(step):
 
 
 def curve():
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     lines = {}
     with open(os.path.join(out, "log.jsonl")) as f:
         for text in f:
@@ -451,7 +449,8 @@ def curve():
                 continue
             if "loss" in line:
                 lines[line["step"]] = line               # after a restart the later one
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for term in ("fm", "terminal"):
         axes.plot(list(lines), [line[term] for line in lines.values()], label=term)
     axes.set(xlabel="step", ylabel="loss term, mean per element", yscale="log", title=f"{name}, seed {seed}")
