@@ -491,7 +491,7 @@ if triton is not None:
 # ----------------------------------------------------------------------------------------------------------------
 # Launching
 
-# (BM, BN, num_warps, num_stages, TMA, PAIR) by kernel and padded head dimension, measured on one H200. 255 registers a
+# (BM, BN, num_warps, num_stages, TMA, PAIR) by kernel and padded head dimension, measured on one H200, for Hopper. 255 registers a
 # thread are the limit everywhere: two programs of 4 warps share a multiprocessor, or one of 8 owns it.
 TILES = {
     # Chunks of 16 columns (D = 72) have no descriptor; at D = 128 pointers were faster.
@@ -507,7 +507,7 @@ TILES = {
     # dtK and dtV, 4 products: few tiles alive, so room for more rows or stages.
     "tangent": {64: (32, 64, 4, 3, 0, 0), 96: (64, 64, 4, 3, 0, 0), 128: (64, 64, 4, 2, 1, 0)},
 }
-SMALL_TILES = 32, 32, 4, 2, 0, 0  # at most 75 KB of shared memory, for GPUs with less than Hopper's 227 KB
+SMALL_TILES = 32, 32, 4, 2, 0, 0  # for other GPUs: 67 KB of shared memory at most, and none of Blackwell's tensor memory
 FLOAT32_TILES = 16, 16, 4, 1, 0, 0  # products of three TF32 products each, which fill the registers
 
 
@@ -520,8 +520,7 @@ def _chunks(D):
 
 def _tiles(kernel, D, dtype, device):
     """Entry of TILES, or None."""
-    small = (device.type == "cuda"
-             and torch.cuda.get_device_properties(device).shared_memory_per_block_optin < 227 * 1024)
+    small = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != 9
     if dtype == torch.float32 or small:
         return None if kernel == "column" else FLOAT32_TILES if dtype == torch.float32 else SMALL_TILES
     width = sum(_chunks(D))
@@ -560,7 +559,7 @@ def _plan(name, shape, dtype, device, streamed, other_S, strides):
     if name == "forward":  # the other kernels, short of registers, were slower without the masks
         meta["FULL"] = S % own == 0
     units = [tuple(s // U for s in st[:3]) for st in strides]
-    options = dict(num_warps=num_warps, num_stages=num_stages)
+    options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)  # of Triton 3.10 on no default
     blocks = -(-S // own)
     return (blocks * H * B, 1, 1) if flat else (blocks, H, B), meta, options, units, tma, bool(pair), [1, 1, other, D0]
 

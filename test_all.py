@@ -173,6 +173,25 @@ def plain(q, k, v):
     return plain_attention(q, k, v, q.size(-1) ** -0.5)
 
 
+@pytest.mark.parametrize("capability, kilobytes", [(80, 163), (89, 99), (90, 227), (100, 227)])
+def test_kernels_fit(capability, kilobytes, monkeypatch):
+    """The kernels compile for GPUs that are not here, into what shared memory (and on Blackwell tensor memory) they have."""
+    compiler, backend = pytest.importorskip("triton.compiler"), pytest.importorskip("triton.backends.compiler")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10))
+    cases = [("forward", 128), ("row", 128), ("primal", 128), ("tangent", 128)] + [("column", 64)] * (capability == 90)
+    for name, D in cases:
+        BM, BN, num_warps, num_stages, _, pair = A._tiles(name, D, torch.bfloat16, torch.device("cuda"))
+        kernel = {"forward": A.forward_kernel, "row": A.row_kernel}.get(name, A.column_kernel)
+        constants = dict(W=(8, D, *A._chunks(D)), BM=BM, BN=BN, EVEN=False, FULL=False, SAME=True, FLAT=False, TMA=False, HAS_LO=True, HAS_DTO=True,
+                         PRIMAL=name != "tangent", TANGENT=name != "primal", PAIR=bool(pair) and name != "tangent", PREC="tf32x3")
+        kinds = dict(scale="fp32", H="i32", Sq="i32", Sk="i32", LO="*i32", **dict.fromkeys(("LSE", "MU", "S1", "S2"), "*fp32"))
+        signature = {n: "constexpr" if n in constants else kinds.get(n, ("i32",) * 3 if n.startswith("st") else "*bf16") for n in kernel.arg_names}
+        pointers = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n][0] == "*"}
+        source = compiler.ASTSource(kernel, signature, {(i,): constants[n] for i, n in enumerate(kernel.arg_names) if n in constants}, pointers)
+        made = compiler.compile(source, target=backend.GPUTarget("cuda", capability, 32), options=dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True))
+        assert 0 < made.metadata.shared <= kilobytes * 1024 and not (getattr(made.metadata, "tmem_size", 0) or 0), (name, D)
+
+
 
 
 def interpreted(function):
@@ -2950,6 +2969,17 @@ def test_attention_gpu_descriptors(shape, monkeypatch):
     monkeypatch.undo()
     A._plan.cache_clear()
     assert all(torch.equal(a, b) for a, b in zip(*results)) and max(errors(six(*shape, torch.bfloat16, "cuda"))) < 3e-3
+
+
+@gpu
+@pytest.mark.parametrize("D", [40, 64, 72, 128])
+def test_attention_gpu_small_tiles(D, monkeypatch):
+    """The tiles of GPUs other than Hopper's."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
+    monkeypatch.setattr(A, "_plan", functools.lru_cache(A._plan.__wrapped__))
+    monkeypatch.setattr(A, "_compiled", {})
+    assert max(errors(six(2, 3, 130, 200, D, torch.bfloat16, "cuda"))) < 3e-3
+    assert A._tiles("row", D, torch.bfloat16, torch.device("cuda")) == A.SMALL_TILES and len(A._compiled) >= 4
 
 
 @gpu
