@@ -320,7 +320,7 @@ if triton is not None:
             o = dot(Pr, v, o, PREC)
             if W[2] == 128:
                 to = dot(Pr, tv, dot(PN.to(v[0].dtype), v, to, PREC), PREC)
-            else:  # P's own products run while PN is made: 2% faster at 64 and 72, 3% slower at 128
+            else:  # P's own products run while PN is made: 2% faster at 64, 3% slower at 128
                 to = dot(Pr, tv, to, PREC)
                 PN, l, mu = centred(P, tS * scale, c, l, mu)
                 to = dot(PN.to(v[0].dtype), v, to, PREC)
