@@ -38,7 +38,6 @@ from tqdm import tqdm
 FORMAT = "tvm-data-1"
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 HERE = os.path.dirname(os.path.abspath(__file__))
-SHAPES = ("disk", "ring", "half disk", "crescent", "square", "bar", "triangle", "star", "cross", "arrow")
 KEYS = ("format", "name", "shape", "dtype", "count", "num_classes", "class_counts", "mean", "std")   # of a header, at least
 
 
@@ -164,9 +163,8 @@ def digits(args):
     with np.load(os.path.join(HERE, "assets", "digits.npz"), allow_pickle=False) as f:
         images, labels = f["images"], f["labels"].astype(np.int64)
     images = np.round(images[:, None] * (255 / 16)).astype(np.uint8)       # 17 levels of ink
-    order = np.random.default_rng(args.seed).permutation(len(images))
     writer = Writer(args.path, (1, 8, 8), {"train": 1437, "test": 360})
-    for place, i in enumerate(order):
+    for place, i in enumerate(np.random.default_rng(args.seed).permutation(len(images))):
         writer.set(place, images[i], labels[i])
     writer.finish(args.name, [str(c) for c in range(10)], license="CC BY 4.0",
                   source="UCI Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak), test set",
@@ -195,47 +193,37 @@ def draw_shape(i, size=32, seed=0):
     X, Y = np.meshgrid(pixels, pixels)
     x, y = (X - cx) / scale, (Y - cy) / scale
     x, y = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
-    ink = np.clip(0.5 - shape_distance(i % 10, x, y) * scale * size, 0, 1)  # one pixel of soft edge
+    ink = np.clip(0.5 - [*SHAPES.values()][i % 10](x, y) * scale * size, 0, 1)  # one pixel of soft edge
 
-    near, far = rng.uniform(0, 0.45, (2, 3))
-    colour = rng.uniform(0.5, 1, 3)
-    turn = rng.uniform(0, 2 * np.pi)
+    near, far = rng.uniform(0, 0.45, (2, 3, 1, 1))
+    colour, turn = rng.uniform(0.5, 1, (3, 1, 1)), rng.uniform(0, 2 * np.pi)
     slope = np.clip(0.5 + (X - 0.5) * np.cos(turn) + (Y - 0.5) * np.sin(turn), 0, 1)
-    background = near[:, None, None] * (1 - slope) + far[:, None, None] * slope
-    return np.round(255 * (background * (1 - ink) + colour[:, None, None] * ink)).astype(np.uint8)
+    background = near * (1 - slope) + far * slope
+    return np.round(255 * (background * (1 - ink) + colour * ink)).astype(np.uint8)
 
 
-def shape_distance(kind, x, y):
-    """About the distance to the shape's edge, negative inside; the shape reaches about 1 from the origin."""
-    r = np.hypot(x, y)
-    side = lambda angle: x * np.cos(angle) + y * np.sin(angle)             # along one direction
-    box = lambda x, y, a, b: np.maximum(np.abs(x) - a, np.abs(y) - b)
-    polygon = lambda n, inner: np.max([side(2 * np.pi * j / n) for j in range(n)], axis=0) - inner
-    name = SHAPES[kind]
-    if name == "disk":
-        return r - 0.85
-    if name == "ring":
-        return np.abs(r - 0.72) - 0.2
-    if name == "half disk":
-        return np.maximum(np.hypot(x, y + 0.4) - 1, -0.4 - y)
-    if name == "crescent":
-        return np.maximum(r - 0.95, 0.8 - np.hypot(x - 0.45, y))
-    if name == "square":
-        return box(x, y, 0.75, 0.75)
-    if name == "bar":
-        return box(x, y, 1, 0.3)
-    if name == "triangle":
-        return polygon(3, 0.5)
-    if name == "star":                                                     # one tip's edge, folded five times
-        a = np.abs(np.mod(np.arctan2(y, x), 2 * np.pi / 5) - np.pi / 5)    # pi/5 at a tip, 0 in a notch
-        px, py = r * np.cos(np.pi / 5 - a), r * np.sin(np.pi / 5 - a)
-        notch = 0.42 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
-        edge = notch - [1, 0]
-        return (py * edge[0] - (px - 1) * edge[1]) / np.hypot(*edge) * -1
-    if name == "cross":
-        return np.minimum(box(x, y, 1, 0.28), box(x, y, 0.28, 1))
-    head = np.maximum(side(0) * -1, np.maximum(side(np.pi / 4), side(-np.pi / 4)) - 0.68)
-    return np.minimum(head, box(x + 0.5, y, 0.5, 0.22))                    # arrow: head and shaft
+def star(x, y):
+    """One tip's edge, folded five times."""
+    r, a = np.hypot(x, y), np.abs(np.mod(np.arctan2(y, x), 2 * np.pi / 5) - np.pi / 5)      # a: pi/5 at a tip, 0 in a notch
+    px, py = r * np.cos(np.pi / 5 - a), r * np.sin(np.pi / 5 - a)
+    edge = 0.42 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)]) - [1, 0]                 # from the tip to the notch
+    return ((px - 1) * edge[1] - py * edge[0]) / np.hypot(*edge)
+
+
+side = lambda x, y, angle: x * np.cos(angle) + y * np.sin(angle)            # how far along one direction
+box = lambda x, y, a, b: np.maximum(np.abs(x) - a, np.abs(y) - b)
+SHAPES = {  # about the distance of (x, y) to a shape's edge, negative inside; each shape reaches about 1 from the origin
+    "disk": lambda x, y: np.hypot(x, y) - 0.85,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.72) - 0.2,
+    "half disk": lambda x, y: np.maximum(np.hypot(x, y + 0.4) - 1, -0.4 - y),
+    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.95, 0.8 - np.hypot(x - 0.45, y)),
+    "square": lambda x, y: box(x, y, 0.75, 0.75),
+    "bar": lambda x, y: box(x, y, 1, 0.3),
+    "triangle": lambda x, y: np.max([side(x, y, 2 * np.pi * j / 3) for j in range(3)], axis=0) - 0.5,
+    "star": star,
+    "cross": lambda x, y: np.minimum(box(x, y, 1, 0.28), box(x, y, 0.28, 1)),
+    "arrow": lambda x, y: np.minimum(box(x + 0.5, y, 0.5, 0.22), np.maximum(                # its shaft and its head
+        -x, np.maximum(side(x, y, np.pi / 4), side(x, y, -np.pi / 4)) - 0.68))}
 
 
 def cifar10(args):
@@ -283,18 +271,16 @@ def folder(args):
     if not 0 <= args.held_out < 1 or args.size < 1:
         raise DataError(f"--size must be at least 1 and --held-out in [0, 1), not {args.size} and {args.held_out:g}")
     classes, files = list_images(args.src)
-    order = np.random.default_rng(args.seed).permutation(len(files))
-    files = [files[i] for i in order]
+    files = [files[i] for i in np.random.default_rng(args.seed).permutation(len(files))]
 
     # Which files are whole is known only once they are read: they go into one array, then into the two splits.
     os.makedirs(os.path.dirname(args.path) or ".", exist_ok=True)
     raw = args.path + ".raw.npy"
     everything = open_memmap(raw, "w+", np.uint8, (len(files), 3, args.size, args.size))
-    labels, broken = [], []
+    labels = []
     try:
         for image, (file, label) in zip(parallel(partial(read_image, size=args.size), [f for f, _ in files], "images"), files):
             if isinstance(image, str):
-                broken.append(file)
                 tqdm.write(f"skipped {file}: {image}", file=sys.stderr)
             else:
                 everything[len(labels)] = image
@@ -308,7 +294,7 @@ def folder(args):
     finally:
         del everything
         os.remove(raw)
-    writer.finish(args.name, classes, license="yours", source="a folder of images", skipped=len(broken),
+    writer.finish(args.name, classes, license="yours", source="a folder of images", skipped=len(files) - len(labels),
                   made_by=f"prepare.py folder --size {args.size} --held-out {args.held_out} --seed {args.seed}")
 
 
