@@ -17,6 +17,7 @@ derivative in forward mode; "maths" the same formulas in PyTorch operations. Use
 import copy
 import functools
 import gc
+import inspect
 import json
 import os
 import shutil
@@ -121,68 +122,54 @@ def attention_sanitize():
     torch.cuda.synchronize()
 
 
-def attention_table(shapes=SHAPES, quick=False, plot="attention.png", maths=True):
-    """Prints the table and writes the plot; returns the rows as dicts. maths: also time the PyTorch formulas."""
+def attention_table(quick=False, plot="attention.png"):
+    """Prints the table and, where `plot` names a file, writes the plot."""
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     print(f"{'B,H,S,D':>16} | {'fwd':>7} {'plain':>6} {'x':>4} {'TF/s':>4} | {'bwd':>7} {'plain':>6} {'x':>4} {'TF/s':>4} | "
           f"{'maths fwd/bwd':>15} {'compiled':>15} | {'peak MB':>7} {'needed':>6} | {'error':>7} | graph fwd/bwd, plain")
-    rows = []
-    for shape in shapes:
+    for shape in SHAPES:
         B, H, S, D = shape
         x, d = inputs(shape)
-        r = dict(shape=shape)
         rounds = [(*attention_times(A.attention_jvp, x, d, quick), *attention_times(F.scaled_dot_product_attention, x[:3], d, quick))
                   for _ in range(1 if quick else 5)]                    # in turns, for clocks drift
-        r["fwd"], r["bwd"], r["plain_fwd"], r["plain_bwd"] = np.median(rounds, axis=0)
-        if maths and (not quick or S <= 1024):
-            r["maths"] = attention_times(torch_maths, x, d, True)
+        fwd, bwd, plain_fwd, plain_bwd = np.median(rounds, axis=0)
+        maths = compiled = graph = plain_graph = "-"
+        pair = lambda *args, **how: "/".join(f"{t:.3f}" for t in attention_times(*args, **how))
+        if not quick or S <= 1024:
+            maths = pair(torch_maths, x, d, quick=True)
             torch._dynamo.reset()
-            r["compiled"] = attention_times(torch.compile(torch_maths), x, d, True)
+            compiled = pair(torch.compile(torch_maths), x, d, quick=True)
         if S <= 256:
-            r["graph"] = attention_times(A.attention_jvp, x, d, graph=True)
-            r["plain_graph"] = attention_times(F.scaled_dot_product_attention, x[:3], d[:1], graph=True)
-        r["peak"], r["needed"] = attention_memory(x, d)
-        r["errors"] = attention_errors(x, d)
-        r["fwd_x"], r["bwd_x"] = r["fwd"] / r["plain_fwd"], r["bwd"] / r["plain_bwd"]
+            graph = pair(A.attention_jvp, x, d, graph=True)
+            plain_graph = pair(F.scaled_dot_product_attention, x[:3], d[:1], graph=True)
+        peak, needed = attention_memory(x, d)
         product = 2 * B * H * S * S * D * 1e-9  # TFLOP per ms
-        r["fwd_tflops"], r["bwd_tflops"] = 6 * product / r["fwd"], 15 * product / r["bwd"]
-        pair = lambda key: "/".join(f"{t:.3f}" for t in r[key]) if key in r else "-"
-        print(f"{','.join(map(str, shape)):>16} | {r['fwd']:7.3f} {r['plain_fwd']:6.3f} {r['fwd_x']:4.2f} {r['fwd_tflops']:4.0f} | "
-              f"{r['bwd']:7.3f} {r['plain_bwd']:6.3f} {r['bwd_x']:4.2f} {r['bwd_tflops']:4.0f} | {pair('maths'):>15} "
-              f"{pair('compiled'):>15} | {r['peak'] / 1e6:7.1f} {r['needed'] / 1e6:6.1f} | {max(r['errors']):.1e} | {pair('graph')} {pair('plain_graph')}",
-              flush=True)
-        rows.append(r)
+        print(f"{','.join(map(str, shape)):>16} | {fwd:7.3f} {plain_fwd:6.3f} {fwd / plain_fwd:4.2f} {6 * product / fwd:4.0f} | "
+              f"{bwd:7.3f} {plain_bwd:6.3f} {bwd / plain_bwd:4.2f} {15 * product / bwd:4.0f} | {maths:>15} {compiled:>15} | "
+              f"{peak / 1e6:7.1f} {needed / 1e6:6.1f} | {max(attention_errors(x, d)):.1e} | {graph} {plain_graph}", flush=True)
         del x, d
     if plot:
         attention_plot(plot, quick)
-    return rows
 
 
-def attention_plot(path, quick=False, H=24, D=128):
+def attention_plot(path, quick, H=24, D=128):
     """Time over sequence length, log-log, one batch of H heads."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     sizes = [512, 1024, 2048, 4096] if quick else [256, 512, 1024, 2048, 4096, 8192, 16384]
-    cases = [("attention_jvp", A.attention_jvp, 6, "C0"), ("plain attention", F.scaled_dot_product_attention, 3, "C1"),
-             ("PyTorch maths", torch_maths, 6, "C2")]
-    plt.figure(figsize=(6, 4.5))
-    for name, fn, n, color in cases:
-        at = [S for S in sizes if fn is not torch_maths or S <= 4096]
-        times = []
+    figure = Figure(figsize=(6, 4.5), layout="tight")
+    axes = figure.add_subplot()
+    for name, fn, n, color in (("attention_jvp", A.attention_jvp, 6, "C0"), ("plain attention", F.scaled_dot_product_attention, 3, "C1"),
+                               ("PyTorch maths", torch_maths, 6, "C2")):
+        at, times = [S for S in sizes if fn is not torch_maths or S <= 4096], []
         for S in at:
             x, d = inputs((1, H, S, D))
             times.append(attention_times(fn, x[:n], d, quick=True))
-        for i, (part, style) in enumerate((("forward", "-"), ("backward", "--"))):
-            plt.loglog(at, [t[i] for t in times], style, color=color, marker="o", ms=3, label=f"{name}, {part}", base=2)
-    plt.xticks(sizes, [str(s) for s in sizes])
-    plt.xlabel("sequence length")
-    plt.ylabel("milliseconds")
-    plt.title(f"{torch.cuda.get_device_name()}, bfloat16, {H} heads of {D}", fontsize=10)
-    plt.grid(alpha=0.3)
-    plt.legend(fontsize=8)
-    plt.tight_layout()
-    plt.savefig(path, dpi=150)
+        for part, style, ms in zip(("forward", "backward"), ("-", "--"), zip(*times)):
+            axes.loglog(at, ms, style, color=color, marker="o", ms=3, label=f"{name}, {part}", base=2)
+    axes.set(xlabel="sequence length", ylabel="milliseconds", xticks=sizes, xticklabels=map(str, sizes))
+    axes.set_title(f"{torch.cuda.get_device_name()}, bfloat16, {H} heads of {D}", fontsize=10)
+    axes.grid(alpha=0.3), axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
 
 
 # ---- a whole step --------------------------------------------------------------------------------
@@ -313,9 +300,8 @@ def step_table(size="XL/2", input_size=32, batch=32, modes=tuple(MODES), verbose
     show(f"{ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}, {size}, {input_size}x{input_size}x4, batch {batch} a GPU; "
          f"8192^3 bfloat16 product {rate:.0f} TFLOP/s")
     show(f"{'mode':>13} | {'ms':>6} {'img/s':>6} {'TF/s':>4} {'of it':>5} {'peak GB':>7} {'start s':>7} | GPU ms: " + ", ".join([*KINDS, "other"]))
-    rows = {}
     for mode in modes:
-        r = rows[mode] = step_row(mode, size, input_size, batch)
+        r = step_row(mode, size, input_size, batch)
         passes = 3 if mode == "flow_matching" else 9 if mode == "detach_jvp" else 11
         tflops = passes * forward_tflop(size, input_size, batch) / r["ms"] * 1e3
         show(f"{mode:>13} | {r['ms']:6.1f} {ranks * batch / r['ms'] * 1e3:6.0f} {tflops:4.0f} {tflops / rate:5.0%} {r['peak'] / 1e9:7.1f} {r['warm']:7.1f} | "
@@ -325,10 +311,9 @@ def step_table(size="XL/2", input_size=32, batch=32, modes=tuple(MODES), verbose
                 show(f"{ms:14.2f} ms {count:5} x {key[:110]}")
     if ranks > 1:
         dist.destroy_process_group()
-    return rows
 
 
-def trainer_table(preset="im256_w2", input_size=32, batch=64, steps=40):
+def trainer_table(preset="im256_w2", input_size=32, batch=64):
     """train.py itself, from a memory map of random latents: its speed and waits after the first quarter, by its log."""
     noise = np.random.default_rng(0).standard_normal((1024, 8, input_size, input_size)).astype(np.float16)
     writer = Writer("data/bench-trainer", noise.shape[1:], {"train": 2 ** 24 // input_size ** 2, "test": 0}, np.float16)
@@ -336,7 +321,7 @@ def trainer_table(preset="im256_w2", input_size=32, batch=64, steps=40):
         writer.set(i, noise[i % 1024], i % 1000)
     writer.finish("bench-trainer", [""] * 1000, kind="latents", shape=[4, *noise.shape[2:]], mean=[0.0] * 4, std=[1.0] * 4, vae=SD_VAE)
     shutil.rmtree("out/bench-trainer", ignore_errors=True)
-    options = dict(preset=preset, dataset="bench-trainer", name="bench-trainer", batch_size=batch, steps=steps, log_every=steps // 4)
+    options = dict(preset=preset, dataset="bench-trainer", name="bench-trainer", batch_size=batch, steps=40, log_every=10)
     subprocess.run([sys.executable, os.path.join(HERE, "train.py"), *(f"--{key}={value}" for key, value in options.items())], check=True)
     with open("out/bench-trainer/log.jsonl") as f:
         lines = [line for line in map(json.loads, f) if "loss" in line][1:]
@@ -363,7 +348,7 @@ def sample_table(size="XL/2", input_size=32, batch=64):
             print(f"{name:>20}, {nfe} step{'s' * (nfe > 1)}: {batch / ms * 1e3:6.0f} images/s, {tflops:.0f} TFLOP/s", flush=True)
 
 
-def fid_table(batch=128, batches=64):
+def fid_table(batch=128):
     """Images a second of fid.py's network on 256x256 images, weights seeded, and the Frechet distance of two synthetic sets."""
     from triton.testing import do_bench
     torch.manual_seed(0)
@@ -376,13 +361,13 @@ def fid_table(batch=128, batches=64):
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, 256x256, batch {batch}")
     for fid.TF32 in (False, True):
         moments, images = [fid.Moments(2048) for _ in range(2)], draw(16)
-        for i in range(2 * batches):
+        for i in range(128):
             torch.manual_seed(i)
             moments[i % 2].add(net(draw((16, 24)[i % 2])))
         distance = fid.frechet_distance(*moments[0].mean_and_covariance(), *moments[1].mean_and_covariance())
         ms = [do_bench(lambda: net(images, resize), warmup=500, rep=2000, return_mode="median") for resize in ("tf1", "torch")]
         print(f"TF32 {fid.TF32!s:>5}: {batch / ms[0] * 1e3:.0f} images/s (resize torch: {batch / ms[1] * 1e3:.0f}), "
-              f"Frechet distance of {batch * batches} images each {distance:.6g}", flush=True)
+              f"Frechet distance of {64 * batch} images each {distance:.6g}", flush=True)
 
 
 # ---- Theorem 1, where everything is known (README.md derives the bounds) --------------------------
@@ -546,33 +531,29 @@ def theory_report(log, plot):
     figure.savefig(plot, dpi=150)
 
 
+def theory(quick=False, report=False, plot=""):
+    """Trains and reports; report: from the log of the last run."""
+    log, default = ("out/theory/quick.jsonl", "out/theory/quick.png") if quick else ("out/theory/log.jsonl", "assets/theory.png")
+    try:
+        if not report:
+            theory_run(log, quick)
+        theory_report(log, plot or default)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"bench.py: theory, {log}: {type(error).__name__}: {error}")
+
+
 def main():
-    what, options = sys.argv[1:2], dict(o.removeprefix("--").partition("=")[::2] for o in sys.argv[2:])
-    known = dict(attention={"quick", "plot"}, step={"size", "input_size", "batch", "modes", "verbose"}, fid={"batch"},
-                 trainer={"preset", "input_size", "batch"}, sample={"size", "input_size", "batch"}, sanitize=set(), theory={"quick", "report", "plot"})
-    if len(what) != 1 or what[0] not in known or not set(options) <= known[what[0]]:
+    """Options are the parameters of what is to be done, of their defaults' types."""
+    what, options = "".join(sys.argv[1:2]), dict(o.removeprefix("--").partition("=")[::2] for o in sys.argv[2:])
+    tables = dict(attention=attention_table, step=step_table, trainer=trainer_table, sample=sample_table, fid=fid_table,
+                  sanitize=attention_sanitize, theory=theory)
+    known = inspect.signature(tables[what]).parameters if what in tables else {}
+    if what not in tables or not set(options) <= set(known):
         sys.exit("bench.py: " + " ".join(__doc__.split("\n\n")[1].split()))
-    if what == ["theory"]:
-        log, plot = ("out/theory/quick.jsonl", "out/theory/quick.png") if "quick" in options else ("out/theory/log.jsonl", "assets/theory.png")
-        try:
-            if "report" not in options:
-                theory_run(log, "quick" in options)
-            return theory_report(log, options.get("plot", plot))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            sys.exit(f"bench.py: theory, {log}: {type(error).__name__}: {error}")
-    if not torch.cuda.is_available():
+    if what != "theory" and not torch.cuda.is_available():
         sys.exit("bench.py: no CUDA device here")
-    if what == ["sanitize"]:
-        attention_sanitize()
-    elif what == ["attention"]:
-        attention_table(quick="quick" in options, plot=options.get("plot", "attention.png"))
-    else:
-        arguments = {key: int(value) if key in ("input_size", "batch") else value for key, value in options.items()}
-        if "modes" in arguments:
-            arguments["modes"] = arguments["modes"].split(",")
-        if "verbose" in arguments:
-            arguments["verbose"] = True
-        dict(step=step_table, trainer=trainer_table, sample=sample_table, fid=fid_table)[what[0]](**arguments)
+    kinds = {bool: lambda value: True, int: int, str: str, tuple: lambda value: value.split(",")}
+    tables[what](**{key: kinds[type(known[key].default)](value) for key, value in options.items()})
 
 
 if __name__ == "__main__":
