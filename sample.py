@@ -26,6 +26,7 @@ from zipfile import ZipFile
 import numpy as np
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from PIL import Image
 from tqdm import tqdm
 
@@ -106,15 +107,10 @@ def to_images(x0, header, vae=None):
 
 def grid(images, columns, least=800):
     """uint8 (N, H, W, C) -> one PIL image, row by row, enlarged by whole pixels to about `least` wide."""
-    n, H, W, C = images.shape
-    rows, zoom = -(-n // columns), max(1, least // (columns * W))
+    zoom, gap = max(1, least // (columns * images.shape[2])), 2
     images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
-    H, W, gap = H * zoom, W * zoom, 2
-    sheet = np.full((rows * (H + gap) - gap, columns * (W + gap) - gap, C), 255, np.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * (H + gap), i % columns * (W + gap)
-        sheet[top:top + H, left:left + W] = image
-    return as_pil(sheet)
+    images = np.pad(images, ((0, -len(images) % columns), (0, gap), (0, gap), (0, 0)), constant_values=255)
+    return as_pil(rearrange(images, "(row column) h w c -> (row h) (column w) c", column=columns)[:-gap, :-gap])
 
 
 def as_pil(image):
