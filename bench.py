@@ -181,17 +181,16 @@ KINDS = dict(  # of GPU kernels, by what their names hold
     optimizer_and_EMAs=("multi_tensor", "foreach"), NCCL=("nccl",), products=("nvjet", "gemm", "cutlass", "cublas", "xmma", "splitK"))
 
 
-class FlowMatching(torch.nn.Module):
+class FlowMatching:
     """Plain flow matching with the same network, for comparison."""
 
     def __init__(self, model):
-        super().__init__()
         self.model = model
 
     def draw(self, x0, seed, first=0, total=None):
         return torch.randn_like(x0), torch.rand(len(x0), device=x0.device)
 
-    def forward(self, x0, y, noise, t, backward):
+    def __call__(self, x0, y, noise, t, backward):
         at = t.view(-1, 1, 1, 1)
         u = self.model(x0 + at * (noise - x0), t, t, y, torch.ones_like(t))
         return {"loss": backward((u - (noise - x0)).square().mean())}

@@ -69,12 +69,19 @@ MIXED = {"5b": A.format(192, 32), "5c": A.format(256, 64), "5d": A.format(288, 6
          "7b": E.format(1280, "average"), "7c": E.format(2048, "largest")}
 
 
+class Product(nn.Conv2d):
+    """A 1x1 convolution of channels-last images as the matrix product that it is, which is faster in float32."""
+
+    def forward(self, x):
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 def convolution(inputs, outputs, kernel, same=True):
     """With batch norm and ReLU. kernel: "3", "1x7" or, of stride 2, "3/2"; same: at stride 1 the padding keeps the size."""
     kernel, _, stride = kernel.partition("/")
     size, padding = [int(k) for k in (kernel.split("x") * 2)[:2]], "same" if same and not stride else 0
-    return nn.Sequential(OrderedDict(conv=nn.Conv2d(inputs, outputs, size, int(stride or 1), padding, bias=False),
-                                     bn=nn.BatchNorm2d(outputs, eps=1e-3), relu=nn.ReLU(inplace=True)))
+    conv = (Product if kernel == "1" else nn.Conv2d)(inputs, outputs, size, int(stride or 1), padding, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(outputs, eps=1e-3), relu=nn.ReLU(inplace=True)))
 
 
 class Mixed(nn.Module):
@@ -99,17 +106,6 @@ class Mixed(nn.Module):
         return torch.cat(out if place == "pool" else [*out, self.pool(x)], dim=1)
 
 
-class Product(nn.Linear):
-    """A 1x1 convolution of channels-last images as the matrix product that it is, which is faster in float32."""
-
-    def __init__(self, conv):
-        super().__init__(conv.in_channels, conv.out_channels)
-        self.weight, self.bias = nn.Parameter(conv.weight.flatten(1)), conv.bias
-
-    def forward(self, x):
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
 class InceptionV3(nn.Module):
     """The network of FID, under the names of pytorch-fid's weights (which are torchvision's)."""
 
@@ -127,8 +123,7 @@ class InceptionV3(nn.Module):
         """The same function with batch norm inside the convolutions: faster, and without the file's names. Returns itself."""
         for layer in self.modules():
             if hasattr(layer, "bn"):
-                conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
-                layer.conv = Product(conv) if conv.kernel_size == (1, 1) else conv
+                layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
         return self.requires_grad_(False).to(memory_format=torch.channels_last)
 
     @torch.no_grad()

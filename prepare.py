@@ -256,15 +256,14 @@ def list_images(src):
         raise DataError(f"no folder {src}")
     is_image = lambda file: file.lower().endswith((".jpg", ".jpeg", ".png"))
     below = lambda folder: [os.path.join(at, file) for at, _, names in sorted(os.walk(folder)) for file in sorted(names) if is_image(file)]
-    by_class = {d.name: below(d.path) for d in sorted(os.scandir(src), key=lambda d: d.name) if d.is_dir()}
-    classes = [c for c in by_class if by_class[c]]
-    files = [(file, label) for label, c in enumerate(classes) for file in by_class[c]]
+    classes = {d.name: files for d in sorted(os.scandir(src), key=lambda d: d.name) if d.is_dir() and (files := below(d.path))}
+    files = [(file, label) for label, files in enumerate(classes.values()) for file in files]
     flat = [os.path.join(src, file) for file in sorted(os.listdir(src)) if is_image(file)]
     if files and flat:
         raise DataError(f"{src} holds images beside its class folders: which label should they have?")
     if not files and not flat:
         raise DataError(f"no .jpg, .jpeg or .png file in {src}")
-    return classes, files or [(file, 0) for file in flat]
+    return list(classes), files or [(file, 0) for file in flat]
 
 
 def folder(args):
