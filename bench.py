@@ -176,9 +176,9 @@ def attention_plot(path, quick, H=24, D=128):
 
 MODES = dict(eager=dict(compiled=False), compiled={}, checkpointed=dict(checkpoint=True), detach_jvp=dict(detach=True),
              flow_matching=dict(flow=True))
-KINDS = dict(  # of GPU kernels, by what their names hold
+KINDS = dict(  # of GPU kernels, by what their names hold, the first that fits
     attention=("forward_kernel", "row_kernel", "column_kernel", "flash", "fmha", "sdpa"),
-    optimizer_and_EMAs=("multi_tensor", "foreach"), NCCL=("nccl",), products=("nvjet", "gemm", "cutlass", "cublas", "xmma", "splitK"))
+    optimizer_and_EMAs=("multi_tensor", "foreach"), NCCL=("nccl",), products=("nvjet", "gemm", "cutlass", "cublas", "xmma", "splitK"), other=("",))
 
 
 class FlowMatching:
@@ -250,29 +250,20 @@ def milliseconds(step, steps):
     return times
 
 
-def step_row(mode, size, input_size, batch, steps=20):
-    """Median milliseconds of a step, peak bytes (all that PyTorch took from the device), seconds of compiling, and GPU milliseconds by kind of kernel."""
+def step_row(mode, size, input_size, batch):
+    """Median milliseconds of 20 steps, peak bytes (all that PyTorch took from the device), seconds of compiling, and GPU milliseconds by kind of kernel."""
     gc.unfreeze(), gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    config = DiTConfig.named(size, input_size=input_size, in_channels=4, num_classes=1000)
-    step, start = stepper(config, batch, **MODES[mode]), time.perf_counter()
-    for n in range(5):
-        step(n)
-    torch.cuda.synchronize()
+    step = stepper(DiTConfig.named(size, input_size=input_size, in_channels=4, num_classes=1000), batch, **MODES[mode])
+    warm = sum(milliseconds(step, 5)) / 1e3
     gc.collect(), gc.freeze()
-    warm, times = time.perf_counter() - start, milliseconds(step, steps)
-    kinds = dict.fromkeys([*KINDS, "other"], 0.0)
+    ms, kinds = sorted(milliseconds(step, 20))[10], dict.fromkeys(KINDS, 0.0)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step(0)
-        torch.cuda.synchronize()
-    others = {}
+        milliseconds(step, 1)
     for event in profile.key_averages():
-        kind = next((k for k, names in KINDS.items() if any(n in event.key for n in names)), "other")
-        kinds[kind] += event.device_time_total / 1e3
-        if kind == "other":
-            others[event.key] = event.device_time_total / 1e3, event.count
-    return dict(ms=sorted(times)[steps // 2], peak=torch.cuda.max_memory_reserved(), warm=warm, kinds=kinds, others=others)
+        kinds[next(kind for kind, names in KINDS.items() if any(name in event.key for name in names))] += event.device_time_total / 1e3
+    return ms, torch.cuda.max_memory_reserved(), warm, kinds
 
 
 def product_rate(n=8192):
@@ -289,7 +280,7 @@ def forward_tflop(size, input_size, batch):
     return 2 * batch * c.depth * (T * D * D * (4 + 2 * c.mlp_ratio) + 2 * T * T * D + 6 * D * D) * 1e-12
 
 
-def step_table(size="XL/2", input_size=32, batch=32, modes=tuple(MODES), verbose=False):
+def step_table(size="XL/2", input_size=32, batch=32, modes=tuple(MODES)):
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -298,16 +289,13 @@ def step_table(size="XL/2", input_size=32, batch=32, modes=tuple(MODES), verbose
     rate = product_rate()
     show(f"{ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}, {size}, {input_size}x{input_size}x4, batch {batch} a GPU; "
          f"8192^3 bfloat16 product {rate:.0f} TFLOP/s")
-    show(f"{'mode':>13} | {'ms':>6} {'img/s':>6} {'TF/s':>4} {'of it':>5} {'peak GB':>7} {'start s':>7} | GPU ms: " + ", ".join([*KINDS, "other"]))
+    show(f"{'mode':>13} | {'ms':>6} {'img/s':>6} {'TF/s':>4} {'of it':>5} {'peak GB':>7} {'start s':>7} | GPU ms: " + ", ".join(KINDS))
     for mode in modes:
-        r = step_row(mode, size, input_size, batch)
+        ms, peak, warm, kinds = step_row(mode, size, input_size, batch)
         passes = 3 if mode == "flow_matching" else 9 if mode == "detach_jvp" else 11
-        tflops = passes * forward_tflop(size, input_size, batch) / r["ms"] * 1e3
-        show(f"{mode:>13} | {r['ms']:6.1f} {ranks * batch / r['ms'] * 1e3:6.0f} {tflops:4.0f} {tflops / rate:5.0%} {r['peak'] / 1e9:7.1f} {r['warm']:7.1f} | "
-             + ", ".join(f"{ms:.1f}" for ms in r["kinds"].values()))
-        if verbose:
-            for key, (ms, count) in sorted(r["others"].items(), key=lambda kv: -kv[1][0])[:20]:
-                show(f"{ms:14.2f} ms {count:5} x {key[:110]}")
+        tflops = passes * forward_tflop(size, input_size, batch) / ms * 1e3
+        show(f"{mode:>13} | {ms:6.1f} {ranks * batch / ms * 1e3:6.0f} {tflops:4.0f} {tflops / rate:5.0%} {peak / 1e9:7.1f} {warm:7.1f} | "
+             + ", ".join(f"{part:.1f}" for part in kinds.values()))
     if ranks > 1:
         dist.destroy_process_group()
 
@@ -332,6 +320,7 @@ def trainer_table(preset="im256_w2", input_size=32, batch=64):
 @torch.no_grad()
 def sample_table(size="XL/2", input_size=32, batch=64):
     """Images a second of one- and four-step sampling, latents only."""
+    from triton.testing import do_bench
     with torch.device("cuda"):
         model = DiT(DiTConfig.named(size, input_size=input_size, in_channels=4, num_classes=1000)).eval()
     x1, y = torch.randn(batch, 4, input_size, input_size, device="cuda"), torch.randint(1000, (batch,), device="cuda")
@@ -340,7 +329,6 @@ def sample_table(size="XL/2", input_size=32, batch=64):
     for name, half, compiled in (("float32, eager", False, False), ("bfloat16, eager", True, False), ("bfloat16, compiled", True, True)):
         context = fast(model, half, compiled)
         for nfe in (1, 4):
-            from triton.testing import do_bench
             with context:
                 ms = do_bench(lambda: sample(model, x1, y, w, nfe), warmup=300, rep=500, return_mode="median")
             tflops = nfe * forward_tflop(size, input_size, batch) / ms * 1e3

@@ -12,7 +12,6 @@ A snapshot is a pickle, which is a program: it names functions and calls them; o
 lies in the file. Here nothing of it is imported or executed. Names of classes stand for inert Stubs, which keep what
 they are given; six functions have replacements below; any other name ends the conversion.
 """
-import dataclasses
 import io
 import math
 import os
@@ -176,7 +175,7 @@ def main():
         raise CheckpointError(f"{args.labels} has {len(counts)} classes, and {args.snapshot} {config.num_classes}")
     header = dict(LATENTS[side], kind="latents", vae=SD_VAE, shape=[4, side, side], num_classes=len(counts), class_counts=counts)
     guidance = dict(sampler="constant", w=args.w, w_min=args.w, w_max=args.w)
-    about = dict(config=dataclasses.asdict(config), guidance=guidance, data=header, source=os.path.basename(args.snapshot))
+    about = dict(config=vars(config), guidance=guidance, data=header, source=os.path.basename(args.snapshot))
     save_tensors(args.checkpoint, model.state_dict(), about)
     print(f"{args.checkpoint}: {config}, guidance {args.w:g}, classes drawn {'as in ' + args.labels if args.labels else 'all alike'}")
 
