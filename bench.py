@@ -127,9 +127,8 @@ def attention_table(quick=False, plot="attention.png"):
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     print(f"{'B,H,S,D':>16} | {'fwd':>7} {'plain':>6} {'x':>4} {'TF/s':>4} | {'bwd':>7} {'plain':>6} {'x':>4} {'TF/s':>4} | "
           f"{'maths fwd/bwd':>15} {'compiled':>15} | {'peak MB':>7} {'needed':>6} | {'error':>7} | graph fwd/bwd, plain")
-    for shape in SHAPES:
-        B, H, S, D = shape
-        x, d = inputs(shape)
+    for B, H, S, D in SHAPES:
+        x, d = inputs((B, H, S, D))
         rounds = [(*attention_times(A.attention_jvp, x, d, quick), *attention_times(F.scaled_dot_product_attention, x[:3], d, quick))
                   for _ in range(1 if quick else 5)]                    # in turns, for clocks drift
         fwd, bwd, plain_fwd, plain_bwd = np.median(rounds, axis=0)
@@ -144,7 +143,7 @@ def attention_table(quick=False, plot="attention.png"):
             plain_graph = pair(F.scaled_dot_product_attention, x[:3], d[:1], graph=True)
         peak, needed = attention_memory(x, d)
         product = 2 * B * H * S * S * D * 1e-9  # TFLOP per ms
-        print(f"{','.join(map(str, shape)):>16} | {fwd:7.3f} {plain_fwd:6.3f} {fwd / plain_fwd:4.2f} {6 * product / fwd:4.0f} | "
+        print(f"{f'{B},{H},{S},{D}':>16} | {fwd:7.3f} {plain_fwd:6.3f} {fwd / plain_fwd:4.2f} {6 * product / fwd:4.0f} | "
               f"{bwd:7.3f} {plain_bwd:6.3f} {bwd / plain_bwd:4.2f} {15 * product / bwd:4.0f} | {maths:>15} {compiled:>15} | "
               f"{peak / 1e6:7.1f} {needed / 1e6:6.1f} | {max(attention_errors(x, d)):.1e} | {graph} {plain_graph}", flush=True)
         del x, d

@@ -176,8 +176,7 @@ def shapes(args):
         raise DataError(f"shapes: at least 10 images of at least 8 pixels, not {args.n} of {args.size}")
     held_out = min(10000, args.n // 6)
     writer = Writer(args.path, (3, args.size, args.size), {"train": args.n, "test": held_out})
-    draw = partial(draw_shape, size=args.size, seed=args.seed)
-    for i, image in enumerate(parallel(draw, range(args.n + held_out), "shapes")):
+    for i, image in enumerate(parallel(partial(draw_shape, size=args.size, seed=args.seed), range(args.n + held_out), "shapes")):
         writer.set(i, image, i % 10)
     writer.finish(args.name, SHAPES, license="none needed", source="drawn by prepare.py",
                   made_by=f"prepare.py shapes --size {args.size} --n {args.n} --seed {args.seed}")
