@@ -176,8 +176,7 @@ def attention_plot(path, quick, H=24, D=128):
 MODES = dict(eager=dict(compiled=False), compiled={}, checkpointed=dict(checkpoint=True), detach_jvp=dict(detach=True),
              flow_matching=dict(flow=True))
 KINDS = dict(  # of GPU kernels, by what their names hold, the first that fits
-    attention=("forward_kernel", "row_kernel", "column_kernel", "flash", "fmha", "sdpa"),
-    optimizer_and_EMAs=("multi_tensor", "foreach"), NCCL=("nccl",), products=("nvjet", "gemm", "cutlass", "cublas", "xmma", "splitK"), other=("",))
+    attention=("forward_kernel", "row_kernel", "column_kernel", "flash", "fmha", "sdpa"), AdamW=("Adam",), EMAs=("Lerp",), NCCL=("nccl",), products=("nvjet", "gemm", "cutlass", "cublas", "xmma", "splitK"), other=("",))
 
 
 class FlowMatching:

@@ -2061,7 +2061,7 @@ def start(folder, monkeypatch):
     seconds each time. (Not from this process: a fork of one with threads can hang.)"""
     monkeypatch.setenv("PYTHONPATH", HERE)                                    # where the server finds this file
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_all", "torch._dynamo", "matplotlib.pyplot"])
+    context.set_forkserver_preload(["test_all", "torch._dynamo", "matplotlib.figure"])
     processes = []
 
     def start(*arguments):
