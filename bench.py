@@ -34,7 +34,7 @@ from tqdm import tqdm
 import attention_jvp as A
 import fid
 from loss import TVM, Graph, all_reduce, backward
-from model import DiT, DiTConfig, compile_blocks
+from model import SIZES, DiT, DiTConfig, compile_blocks
 from prepare import HERE, SD_VAE, Writer
 from sample import fast, sample
 
@@ -176,7 +176,8 @@ def attention_plot(path, quick, H=24, D=128):
 MODES = dict(eager=dict(compiled=False), compiled={}, checkpointed=dict(checkpoint=True), detach_jvp=dict(detach=True),
              flow_matching=dict(flow=True))
 KINDS = dict(  # of GPU kernels, by what their names hold, the first that fits
-    attention=("forward_kernel", "row_kernel", "column_kernel", "flash", "fmha", "sdpa"), AdamW=("Adam",), EMAs=("Lerp",), NCCL=("nccl",), products=("nvjet", "gemm", "cutlass", "cublas", "xmma", "splitK"), other=("",))
+    attention=("forward_kernel", "row_kernel", "column_kernel", "flash", "fmha", "sdpa"), AdamW=("Adam",), EMAs=("Lerp",), NCCL=("nccl",),
+    products=("nvjet", "gemm", "cutlass", "cublas", "xmma", "splitK"), other=("",))
 
 
 class FlowMatching:
@@ -249,7 +250,8 @@ def milliseconds(step, steps):
 
 
 def step_row(mode, size, input_size, batch):
-    """Median milliseconds of 20 steps, peak bytes (all that PyTorch took from the device), seconds of compiling, and GPU milliseconds by kind of kernel."""
+    """Median milliseconds of 20 steps, peak bytes (all that PyTorch took from the device), seconds of the first five, and
+    GPU milliseconds by kind of kernel."""
     gc.unfreeze(), gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -532,13 +534,16 @@ def main():
     what, options = "".join(sys.argv[1:2]), dict(o.removeprefix("--").partition("=")[::2] for o in sys.argv[2:])
     tables = dict(attention=attention_table, step=step_table, trainer=trainer_table, sample=sample_table, fid=fid_table,
                   sanitize=attention_sanitize, theory=theory)
-    known = inspect.signature(tables[what]).parameters if what in tables else {}
-    if what not in tables or not set(options) <= set(known):
+    kinds = {bool: lambda value: True, int: int, str: str, tuple: lambda value: value.split(",")}
+    try:
+        known = inspect.signature(tables[what]).parameters
+        arguments = {key: kinds[type(known[key].default)](value) for key, value in options.items()}
+        SIZES[arguments.get("size", "XL/2")], [MODES[mode] for mode in arguments.get("modes", ())]
+    except (KeyError, ValueError):
         sys.exit("bench.py: " + " ".join(__doc__.split("\n\n")[1].split()))
     if what != "theory" and not torch.cuda.is_available():
         sys.exit("bench.py: no CUDA device here")
-    kinds = {bool: lambda value: True, int: int, str: str, tuple: lambda value: value.split(",")}
-    tables[what](**{key: kinds[type(known[key].default)](value) for key, value in options.items()})
+    tables[what](**arguments)
 
 
 if __name__ == "__main__":
