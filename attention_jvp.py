@@ -181,7 +181,7 @@ if triton is not None:
 
     @triton.jit
     def log2(x):
-        """By the one instruction, to 2^-22, where tl.log2 is some fifty."""
+        """By the one instruction, to 2^-22, where tl.log2 is forty."""
         if INTERPRETED:
             return tl.log2(x)
         else:
@@ -205,7 +205,8 @@ if triton is not None:
     @triton.jit
     def low_bits(x, dtype: tl.constexpr):
         """The first four bits that rounding float32 tiles x to nearest in dtype drops, those of eight columns in a word.
-        Its columns are 8 apart: one thread has them all. (A tie that went down to even comes back one unit low.)"""
+        Its columns are 8 apart: one thread has them all. (A tie that went down to even comes back a whole unit of dtype
+        too low, which matters where most are ties: two or three keys of equal scores.)"""
         SHIFT: tl.constexpr = 12 if dtype == tl.bfloat16 else 9
         N: tl.constexpr = low_words(x[0].shape[1]) // 8
         lo = bits(x[0]) >> SHIFT & 15
@@ -519,9 +520,9 @@ def _chunks(D):
 
 
 def _tiles(kernel, D, dtype, device):
-    """Entry of TILES, or None."""
-    small = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != 9
-    if dtype == torch.float32 or small:
+    """An entry of TILES, or what stands for it; None where the kernel is left to "primal" and "tangent"."""
+    hopper = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+    if dtype == torch.float32 or not hopper:
         return None if kernel == "column" else FLOAT32_TILES if dtype == torch.float32 else SMALL_TILES
     width = sum(_chunks(D))
     return TILES[kernel].get(64 if width <= 64 else 96 if width <= 96 else 128)

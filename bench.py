@@ -34,7 +34,7 @@ from tqdm import tqdm
 import attention_jvp as A
 import fid
 from loss import TVM, Graph, all_reduce, backward
-from model import SIZES, DiT, DiTConfig, compile_blocks
+from model import DiT, DiTConfig, compile_blocks
 from prepare import HERE, SD_VAE, Writer
 from sample import fast, sample
 
@@ -309,7 +309,8 @@ def trainer_table(preset="im256_w2", input_size=32, batch=64):
     writer.finish("bench-trainer", [""] * 1000, kind="latents", shape=[4, *noise.shape[2:]], mean=[0.0] * 4, std=[1.0] * 4, vae=SD_VAE)
     shutil.rmtree("out/bench-trainer", ignore_errors=True)
     options = dict(preset=preset, dataset="bench-trainer", name="bench-trainer", batch_size=batch, steps=40, log_every=10)
-    subprocess.run([sys.executable, os.path.join(HERE, "train.py"), *(f"--{key}={value}" for key, value in options.items())], check=True)
+    if subprocess.run([sys.executable, os.path.join(HERE, "train.py"), *(f"--{key}={value}" for key, value in options.items())]).returncode:
+        sys.exit("bench.py: train.py failed")
     with open("out/bench-trainer/log.jsonl") as f:
         lines = [line for line in map(json.loads, f) if "loss" in line][1:]
     rate, wait = (sum(line[key] for line in lines) / len(lines) for key in ("images_per_second", "data_wait"))
@@ -534,11 +535,13 @@ def main():
     what, options = "".join(sys.argv[1:2]), dict(o.removeprefix("--").partition("=")[::2] for o in sys.argv[2:])
     tables = dict(attention=attention_table, step=step_table, trainer=trainer_table, sample=sample_table, fid=fid_table,
                   sanitize=attention_sanitize, theory=theory)
-    kinds = {bool: lambda value: True, int: int, str: str, tuple: lambda value: value.split(",")}
+    kinds = {bool: {"": True}.__getitem__, int: int, str: str, tuple: lambda value: value.split(",")}
     try:
         known = inspect.signature(tables[what]).parameters
         arguments = {key: kinds[type(known[key].default)](value) for key, value in options.items()}
-        SIZES[arguments.get("size", "XL/2")], [MODES[mode] for mode in arguments.get("modes", ())]
+        DiTConfig.named(arguments.get("size", "XL/2"), input_size=arguments.get("input_size", 32)), [MODES[mode] for mode in arguments.get("modes", ())]
+        if arguments.get("batch", 1) < 1:
+            raise ValueError
     except (KeyError, ValueError):
         sys.exit("bench.py: " + " ".join(__doc__.split("\n\n")[1].split()))
     if what != "theory" and not torch.cuda.is_available():

@@ -80,7 +80,7 @@ def convolution(inputs, outputs, kernel, same=True):
     """With batch norm and ReLU. kernel: "3", "1x7" or, of stride 2, "3/2"; same: at stride 1 the padding keeps the size."""
     kernel, _, stride = kernel.partition("/")
     size, padding = [int(k) for k in (kernel.split("x") * 2)[:2]], "same" if same and not stride else 0
-    conv = (Product if kernel == "1" else nn.Conv2d)(inputs, outputs, size, int(stride or 1), padding, bias=False)
+    conv = (Product if kernel == "1" and not stride else nn.Conv2d)(inputs, outputs, size, int(stride or 1), padding, bias=False)
     return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(outputs, eps=1e-3), relu=nn.ReLU(inplace=True)))
 
 

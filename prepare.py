@@ -209,7 +209,7 @@ def star(x, y):
     return ((px - 1) * edge[1] - py * edge[0]) / np.hypot(*edge)
 
 
-side = lambda x, y, angle: x * np.cos(angle) + y * np.sin(angle)            # how far along one direction
+along = lambda x, y, angle: x * np.cos(angle) + y * np.sin(angle)            # one direction
 box = lambda x, y, a, b: np.maximum(np.abs(x) - a, np.abs(y) - b)
 SHAPES = {  # about the distance of (x, y) to a shape's edge, negative inside; each shape reaches about 1 from the origin
     "disk": lambda x, y: np.hypot(x, y) - 0.85,
@@ -218,11 +218,11 @@ SHAPES = {  # about the distance of (x, y) to a shape's edge, negative inside; e
     "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.95, 0.8 - np.hypot(x - 0.45, y)),
     "square": lambda x, y: box(x, y, 0.75, 0.75),
     "bar": lambda x, y: box(x, y, 1, 0.3),
-    "triangle": lambda x, y: np.max([side(x, y, 2 * np.pi * j / 3) for j in range(3)], axis=0) - 0.5,
+    "triangle": lambda x, y: np.max([along(x, y, 2 * np.pi * j / 3) for j in range(3)], axis=0) - 0.5,
     "star": star,
     "cross": lambda x, y: np.minimum(box(x, y, 1, 0.28), box(x, y, 0.28, 1)),
     "arrow": lambda x, y: np.minimum(box(x + 0.5, y, 0.5, 0.22), np.maximum(                # its shaft and its head
-        -x, np.maximum(side(x, y, np.pi / 4), side(x, y, -np.pi / 4)) - 0.68))}
+        -x, np.maximum(along(x, y, np.pi / 4), along(x, y, -np.pi / 4)) - 0.68))}
 
 
 def cifar10(args):
@@ -361,6 +361,8 @@ def imagenet(args):
         try:
             lock, begun = hold(at(""), 10), json.load(open(at("plan.json"))) if os.path.exists(at("plan.json")) else {}
             if os.path.exists(args.path):                                  # since the look above
+                if not begun:
+                    shutil.rmtree(at(""))                                  # hold made it
                 raise DataError(f"{args.path} is there already: another run made it")
             if differ := [key for key in plan if begun.get(key, plan[key]) != plan[key]]:
                 raise DataError(f"{at('')} was begun with another {' and another '.join(differ)}: delete it to start over")

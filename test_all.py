@@ -173,25 +173,25 @@ def plain(q, k, v):
     return plain_attention(q, k, v, q.size(-1) ** -0.5)
 
 
-@pytest.mark.parametrize("capability, kilobytes", [(80, 163), (89, 99), (90, 227), (100, 227)])
-def test_kernels_fit(capability, kilobytes, monkeypatch):
+@pytest.mark.parametrize("capability, kilobytes, dtype", [(80, 163, "bf16"), (86, 99, "bf16"), (89, 99, "bf16"), (90, 227, "bf16"), (100, 227, "bf16"),
+                                                          (120, 99, "bf16"), (120, 99, "fp32")])
+def test_kernels_fit(capability, kilobytes, dtype, monkeypatch):
     """The kernels compile for GPUs that are not here, into what shared memory (and on Blackwell tensor memory) they have."""
     compiler, backend = pytest.importorskip("triton.compiler"), pytest.importorskip("triton.backends.compiler")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10))
     cases = [("forward", 128), ("row", 128), ("primal", 128), ("tangent", 128)] + [("column", 64)] * (capability == 90)
     for name, D in cases:
-        BM, BN, num_warps, num_stages, _, pair = A._tiles(name, D, torch.bfloat16, torch.device("cuda"))
+        BM, BN, num_warps, num_stages, _, pair = A._tiles(name, D, dict(bf16=torch.bfloat16, fp32=torch.float32)[dtype], torch.device("cuda"))
         kernel = {"forward": A.forward_kernel, "row": A.row_kernel}.get(name, A.column_kernel)
-        constants = dict(W=(8, D, *A._chunks(D)), BM=BM, BN=BN, EVEN=False, FULL=False, SAME=True, FLAT=False, TMA=False, HAS_LO=True, HAS_DTO=True,
+        constants = dict(W=(8, D, *A._chunks(D)), BM=BM, BN=BN, EVEN=False, FULL=False, SAME=True, FLAT=False, TMA=False, HAS_LO=dtype == "bf16", HAS_DTO=True,
                          PRIMAL=name != "tangent", TANGENT=name != "primal", PAIR=bool(pair) and name != "tangent", PREC="tf32x3")
         kinds = dict(scale="fp32", H="i32", Sq="i32", Sk="i32", LO="*i32", **dict.fromkeys(("LSE", "MU", "S1", "S2"), "*fp32"))
-        signature = {n: "constexpr" if n in constants else kinds.get(n, ("i32",) * 3 if n.startswith("st") else "*bf16") for n in kernel.arg_names}
+        signature = {n: "constexpr" if n in constants else kinds.get(n, ("i32",) * 3 if n.startswith("st") else "*" + dtype) for n in kernel.arg_names}
         pointers = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n][0] == "*"}
         source = compiler.ASTSource(kernel, signature, {(i,): constants[n] for i, n in enumerate(kernel.arg_names) if n in constants}, pointers)
-        made = compiler.compile(source, target=backend.GPUTarget("cuda", capability, 32), options=dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True))
+        options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+        made = compiler.compile(source, target=backend.GPUTarget("cuda", capability, 32), options=options)
         assert 0 < made.metadata.shared <= kilobytes * 1024 and not (getattr(made.metadata, "tmem_size", 0) or 0), (name, D)
-
-
 
 
 def interpreted(function):
@@ -857,6 +857,9 @@ def test_study_rates():
     done["meanflow-0.004-0"] = line(2)
     new = {run for run in study.plan(done) if run not in done and not run.startswith("ablation")}
     assert new == {f"{method}-{seed}" for method in ("tvm-0.0005", "meanflow-0.002", "flow_matching-0.0005") for seed in (1, 2)}
+    done |= {"meanflow-0.004-0": line(0.5), "tvm-0.001-0": line(2)}
+    new = {run for run in study.plan(done) if run not in done and not run.startswith("ablation")}
+    assert new == {f"{method}-{seed}" for method in ("tvm-0.001", "meanflow-0.004", "flow_matching-0.0005") for seed in (1, 2)}
 
 
 def test_study(folder):
@@ -1993,7 +1996,7 @@ def test_theory_command(folder, capsys):
         f.write('{"model": "wi')
     for arguments, word in ((["--quick", "--report"], "quick.jsonl"), (["--report"], "log.jsonl"), (["--fast"], "--quick")):
         assert word in run_script("bench.py", "theory", *arguments)
-    for arguments in (["what"], ["step", "--batch=some"], ["step", "--modes=compiled,swift"], ["sample", "--size=XXL/2"], []):
+    for arguments in (["what"], ["step", "--batch=some"], ["sample", "--batch=0"], ["trainer", "--input_size=31"], ["theory", "--quick=no"], ["step", "--modes=compiled,swift"], ["sample", "--size=XXL/2"], []):
         assert "bench.py attention [--quick]" in run_script("bench.py", *arguments)
 
 
@@ -2741,6 +2744,9 @@ def test_rehearsal(folder, source, capsys, monkeypatch):
     assert "begun with another batch" in run_script("prepare.py", *arguments[:-1], 2, "--name", "cut")
     failed = pytest.raises(subprocess.CalledProcessError, torchrun, "prepare.py", *arguments[:-1], 2, "--name", "cut").value
     assert failed.stderr.decode().count("begun with another batch") == 2                        # both ranks say why
+    with monkeypatch.context() as patch:                                                          # another run ends while this one waits
+        patch.setattr(ckpt, "hold", lambda path, seconds, hold=ckpt.hold: (os.makedirs("data/late"), hold(path, seconds))[1])
+        assert "another run made it" in run_script("prepare.py", *arguments, "--name", "late") and not os.path.exists("data/late.partial")
     with ckpt.hold("data/cut.partial", 0), monkeypatch.context() as patch:
         patch.setattr(ckpt, "hold", lambda path, seconds, hold=ckpt.hold: hold(path, 0))
         assert "data/cut: process" in (line := run_script("prepare.py", *arguments, "--name", "cut")) and "is at work there" in line

@@ -21,7 +21,6 @@ SIGTERM and SIGINT (Ctrl-C) end a run after its step and a save; a second one, s
 import ast
 import atexit
 import copy
-import dataclasses
 import difflib
 import functools
 import gc
@@ -282,7 +281,7 @@ if init_from:
     try:
         tensors, was = load_tensors(init_from, device)
         units = lambda data: {key: data.get(key) for key in ("mean", "std", "vae")}
-        now, was = {**dataclasses.asdict(model_config), **units(header)}, {**was["config"], **units(was["data"]), "time_init": time_init}
+        now, was = {**vars(model_config), **units(header)}, {**was["config"], **units(was["data"]), "time_init": time_init}
         differ = [f"{key} {was.get(key)!r} -> {value!r}" for key, value in now.items() if was.get(key) != value]
         if differ:
             raise CheckpointError(f"{init_from} is of another config ({', '.join(differ)})")
@@ -314,7 +313,7 @@ def git_commit():
 
 
 commit = git_commit()
-about = dict(config=dataclasses.asdict(model_config), objective=objective, guidance=guidance_config, times=times_config, train=config,
+about = dict(config=vars(model_config), objective=objective, guidance=guidance_config, times=times_config, train=config,
              data=header, commit=commit)
 
 
