@@ -7,6 +7,7 @@ a second implementation. On a CPU in minutes; with a GPU, the tests at the end r
 import ast
 import contextlib
 import copy
+import ctypes
 import functools
 import gc
 import glob
@@ -14,6 +15,7 @@ import hashlib
 import io
 import json
 import math
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -235,6 +237,13 @@ def low_bits_for_all_widths():
         assert max(rel(a, b) for a, b in zip(with_low, want)) < 1e-3 and rel(without[0], want[0]) > 1.5 * rel(with_low[0], want[0]), D
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="protects memory as Linux does")
+def test_kernels_stay_inside():
+    interpreted("kernels_stay_inside")
+    with pytest.raises(AssertionError):                                # so the page behind does guard
+        interpreted("step_outside")
+
+
 def test_low_bits_for_all_widths():
     interpreted("low_bits_for_all_widths")
 
@@ -268,6 +277,32 @@ def kernels_match_float64():
     A._tiles, A.MAX_GRID = tiles, 1                                   # all programs along one axis
     A._plan.cache_clear()
     assert max(errors(six(2, 3, 37, 50, 16))) < 2e-6
+
+
+def guarded(t):
+    """A copy of a dense tensor, behind whose last byte lies a page that nobody may read or write."""
+    size = -(-t.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + size), mmap.PAGESIZE, 0) == 0
+    return torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=size - t.nbytes).as_strided(t.shape, t.stride()).copy_(t)
+
+
+def step_outside():
+    t = guarded(torch.zeros(7))
+    ctypes.string_at(t.data_ptr() + t.nbytes, 1)
+
+
+def kernels_stay_inside():
+    """Every tensor of a forward and a backward ends where memory does."""
+    like, outputs, empty_like = A._like, A._empty_outputs, torch.empty_like
+    A._like = lambda x, dtype=None: guarded(like(x, dtype))
+    A._empty_outputs = lambda q, save: tuple(guarded(t) if t.numel() else t for t in outputs(q, save))
+    torch.empty_like = lambda t: guarded(empty_like(t))               # the rows s1 and s2
+    for dtype in (torch.float32, torch.float16):
+        for B, H, Sq, Sk, D in ((1, 2, 33, 20, 64), (2, 1, 20, 34, 72), (1, 1, 1, 1, 8), (1, 1, 65, 33, 100)):
+            x, d = [guarded(t.to(dtype)) for t in six(B, H, Sq, Sk, D)], [guarded(t.to(dtype)) for t in six(B, H, Sq, Sk, D, seed=1)[::3]]
+            A._backward_now(*d, *x, *A._forward_now(*x, D ** -0.5, True), D ** -0.5, [True] * 4)
 
 
 def kernels_survive_extremes():
