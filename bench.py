@@ -58,22 +58,19 @@ def inputs(shape, seed=0):
 def timed(function, calls):
     """Median milliseconds of a function on the GPU, each time after 256 MB of zeros, so that L2 is cold; after ten times as
     many where it takes under a millisecond, so that the host, which may need half of one, is ahead of the GPU."""
-    def once(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(repeats):
-            flush.zero_()
-        start.record()
-        function()
-        end.record()
-        return start, end
-
-    def milliseconds(events):
+    def run(calls, repeats):
+        marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        for start, end in marks:
+            for _ in range(repeats):
+                flush.zero_()
+            start.record()
+            function()
+            end.record()
         torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in events]
+        return [start.elapsed_time(end) for start, end in marks]
 
     flush = torch.empty(2 ** 28, dtype=torch.int8, device="cuda")
-    repeats = 10 if min(milliseconds([once(10) for _ in range(3)])) < 1 else 1
-    return np.median(milliseconds([once(repeats) for _ in range(calls)]))
+    return np.median(run(calls, 10 if min(run(3, 10)) < 1 else 1))
 
 
 def attention_times(fn, x, d, quick=False, graph=False):

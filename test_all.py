@@ -884,17 +884,15 @@ def test_other_objectives_train(folder):
 def test_study_rates():
     """Twice the largest rate is tried where the largest was best, and the other seeds wait for that."""
     line = lambda distance: {"scores": {nfe: {"features": distance} for nfe in (1, 2)}}
+    new = lambda: {run for run in study.plan(done) if run not in done and not run.startswith("ablation")}
     done = {f"{method}-{rate}-0": line(3) for method in study.METHODS for rate in (0.0005, 0.001)}
     assert {run.split("-")[1] for run in study.plan(done) if run.startswith("tvm")} == {"0.0005", "0.001", "0.002"}
     done |= {"tvm-0.002-0": line(4), "meanflow-0.002-0": line(1), "flow_matching-0.002-0": {"failed": "not finite"}}
-    new = {run for run in study.plan(done) if run not in done and not run.startswith("ablation")}
-    assert new == {"meanflow-0.004-0"}
+    assert new() == {"meanflow-0.004-0"}
     done["meanflow-0.004-0"] = line(2)
-    new = {run for run in study.plan(done) if run not in done and not run.startswith("ablation")}
-    assert new == {f"{method}-{seed}" for method in ("tvm-0.0005", "meanflow-0.002", "flow_matching-0.0005") for seed in (1, 2)}
+    assert new() == {f"{method}-{seed}" for method in ("tvm-0.0005", "meanflow-0.002", "flow_matching-0.0005") for seed in (1, 2)}
     done |= {"meanflow-0.004-0": line(0.5), "tvm-0.001-0": line(2)}
-    new = {run for run in study.plan(done) if run not in done and not run.startswith("ablation")}
-    assert new == {f"{method}-{seed}" for method in ("tvm-0.001", "meanflow-0.004", "flow_matching-0.0005") for seed in (1, 2)}
+    assert new() == {f"{method}-{seed}" for method in ("tvm-0.001", "meanflow-0.004", "flow_matching-0.0005") for seed in (1, 2)}
 
 
 def test_study(folder):
@@ -2031,7 +2029,8 @@ def test_theory_command(folder, capsys):
         f.write('{"model": "wi')
     for arguments, word in ((["--quick", "--report"], "quick.jsonl"), (["--report"], "log.jsonl"), (["--fast"], "--quick")):
         assert word in run_script("bench.py", "theory", *arguments)
-    for arguments in (["what"], ["step", "--batch=some"], ["sample", "--batch=0"], ["trainer", "--input_size=31"], ["theory", "--quick=no"], ["step", "--modes=compiled,swift"], ["sample", "--size=XXL/2"], []):
+    for arguments in (["what"], ["step", "--batch=some"], ["sample", "--batch=0"], ["trainer", "--input_size=31"], ["theory", "--quick=no"],
+                      ["step", "--modes=compiled,swift"], ["sample", "--size=XXL/2"], []):
         assert "bench.py attention [--quick]" in run_script("bench.py", *arguments)
 
 
