@@ -203,10 +203,18 @@ if triton is not None:
         return w0 + w1, w0 + w1, w0, w1
 
     @triton.jit
+    def odd(x):
+        """Float32 tiles with their last bit set: nothing is a tie for the rounding that low_bits is the rest of."""
+        if len(x) == 1:
+            return ((bits(x[0]) | 1).to(tl.float32, bitcast=True),)
+        else:
+            return ((bits(x[0]) | 1).to(tl.float32, bitcast=True), odd((x[1],))[0])
+
+    @triton.jit
     def low_bits(x, dtype: tl.constexpr):
         """The first four bits that rounding float32 tiles x to nearest in dtype drops, those of eight columns in a word.
-        Its columns are 8 apart: one thread has them all. (A tie that went down to even comes back a whole unit of dtype
-        too low, which matters where most are ties: two or three keys of equal scores.)"""
+        Its columns are 8 apart: one thread has them all. A tie that goes down to even would come back a whole unit of
+        dtype too low: x is `odd`."""
         SHIFT: tl.constexpr = 12 if dtype == tl.bfloat16 else 9
         N: tl.constexpr = low_words(x[0].shape[1]) // 8
         lo = bits(x[0]) >> SHIFT & 15
@@ -330,6 +338,8 @@ if triton is not None:
         o = times(o, (1 / l)[:, None])
         store(O, o, b, h, m0, Sq, sto, W, BM, FULL)
         to = plus(times(to, (1 / l)[:, None]), -mu[:, None], o)
+        if TO.dtype.element_ty != tl.float32:
+            to = odd(to)
         store(TO, to, b, h, m0, Sq, sto, W, BM, FULL)
         if HAS_LO:  # rounding a tO that tV offsets costs s2 its bits: the backward takes these back
             store(LO, low_bits(to, TO.dtype.element_ty), b, h, m0, Sq, (H * Sq, Sq, 1), low_width(W), BM, FULL)

@@ -209,7 +209,7 @@ def interpreted(function):
 
 
 def low_bits_keep_small_values():
-    """Float16 gradients where float16 keeps little or nothing of tO, whose low bits are then no continuation."""
+    """Float16 gradients where float16 keeps little or nothing of tO, whose low bits are then no continuation, and of ties."""
     for size in (1.0, 1e-4, 1e-8, 0.0):
         x = [t.half() for t in six(1, 2, 33, 33, 16)]
         x[3:] = [(t * size).half() for t in x[3:]]
@@ -221,6 +221,13 @@ def low_bits_keep_small_values():
     x, d = [t.half() for t in six(1, 2, 33, 1, 16)], [t.half() for t in six(1, 2, 33, 33, 16, seed=1)[:2]]
     got = A._backward_now(*d, *x, *A._forward_now(*x, 0.25, True), 0.25, [True] * 4)
     assert max(got[i].abs().max() for i in (0, 1, 3, 4)) < 1e-5       # of one key: what float16 holds exactly has no low bits
+    for D in (16, 64, 72):                                            # two keys of equal scores: half of tO are ties
+        x, d = [t.half() for t in six(1, 1, 33, 2, D)], [t.half() for t in six(1, 1, 33, 33, D, seed=1)[:2]]
+        x[0], x[3], x[5] = 0 * x[0], 0 * x[3], x[5] + 64
+        got = A._backward_now(*d, *x, *A._forward_now(*x, D ** -0.5, True), D ** -0.5, [True] * 4)
+        y = [t.double().requires_grad_() for t in x]
+        want = torch.autograd.grad(A.attention_jvp_reference(*y), y, [t.double() for t in d])
+        assert rel(got[0], want[0]) < 2e-3, D
 
 
 def low_bits_for_all_widths():
