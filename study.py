@@ -11,8 +11,7 @@ study.png, and of each run its samples (rows: steps, columns: classes) and what 
 The protocol, fixed before any run but for what says so. Data: `shapes`, its preset, with the network and the evaluation EMA of NETWORK. Training
 time: each method's step is timed alone on the device (median of 60, compiled, by the wall clock), and its runs have as
 many steps as fit into --seconds; so it does not matter that --workers runs share the device. Each method runs at every
-rate of RATES with seed 0, and at twice the largest where that was best (not yet so in README.md's study, where it was for
-two methods). The best rate has the smallest geometric mean, over the step counts of NFES, of the Frechet distance in features,
+rate of RATES with seed 0, and at twice the largest where that was best. The best rate has the smallest geometric mean, over the step counts of NFES, of the Frechet distance in features,
 and is run with the other SEEDS. Ablations of TVM: seed 0, the middle rate, TVM's number of steps (detach_jvp: its
 own step is timed). Nothing else is tuned. Scores: --images samples, classes in turn, the same noise for all, against as many
 fresh images of the generator, which nobody trained on; "real" are fresh images too. A convolutional classifier, trained
