@@ -543,7 +543,10 @@ def main():
         sys.exit("bench.py: " + " ".join(__doc__.split("\n\n")[1].split()))
     if what != "theory" and not torch.cuda.is_available():
         sys.exit("bench.py: no CUDA device here")
-    tables[what](**arguments)
+    try:
+        tables[what](**arguments)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"bench.py: {' '.join(str(error).split())[:300]}")
 
 
 if __name__ == "__main__":

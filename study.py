@@ -1,23 +1,24 @@
 """
 TVM beside MeanFlow and flow matching: one network, one trainer, one data set, equal training time.
 
-    python study.py [--seconds=45] [--workers=9] [--images=5000]     # one GPU or several; the same command again goes on
+    python study.py [--seconds=50] [--workers=9] [--images=5000]     # one GPU or several; the same command again goes on
     python study.py --report [--log=FILE]                            # tables and figure from the log alone
     python study.py --tiny                                           # all of it in a minute on a CPU, in out/study-tiny/; its numbers mean nothing
 
-Everything is in out/study/: log.jsonl (a line of settings and step times, then one a finished run), tables.md,
-study.png, and of each run its samples (rows: steps, columns: classes) and what train.py said. Checkpoints: out/study-RUN/.
+Everything is in out/study/: log.jsonl (a line of settings and step times, then one a run that finished or diverged), tables.md,
+study.png, samples.png, the judge's weights, and of each run its samples (rows: steps, columns: classes) and what train.py said.
+Checkpoints: out/study-RUN/.
 
-The protocol, fixed before any run but for what says so. Data: `shapes`, its preset, with the network and the evaluation EMA of NETWORK. Training
-time: each method's step is timed alone on the device (median of 60, compiled, by the wall clock), and its runs have as
-many steps as fit into --seconds; so it does not matter that --workers runs share the device. Each method runs at every
-rate of RATES with seed 0, and at twice the largest where that was best. The best rate has the smallest geometric mean, over the step counts of NFES, of the Frechet distance in features,
-and is run with the other SEEDS. Ablations of TVM: seed 0, the middle rate, TVM's number of steps (detach_jvp: its
-own step is timed). Nothing else is tuned. Scores: --images samples, classes in turn, the same noise for all, against as many
-fresh images of the generator, which nobody trained on; "real" are fresh images too. A convolutional classifier, trained
-on the training images, judges labels and gives the features (256); pixels are averaged 2x2 for their Frechet distance.
-Two-sample accuracy is that of fid.py, given also for samples and fresh images apart: blurred samples, which are everyone's
-nearest neighbours, make it 1 for the ones and 0 for the others.
+The protocol, fixed before any run but for what is marked (*). Data: `shapes`, its preset (guidance 2, mu_s 0.4), with the network and
+the evaluation EMA of NETWORK. Training time: each method's step is timed alone on the device (median of 60, compiled, by the wall
+clock), and its runs have as many steps as fit into --seconds; so it does not matter that --workers runs share the device. Each method
+runs at every rate of RATES with seed 0, and at twice the largest where that was best (*). The best rate has the smallest geometric mean,
+over the step counts of NFES, of the Frechet distance in features, and is run with the other SEEDS. Ablations of TVM ("wider gaps" (*)):
+seed 0, the middle rate, TVM's number of steps (detach_jvp: its own step is timed). Nothing else is tuned here. Scores: --images samples,
+classes in turn, the same noise for all, against as many fresh images of the generator, which nobody trained on; "real" are fresh images
+too. A convolutional classifier, trained on the training images, judges labels and gives the features (256); pixels are averaged 2x2 for
+their Frechet distance. Two-sample accuracy is that of fid.py, given also for samples and fresh images apart: blurred samples, which are
+everyone's nearest neighbours, can make it near 1 for the ones and under a half for the others.
 """
 import itertools
 import json
@@ -61,7 +62,7 @@ ABLATIONS = {
 SCORES = {"features": "Fréchet, features", "pixels": "Fréchet, pixels", "label": "label accuracy", "two_sample": "two-sample accuracy",
           "of_samples": "of samples", "of_fresh": "of fresh images"}
 FOLDER, TIMED = os.path.join("out", "study"), [*METHODS, "detach_jvp"]
-options = dict(seconds=45.0, workers=9, images=5000, log="", time="", report=False, tiny=False)
+options = dict(seconds=50.0, workers=9, images=5000, log="", time="", report=False, tiny=False)
 dataset, size, count = "shapes", 32, 60000
 
 
