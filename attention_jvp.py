@@ -19,7 +19,8 @@ Backward, from dO and dtO together. The row sums need saved outputs only, so no 
 
 Three kernels: `forward_kernel` (6 products, online softmax), `row_kernel` (s1, s2, dQ, dtQ; 9 products) and
 `column_kernel` (dK, dV, dtK, dtV; 12). Products take the input dtype and accumulate in float32; the rest is float32.
-Saved for the backward: inputs, outputs, two float32 rows, and the next four bits of tO (a quarter of its size).
+Saved for the backward: inputs, outputs, two float32 rows, and the next four bits of tO (a quarter of its size for
+powers of two from 16 on, at most half for other head sizes from 8 on).
 """
 import contextlib
 import functools
@@ -43,6 +44,7 @@ FUSED = True  # False: CUDA tensors, too, take PyTorch's path
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # kernels on CPU tensors, for tests
 MAX_HEAD_DIM = 128
 MAX_GRID = 65535  # programs along the second and third axis
+MAX_ROW = 2 ** 24  # elements from row to row: those of a tile then lie within int32 of each other
 TMA_FROM = 2 ** 25  # scores; a tensor's descriptor takes the host some 10 us, which a smaller call does not repay
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -539,14 +541,14 @@ def _tiles(kernel, D, dtype, device):
 
 
 def _rows(x):
-    """The kernels take any strides, but 1 in the last dimension, and rows of a tile within int32 of each other."""
-    return x if x.stride(3) == 1 and x.stride(2) < 2 ** 24 else x.contiguous()
+    """The kernels take any strides, but 1 in the last dimension and less than MAX_ROW in the one before."""
+    return x if x.stride(3) == 1 and x.stride(2) < MAX_ROW else x.contiguous()
 
 
 def _order(x):
     """Strides of a (B, H, S, D) tensor in the memory order (B, S, H, D): the reshape to (B, S, H D) to come is free."""
     _, H, S, D = x.shape
-    return S * H * D, D, H * D, 1
+    return (S * H * D, D, H * D, 1) if H * D < MAX_ROW else (H * S * D, S * D, D, 1)
 
 
 def _like(x, dtype=None):
@@ -764,7 +766,8 @@ def attention_jvp(q, k, v, tq, tk, tv, scale=None):
 
     q, tq: (B, H, Sq, D); k, v, tk, tv: (B, H, Sk, D); one floating dtype, one device, any strides. scale > 0, default
     D ** -0.5. Returns (o, to), both like q. The kernels take CUDA tensors (compute capability 8.0 or more) in bfloat16,
-    float16 or float32 with D <= 128; everything else takes `attention_jvp_reference`, whose memory is quadratic in S.
+    float16 or float32 with D <= 128; everything else takes `attention_jvp_reference`, whose memory is quadratic in S. So do
+    torch.func.grad, vjp and a jvp of a jvp: take gradients by backward.
     Under autocast all six are cast as F.scaled_dot_product_attention casts its own. ValueError for other arguments.
     """
     x = (q, k, v, tq, tk, tv)

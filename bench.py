@@ -121,6 +121,7 @@ def attention_sanitize():
 
 def attention_table(quick=False, plot="attention.png"):
     """Prints the table and, where `plot` names a file, writes the plot."""
+    os.makedirs(os.path.dirname(plot) or ".", exist_ok=True)
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     print(f"{'B,H,S,D':>16} | {'fwd':>7} {'plain':>6} {'x':>4} {'TF/s':>4} | {'bwd':>7} {'plain':>6} {'x':>4} {'TF/s':>4} | "
           f"{'maths fwd/bwd':>15} {'compiled':>15} | {'peak MB':>7} {'needed':>6} | {'error':>7} | graph fwd/bwd, plain")
@@ -142,7 +143,7 @@ def attention_table(quick=False, plot="attention.png"):
         product = 2 * B * H * S * S * D * 1e-9  # TFLOP per ms
         print(f"{f'{B},{H},{S},{D}':>16} | {fwd:7.3f} {plain_fwd:6.3f} {fwd / plain_fwd:4.2f} {6 * product / fwd:4.0f} | "
               f"{bwd:7.3f} {plain_bwd:6.3f} {bwd / plain_bwd:4.2f} {15 * product / bwd:4.0f} | {maths:>15} {compiled:>15} | "
-              f"{peak / 1e6:7.1f} {needed / 1e6:6.1f} | {max(attention_errors(x, d)):.1e} | {graph} {plain_graph}", flush=True)
+              f"{peak / 1e6:7.1f} {needed / 1e6:6.1f} | {np.max(attention_errors(x, d)):.1e} | {graph} {plain_graph}", flush=True)
         del x, d
     if plot:
         attention_plot(plot, quick)
@@ -288,7 +289,13 @@ def step_table(size="XL/2", input_size=32, batch=32, modes=tuple(MODES)):
          f"8192^3 bfloat16 product {rate:.0f} TFLOP/s")
     show(f"{'mode':>13} | {'ms':>6} {'img/s':>6} {'TF/s':>4} {'of it':>5} {'peak GB':>7} {'start s':>7} | GPU ms: " + ", ".join(KINDS))
     for mode in modes:
-        ms, peak, warm, kinds = step_row(mode, size, input_size, batch)
+        try:
+            ms, peak, warm, kinds = step_row(mode, size, input_size, batch)
+        except torch.OutOfMemoryError:
+            if ranks > 1:                                               # the others would wait for this one
+                raise
+            show(f"{mode:>13} | out of memory")
+            continue
         passes = 3 if mode == "flow_matching" else 9 if mode == "detach_jvp" else 11
         tflops = passes * forward_tflop(size, input_size, batch) / ms * 1e3
         show(f"{mode:>13} | {ms:6.1f} {ranks * batch / ms * 1e3:6.0f} {tflops:4.0f} {tflops / rate:5.0%} {peak / 1e9:7.1f} {warm:7.1f} | "
@@ -310,7 +317,7 @@ def trainer_table(preset="im256_w2", input_size=32, batch=64):
         sys.exit("bench.py: train.py failed")
     with open("out/bench-trainer/log.jsonl") as f:
         lines = [line for line in map(json.loads, f) if "loss" in line][1:]
-    rate, wait = (sum(line[key] for line in lines) / len(lines) for key in ("images_per_second", "data_wait"))
+    rate, wait = len(lines) / sum(1 / line["images_per_second"] for line in lines), sum(line["data_wait"] for line in lines) / len(lines)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, train.py --preset={preset}, {input_size}x{input_size}x4, batch {batch}: "
           f"{rate:.0f} images/s, {batch / rate * 1e3:.0f} ms a step, data wait {wait:.2%}")
 
@@ -543,6 +550,8 @@ def main():
         sys.exit("bench.py: " + " ".join(__doc__.split("\n\n")[1].split()))
     if what != "theory" and not torch.cuda.is_available():
         sys.exit("bench.py: no CUDA device here")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and what != "step":
+        sys.exit(f"bench.py: {what} is of one process, not of torchrun's")
     try:
         tables[what](**arguments)
     except torch.OutOfMemoryError as error:

@@ -457,6 +457,13 @@ def curve():
     figure.savefig(os.path.join(out, "curve.png"), dpi=120)
 
 
+def report(step):
+    """The picture of a step, and its FID."""
+    attempt(f"samples_{step}.png", picture, step)
+    if fid_reference:
+        log_fid(step)
+
+
 def scores():
     """1, 2 and 4 steps, and as many training images, against held-out images; printed and logged."""
     n = min(score_images, header["count"]["test"], header["count"]["train"] // 2)
@@ -494,6 +501,12 @@ if rank == 0:
           f"{'bfloat16' if half else 'float32'}, {'compiled' if compiled else 'eager'}, commit {commit}" + f", from step {first_step}" * bool(first_step))
 log(step=first_step, config=config, model=about["config"], data=header["name"], commit=commit, torch=torch.__version__, ranks=ranks,
     device=torch.cuda.get_device_name() if device.type == "cuda" else device.type)
+missed = [rank == 0 and first_step > 0 and (first_step % sample_every == 0 or first_step == steps)
+          and not os.path.exists(os.path.join(out, f"samples_{first_step}.png"))]         # the run was stopped in between
+if ranks > 1:
+    dist.broadcast_object_list(missed)
+if missed[0]:
+    report(first_step)
 
 # ---- the loop ------------------------------------------------------------------------------------
 # The loss terms by quarter of their times: terminal by t, fm by s'; each their sum and the number of samples.
@@ -604,9 +617,7 @@ for step in progress:
     if stop:
         break
     if done % sample_every == 0 or done == steps:
-        attempt(f"samples_{done}.png", picture, done)
-        if fid_reference:
-            log_fid(done)
+        report(done)
 
 for number, handler in handlers.items():
     signal.signal(number, handler)
