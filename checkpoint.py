@@ -11,6 +11,7 @@ The files of a run, made to outlive what ends it: a kill, a power cut, a full di
 Checkpoints are safetensors files with JSON in them: loading one executes nothing.
 """
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -99,8 +100,10 @@ def load_tensors(path, device="cpu"):
             tensors = {name: f.get_tensor(name).clone() for name in f.keys()}     # off the file, which may be replaced
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint {path}") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, ValueError) as error:
         raise Damaged(f"{path} is not a whole safetensors file: {error}") from None
+    except OSError as error:                                                      # a bad sector, or what may be better tomorrow
+        raise (Damaged if error.errno == errno.EIO else CheckpointError)(f"cannot read {path}: {error}") from None
     needed = {"config": (), "guidance": ("sampler", "w", "w_min", "w_max"), "data": ("class_counts", "mean", "std")}
     missing = [key for key, parts in needed.items() if not isinstance(about, dict) or not isinstance(about.get(key), dict)
                or not set(parts) <= set(about[key])]
@@ -111,7 +114,7 @@ def load_tensors(path, device="cpu"):
 
 def states(folder):
     """{step: path} of the states in a folder, the newest last."""
-    found = [re.fullmatch(r"state_(\d+)\.safetensors", file) for file in os.listdir(folder)]
+    found = [re.fullmatch(r"state_(\d+)\.safetensors", file) for file in (os.listdir(folder) if os.path.isdir(folder) else ())]
     return {step: os.path.join(folder, file) for step, file in sorted((int(match[1]), match[0]) for match in found if match)}
 
 
@@ -151,7 +154,7 @@ def hold(folder, seconds):
         except BlockingIOError:
             if time.monotonic() > deadline:
                 file.seek(0)
-                raise OSError(f"{file.read().strip() or 'another process'} is at work there") from None
+                raise OSError(f"{file.read().strip() or 'another process'} is at work in {folder}") from None
             time.sleep(0.1)
     file.truncate(0)
     print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)

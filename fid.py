@@ -214,7 +214,7 @@ class Moments:
     def add(self, features):
         if features.ndim != 2 or features.shape[1] != len(self.mean):
             raise FidError(f"Moments takes features (B, {len(self.mean)}), not {tuple(features.shape)}")
-        x = features.detach().double()
+        x = features.detach().to("cpu" if features.device.type == "mps" else features.device).double()       # Apple's GPUs have no float64
         self.merge(len(x), x.mean(0), (x - x.mean(0)).T @ (x - x.mean(0)))
 
     def merge(self, n, mean, scatter):
@@ -283,6 +283,8 @@ def read_statistics(path, notes=False):
                 found[key] = np.frombuffer(raw, dtype[4] + {"f4": "f4", "f8": "f8"}[dtype[0]]).reshape(shape, order="CF"[by_columns])
         else:
             with np.load(path, allow_pickle=False) as f:
+                if sum(part.file_size for part in f.zip.infolist() if part.filename in ("mu.npy", "sigma.npy", "notes.npy")) > 2 ** 30:
+                    raise FidError(f"{path}: its statistics unpack to more than a gigabyte")
                 found = {key: f[key] for key in ("mu", "sigma", "notes") if key in f.files}
         mu, sigma = (found[key].astype(np.float64, casting="same_kind") for key in ("mu", "sigma"))
         symmetric = sigma.shape == (mu.size, mu.size) and np.allclose(sigma, sigma.T)
@@ -376,7 +378,7 @@ class Images:
                 return tqdm.write(f"skipped {self.files[i]}: {image}", file=sys.stderr)         # None
             return image.transpose(1, 2, 0)
         with reading(self.files[i]), open(self.files[i], "rb") as file:
-            depth, image = file.read(25)[24:], Image.open(file)         # of a PNG: Pillow would cut 16 bits to 8
+            depth, image = file.read(25)[24:], Image.open(file, formats=("JPEG", "PNG"))      # of a PNG: Pillow would cut 16 bits to 8
             deep = image.format == "PNG" and depth == b"\x10"
             if deep or image.mode != "RGB" or self.shape and image.size != self.shape[1::-1]:
                 raise FidError(f"{self.files[i]} is {'16-bit ' * deep}{image.mode}, {image.size}: all must be 8-bit RGB and of one size, that of {self.files[0]}")

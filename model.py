@@ -60,6 +60,9 @@ class DiTConfig:
         for whole, part in (("input_size", "patch_size"), ("hidden_size", "num_heads")):
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(f"{whole} {getattr(self, whole)} is not divisible by {part} {getattr(self, part)}")
+        for name in ("scaled", "rms_norm", "qk_norm", "mod_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} is not divisible by 4 (2D sine-cosine positions)")
         if self.num_classes < 0:
@@ -394,12 +397,19 @@ def positions(grid, dim):
 def load_model(path, device="cpu"):
     """A checkpoint -> (DiT in eval mode with its weights in float32, about). Raises CheckpointError."""
     tensors, about = load_tensors(path, device)
+    data, guidance = about["data"], about["guidance"]
     try:
+        config, blocks = DiTConfig(**about["config"]), {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+        if config.depth != len(blocks):                                           # before it takes the memory of a billion
+            raise ValueError(f"a depth of {config.depth} and {len(blocks)} blocks")
         with torch.device("meta"):                                                # nothing to initialize
-            model = DiT(DiTConfig(**about["config"]))
+            model = DiT(config)
         model.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
-        if len(about["data"]["class_counts"]) != model.config.num_classes:
-            raise ValueError(f"{len(about['data']['class_counts'])} class counts for {model.config.num_classes} classes")
-    except (TypeError, ValueError, RuntimeError) as error:
+        counts, weights, channels = data["class_counts"], [guidance[key] for key in ("w", "w_min", "w_max")], [*data["mean"], *data["std"]]
+        if len(counts) != config.num_classes or len(data["mean"]) != config.in_channels or len(channels) != 2 * config.in_channels:
+            raise ValueError(f"{len(counts)} class counts for {config.num_classes} classes, or other than one mean and std a channel")
+        if not all(math.isfinite(x) for x in (*counts, *weights, *channels)) or min(weights) <= 0 or counts and not min(counts) >= 0 < sum(counts):
+            raise ValueError("a class count, guidance weight, mean or std that cannot be")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{path} does not fit its own config: {' '.join(str(error).split())[:300]}") from None
     return model.eval().requires_grad_(False), about

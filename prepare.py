@@ -65,16 +65,16 @@ def load_dataset(path):
             header = json.load(f)
     except FileNotFoundError:
         raise DataError(f"no data in {path}: python prepare.py makes it (see the top of prepare.py)") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read {path}/header.json: {error}") from None
     missing = [key for key in KEYS if not isinstance(header, dict) or key not in header]
     if missing or header["format"] != FORMAT:
         raise DataError(f"{path}/header.json is not a {FORMAT} header" + f": no {', '.join(missing)}" * bool(missing))
-    channels = header["shape"][0] if isinstance(header["shape"], list) and len(header["shape"]) == 3 else None
-    for key, right in (("shape", channels), ("count", isinstance(header["count"], dict) and {"train", "test"} <= set(header["count"])),
-                       ("mean", isinstance(header["mean"], list) and len(header["mean"]) == channels),
-                       ("std", isinstance(header["std"], list) and len(header["std"]) == channels and min(header["std"]) > 0),
-                       ("class_counts", isinstance(header["class_counts"], list) and len(header["class_counts"]) == header["num_classes"])):
+    numbers = lambda a, n, least: isinstance(a, list) and len(a) == n and all(type(x) in (int, float) and least <= x < np.inf for x in a)
+    channels = header["shape"][0] if numbers(header["shape"], 3, 1) else None
+    for key, right in (("shape", channels), ("mean", numbers(header["mean"], channels, -np.inf)), ("std", numbers(header["std"], channels, 1e-30)),
+                       ("count", isinstance(header["count"], dict) and numbers([header["count"].get(split) for split in ("train", "test")], 2, 0)),
+                       ("class_counts", numbers(header["class_counts"], header["num_classes"], 0))):
         if not right:
             raise DataError(f"{path}/header.json: {key} {header[key]!r} does not belong to {FORMAT} data")
     arrays = {}
@@ -99,21 +99,28 @@ def load_dataset(path):
     return header, arrays
 
 
+def need_room(path, count, shape, dtype=np.uint8):
+    """Raises DataError where the disk lacks room for so many arrays: a memory map would end the process, without a word."""
+    need, free = count * int(np.prod(shape)) * np.dtype(dtype).itemsize, shutil.disk_usage(os.path.dirname(path) or ".").free
+    if need > free:
+        raise DataError(f"{path} takes {need / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left")
+
+
 class Writer:
     """Arrays of a known count into NAME.partial, which becomes NAME when all of them are there."""
 
-    def __init__(self, path, shape, count, dtype=np.uint8, begun=False):
-        """shape: (C, H, W) of an image as it is stored. count: {"train": N, "test": M}. begun: go on with NAME.partial."""
+    def __init__(self, path, shape, count, dtype=np.uint8, begun=False, lock=None):
+        """shape: (C, H, W) of an image as it is stored. count: {"train": N, "test": M}. begun: go on with NAME.partial. lock: that
+        of NAME.partial, where the caller holds it."""
+        from checkpoint import hold
         self.path, self.partial, self.count, self.shape, self.dtype = path, path + ".partial", count, shape, np.dtype(dtype)
         if os.path.exists(path) and not os.path.exists(os.path.join(path, "header.json")):
             raise DataError(f"{path} exists and is not a dataset of prepare.py: move it away, or choose another --name")
+        self.lock = lock or hold(self.partial, 0)
         if not begun:
-            os.makedirs(self.partial, exist_ok=True)
             for name in set(os.listdir(self.partial)) - {"lock"}:          # what an interrupted run left
                 os.remove(os.path.join(self.partial, name))
-            need, free = sum(count.values()) * int(np.prod(shape)) * self.dtype.itemsize, shutil.disk_usage(self.partial).free
-            if need > free:                                                # or a memory map would end the process, without a word
-                raise DataError(f"{path} takes {need / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left")
+            need_room(path, sum(count.values()), shape, dtype)
         self.arrays = {}
         for split, n in count.items():
             for kind, kind_dtype, item in (("images", dtype, shape), ("labels", np.int64, ())):
@@ -142,6 +149,7 @@ class Writer:
             json.dump(header, f, indent=1)
         if os.path.exists(self.path):
             shutil.rmtree(self.path)
+        os.remove(self.lock.name), self.lock.close()
         os.rename(self.partial, self.path)
         print(f"{self.path}: {self.count['train']} training and {self.count['test']} held-out {header['kind']}, "
               f"{'x'.join(map(str, header['shape']))}, {num_classes or 'no'} classes")
@@ -153,7 +161,7 @@ def parallel(f, items, what):
     """f over items in all cores, in order, with a progress bar."""
     workers = min(61, os.cpu_count() or 1)                                 # as many as Windows takes
     chunk = max(1, min(256, len(items) // (4 * workers)))
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=end_with_parent, initargs=(0,)) as pool:
         yield from tqdm(pool.map(f, items, chunksize=chunk), total=len(items), desc=what, unit="img")
 
 
@@ -229,7 +237,7 @@ def cifar10(args):
     images, labels, count = [], [], {"train": 0, "test": 0}
     try:
         with tarfile.open(args.file) as tar:
-            members = {os.path.basename(m.name): m for m in tar if m.isfile()}
+            members = {os.path.basename(m.name): m for m in tar if m.isfile() and m.size < 2 ** 28}
             names = tar.extractfile(members["batches.meta.txt"]).read().decode().split()
             for batch in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
                 raw = np.frombuffer(tar.extractfile(members[batch]).read(), np.uint8)
@@ -274,6 +282,7 @@ def folder(args):
     # Which files are whole is known only once they are read: they go into one array, then into the two splits.
     os.makedirs(os.path.dirname(args.path) or ".", exist_ok=True)
     raw = args.path + ".raw.npy"
+    need_room(raw, 2 * len(files), (3, args.size, args.size))              # and as much again for the splits
     everything = open_memmap(raw, "w+", np.uint8, (len(files), 3, args.size, args.size))
     labels = []
     try:
@@ -299,7 +308,9 @@ def folder(args):
 def read_image(file, size):
     """The middle of an image, (3, size, size) uint8; or, where it cannot be read, the reason as a string."""
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=("JPEG", "PNG")) as image:           # of others, PostScript is a program, which would run
+            if max(image.size) > 100 * min(image.size):                    # which the crop would first make gigabytes long
+                return f"{image.width}x{image.height} is too long and thin"
             if image.mode.startswith("I"):                                 # 16-bit gray, which Pillow would clip
                 image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
             return np.asarray(centre_crop(image.convert("RGB"), size)).transpose(2, 0, 1)
@@ -366,7 +377,7 @@ def imagenet(args):
                 raise DataError(f"{args.path} is there already: another run made it")
             if differ := [key for key in plan if begun.get(key, plan[key]) != plan[key]]:
                 raise DataError(f"{at('')} was begun with another {' and another '.join(differ)}: delete it to start over")
-            writer = Writer(args.path, (2 * C, side, side), {"train": len(files), "test": 0}, np.float16, bool(begun))
+            writer = Writer(args.path, (2 * C, side, side), {"train": len(files), "test": 0}, np.float16, bool(begun), lock)
             if not begun:
                 writer.arrays["train_labels"][:] = [label for _, label in files]
                 writer.arrays["train_labels"].flush()
@@ -406,14 +417,15 @@ def imagenet(args):
     to, source, names = np.flatnonzero(done[:n] == 2), n + np.flatnonzero(done[n:] == 1), np.array(names, object)
     for a in (stored, writer.arrays["train_labels"], names):
         a[to] = a[source]
-    with open(at("train_files.txt"), "w", errors="surrogateescape") as f:
+    with open(at("train_files.txt"), "w", encoding="utf-8", errors="surrogateescape") as f:
         f.writelines(f"{name}\n" for name in names[:n])
     known = plan["vae"] == SD_VAE and args.size in PUBLISHED
     mean, std = PUBLISHED[args.size] if known else latent_moments(stored[:n])
+    del stored, done, a                                                    # or Windows would not rename
     writer.finish(args.name, **plan, kind="latents", shape=[C, side, side], mean=mean, std=std, skipped=len(files) - n,
                   normalization="published" if known else "measured", license="yours", source="a folder of images",
                   made_by=f"prepare.py imagenet --size {args.size} --batch {batch}")
-    for name in ("done.npy", "plan.json", "lock"):
+    for name in ("done.npy", "plan.json"):
         os.remove(os.path.join(args.path, name))
 
 
@@ -444,8 +456,10 @@ def check(args):
         vae = load_vae(args.vae or header["vae"], crc32=header.get("vae_crc32"))
         sheet = [decode(vae, from_numpy(stored[rows[:8], :header["shape"][0]]))]
     if latent and args.src:
-        with open(os.path.join(args.path, "train_files.txt"), errors="surrogateescape") as f:
+        with open(os.path.join(args.path, "train_files.txt"), encoding="utf-8", errors="surrogateescape") as f:
             files = f.read().split("\n")
+        if len(files) != len(stored) + 1 or "image_size" not in header:
+            raise DataError(f"{args.path}/train_files.txt is not whole, or header.json lacks its image_size")
         originals = read_batch([os.path.join(args.src, files[row]) for row in rows[:8]], header["image_size"])
         if lost := [image for image in originals if isinstance(image, str)]:
             raise DataError(f"an original in {args.src} cannot be read: {lost[0]}")

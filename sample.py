@@ -176,6 +176,8 @@ def parse(argv=None):
         raise CheckpointError(f"--out takes a .png, an .npz or a folder, not {args.out!r}")
     if os.path.isdir(args.out) and os.listdir(args.out):
         raise CheckpointError(f"--out: {args.out} is a folder with files in it already")
+    if os.path.exists(args.out) and os.path.isdir(args.out) == bool(os.path.splitext(args.out)[1]) and not args.fid:
+        raise CheckpointError(f"--out: {args.out} is there already, as a {'folder' if os.path.isdir(args.out) else 'file'}")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)          # complain before the work, not after it
     return args
 
@@ -264,6 +266,7 @@ def main():
     else:
         write_images(args.out, batches, n, min(len(classes), 32) if classes else 10)
         result = args.out
+    lock.close()                                                         # or Windows would not delete it
     shutil.rmtree(folder)
     print(f"{result}: {n} images in {args.nfe} step{'s' * (args.nfe > 1)} at guidance {w:g}, "
           f"{sum(map(len, mine)) * ranks / seconds:.0f} images/s on {ranks} x {device.type}")

@@ -236,7 +236,8 @@ def study():
         write(dict(first, real=judge.real))
     done, active, failed = read(options["log"])[1], {}, {}
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "4", **({"OMP_NUM_THREADS": "1"} if device.type == "cuda" else {})}
-    turns, gpus = itertools.count(), torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = itertools.cycle(visible.split(",")[:torch.cuda.device_count()]) if device.type == "cuda" else None
     total = len(plan({})) + (len(SEEDS) - 1) * len(METHODS)
     with ThreadPoolExecutor(2) as scorer, tqdm(total=total, initial=len(done), desc="runs", unit="run") as bar:
         try:
@@ -270,7 +271,7 @@ def study():
                     if run not in done | active | failed and training < options["workers"]:
                         steps, words = command(run, constants, first["step_ms"])
                         with open(os.path.join(FOLDER, folder_of(run) + ".txt"), "w") as f:
-                            devices = {"CUDA_VISIBLE_DEVICES": str(next(turns) % gpus)} if gpus else {}
+                            devices = {"CUDA_VISIBLE_DEVICES": next(gpus)} if gpus else {}
                             active[run] = subprocess.Popen(words, stdout=f, stderr=f, env=environment | devices), steps
                 if not active:
                     break
@@ -361,6 +362,8 @@ def report():
 
 def main():
     global RATES, SEEDS, ABLATIONS, NETWORK, FOLDER, dataset, size, count
+    if {"-h", "--help"} & set(sys.argv):
+        return print(__doc__)
     for argument in sys.argv[1:]:
         key, equals, value = argument.removeprefix("--").partition("=")
         kind = type(options.get(key))

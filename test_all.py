@@ -1668,7 +1668,7 @@ def test_partial_samples_are_of_one_run(folder, capsys, monkeypatch):
     assert run_script("sample.py", *command({"--out": "a.png"})) is None and "going on from 3 of 3" in capsys.readouterr().err
     lock = ckpt.hold("a.npz.parts", 0)
     monkeypatch.setattr(ckpt, "hold", lambda path, seconds, hold=ckpt.hold: hold(path, 0))
-    assert "is at work there" in run_script("sample.py", *command({}))
+    assert "is at work in" in run_script("sample.py", *command({}))
     lock.close()
 
 
@@ -2798,7 +2798,7 @@ def test_rehearsal(folder, source, capsys, monkeypatch):
         assert "another run made it" in run_script("prepare.py", *arguments, "--name", "late") and not os.path.exists("data/late.partial")
     with ckpt.hold("data/cut.partial", 0), monkeypatch.context() as patch:
         patch.setattr(ckpt, "hold", lambda path, seconds, hold=ckpt.hold: hold(path, 0))
-        assert "data/cut: process" in (line := run_script("prepare.py", *arguments, "--name", "cut")) and "is at work there" in line
+        assert "data/cut: process" in (line := run_script("prepare.py", *arguments, "--name", "cut")) and "is at work in" in line
     images = open(file := "data/cut.partial/train_images.npy", "rb").read()
     os.truncate(file, 5000)
     assert "cannot write data/cut: mmap length" in run_script("prepare.py", *arguments, "--name", "cut") and os.path.getsize(file) == 5000

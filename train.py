@@ -42,7 +42,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import fid
-from checkpoint import CheckpointError, hold, load_newest, load_tensors, save_state, save_tensors, states
+from checkpoint import CheckpointError, hold, load_newest, load_tensors, save_state, save_tensors, states, written
 from loss import TVM, Graph, all_reduce, backward
 from model import SIZES, DiT, DiTConfig, compile_blocks
 from prepare import HERE, SD_VAE, DataError, load_dataset
@@ -337,6 +337,10 @@ def save(step):
     state = {f"{kind}.{key}": v for kind, net in nets.items() for key, v in net.state_dict().items()}
     state |= {f"optimizer.{key}.{kind}": v for key, p in parameters.items() for kind, v in optimizer.state[p].items()}
     save_state(out, step, state, about, keep)
+    save_evaluated(step)
+
+
+def save_evaluated(step):
     save_tensors(os.path.join(out, "ckpt.safetensors"), evaluated.state_dict(), {**about, "step": step})
 
 
@@ -385,7 +389,7 @@ except (CheckpointError, KeyError, RuntimeError) as error:
     fail(error)
 if ranks > 1:
     first_steps = [None] * ranks
-    dist.all_gather_object(first_steps, first_step)
+    dist.all_gather_object(first_steps, first_step if os.path.isdir(out) else "nowhere")
     if len(set(first_steps)) > 1:
         fail(f"the ranks would go on from different steps, {first_steps}: {out} must be one folder that all of them see")
     for net in nets.values():
@@ -423,7 +427,8 @@ def images_of(indices, nfe, classes=None):
 def picture(step):
     classes = list(range(header["num_classes"]))[:10] or [0] * 10
     rows = [images_of(range(len(classes)), nfe, classes)[0] for nfe in (1, 2, 4)]
-    grid(np.concatenate(rows), len(classes)).save(os.path.join(out, f"samples_{step}.png"))
+    with written(os.path.join(out, f"samples_{step}.png")) as f:
+        grid(np.concatenate(rows), len(classes)).save(f, "PNG")
 
 
 def log_fid(step):
@@ -448,6 +453,7 @@ def curve():
                 continue
             if "loss" in line:
                 lines[line["step"]] = line               # after a restart the later one
+    lines = dict(sorted(lines.items()))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for term in ("fm", "terminal"):
@@ -507,12 +513,14 @@ if ranks > 1:
     dist.broadcast_object_list(missed)
 if missed[0]:
     report(first_step)
+# The state is whole, but was the evaluation network saved after it?
+whole, done = first_step == 0 or attempt("ckpt.safetensors", save_evaluated, first_step), first_step
 
 # ---- the loop ------------------------------------------------------------------------------------
 # The loss terms by quarter of their times: terminal by t, fm by s'; each their sum and the number of samples.
 sums, step_sums = torch.zeros(2, 2, 4, 2, device=device)
 skipped = skipped_in_a_row = 0
-since, waited, norms, whole, stop = time.perf_counter(), 0.0, [], True, False
+since, waited, norms, stop = time.perf_counter(), 0.0, [], False
 signals = []
 
 
