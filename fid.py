@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 TF32 = False             # True: convolutions in TensorFloat-32 on a GPU; bench.py fid says what that gives and costs
 SAVE_SECONDS = 60        # between two saves of --state
+LARGEST = 2 ** 30        # bytes of statistics
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
@@ -283,8 +284,8 @@ def read_statistics(path, notes=False):
                 found[key] = np.frombuffer(raw, dtype[4] + {"f4": "f4", "f8": "f8"}[dtype[0]]).reshape(shape, order="CF"[by_columns])
         else:
             with np.load(path, allow_pickle=False) as f:
-                if sum(part.file_size for part in f.zip.infolist() if part.filename in ("mu.npy", "sigma.npy", "notes.npy")) > 2 ** 30:
-                    raise FidError(f"{path}: its statistics unpack to more than a gigabyte")
+                if sum(part.file_size for part in f.zip.infolist() if part.filename in ("mu.npy", "sigma.npy", "notes.npy")) > LARGEST:
+                    raise FidError(f"{path}: its statistics unpack to more than {LARGEST} bytes")
                 found = {key: f[key] for key in ("mu", "sigma", "notes") if key in f.files}
         mu, sigma = (found[key].astype(np.float64, casting="same_kind") for key in ("mu", "sigma"))
         symmetric = sigma.shape == (mu.size, mu.size) and np.allclose(sigma, sigma.T)

@@ -245,6 +245,18 @@ def low_bits_for_all_widths():
         assert max(rel(a, b) for a, b in zip(with_low, want)) < 1e-3 and rel(without[0], want[0]) > 1.5 * rel(with_low[0], want[0]), D
 
 
+def offsets_of_tk_cancel():
+    """What centres scores' tangents, and takes the mean of tK off dQ: without either, float16 errs by 1e-2 here."""
+    for D in (16, 64):
+        x, d = [t.half() for t in six(1, 1, 33, 45, D)], [t.half() for t in six(1, 1, 33, 45, D, seed=1)[::3]]
+        x[4] += 64
+        o, to, *saved = A._forward_now(*x, D ** -0.5, True)
+        got = A._backward_now(*d, *x, o, to, *saved, D ** -0.5, [True] * 4)
+        y = [t.double().requires_grad_() for t in x]
+        want = A.attention_jvp_reference(*y)
+        assert max(rel(a, b) for a, b in zip((to, *got), (want[1], *torch.autograd.grad(want, y, [t.double() for t in d])))) < 6e-4, D
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="protects memory as Linux does")
 def test_kernels_stay_inside():
     interpreted("kernels_stay_inside")
@@ -260,6 +272,10 @@ def test_low_bits():
     interpreted("low_bits_keep_small_values")
 
 
+def test_offsets_of_tk():
+    interpreted("offsets_of_tk_cancel")
+
+
 def kernels_match_float64():
     assert A.INTERPRET and A._fused(torch.zeros(1, 1, 1, 8))
     for shape in [(2, 2, 37, 50, 64), (1, 2, 64, 64, 32), (1, 1, 33, 70, 72), (2, 1, 1, 1, 8), (1, 1, 5, 1, 16),
@@ -269,8 +285,9 @@ def kernels_match_float64():
     assert max(errors(x, scale=0.7)) < 2e-6
     for use in ((True, False), (False, True)):
         assert max(errors(x, use=use)) < 2e-6, use
-    for need in ((1, 1, 1, 0, 0, 0), (1, 0, 0, 1, 0, 0), (0, 1, 0, 0, 0, 1), (0, 0, 0, 1, 1, 1)):
+    for need in ((1, 1, 1, 0, 0, 0), (1, 0, 0, 1, 0, 0), (0, 1, 0, 0, 0, 1), (0, 0, 0, 1, 1, 1), (0, 0, 1, 0, 0, 0), (0, 0, 0, 0, 1, 0)):
         assert max(errors(x, need=[bool(n) for n in need])) < 2e-6, need
+    assert all((t == 0).all() for t in A.attention_jvp(*six(1, 1, 5, 0, 16)))                  # no keys
     # views of a qkv projection; a tangent that is a broadcast row; a last dimension that is not contiguous
     q, k, v = torch.randn(2, 37, 3, 2, 16).permute(2, 0, 3, 1, 4)
     tq, tk, tv = torch.randn(3, 2, 2, 37, 16)
@@ -477,6 +494,34 @@ def test_attention_autocast_and_errors():
     assert A.attention_jvp(*(t[:, :, :0] for t in (q, k, v, tq, tk, tv)))[1].shape == (1, 2, 0, 8)
 
 
+def test_attention_takes_its_scale_along():
+    q, k, v, tq, tk, tv = attention_inputs()
+    scaled = lambda *x: attention(*x, scale=0.7)
+    one = lambda q, k, v: scaled(q[None], k[None], v[None])[0]
+    o, to = attention_jvp(q, k, v, tq, tk, tv, scale=0.7)
+    for got in (torch.func.jvp(scaled, (q, k, v), (tq, tk, tv)), dual_level(scaled, (q, k, v), (tq, tk, tv)),
+                torch.func.jvp(torch.func.vmap(one), (q, k, v), (tq, tk, tv))):
+        close(got[0], o, 1e-14), close(got[1], to, 1e-14)
+
+
+def test_attention_refuses_other_heads_and_sizes():
+    q, k, v, tq, tk, tv = six(1, 2, 6, 5, 8)
+    for other in (lambda t: t[:, :1], lambda t: t[..., :4]):
+        with pytest.raises(ValueError, match="attention_jvp wants"):
+            attention_jvp(q, other(k), other(v), tq, other(tk), other(tv))
+    with pytest.raises(ValueError, match="attention_jvp wants"):
+        attention_jvp(q, k, v, tq[:, :, :1], tk, tv)
+
+
+def test_grids_of_many_heads(monkeypatch):
+    monkeypatch.setattr(A, "MAX_GRID", 1)
+    A._plan.cache_clear()
+    for B, H in ((1, 2), (2, 1), (1, 1)):
+        grid, meta, *_ = A._plan("forward", (B, H, 37, 16), torch.float32, torch.device("cpu"), (1,), 50, ((592, 592, 16, 1),) * 7)
+        assert meta["FLAT"] == (B * H > 1) and grid[1:] == (1, 1)
+    A._plan.cache_clear()
+
+
 # ---- model.py: the derivative --------------------------------------------------------------------
 
 @pytest.mark.parametrize("ours, reference", [
@@ -590,13 +635,42 @@ def test_patches_go_back_where_they_came_from():
     assert where[:2, 2:].all() and where.sum() == 4
 
 
-@pytest.mark.parametrize("kwargs, word", [(dict(patch_size=3), "patch_size"), (dict(num_heads=5), "num_heads"),
+@pytest.mark.parametrize("kwargs, word", [(dict(hidden_size=30), "hidden_size 30"), (dict(patch_size=3), "patch_size"), (dict(num_heads=5), "num_heads"),
                                           (dict(time_init="no"), "time_init"), (dict(depth=0), "depth"), (dict(num_classes=-1), "num_classes")])
 def test_config_refuses(kwargs, word):
     with pytest.raises(ValueError, match=word):
         DiTConfig.named("tiny", **{**TINY, **kwargs})
     with pytest.raises(ValueError, match="XL/2"):
         DiTConfig.named("XXL/2")
+
+
+def test_switches_and_what_is_embedded():
+    """Each norm is there or not as the config says; the embedders get t, t - s and 1/w; positions are fixed; threads are given back."""
+    x, c = randn(2, 4, 32), randn(2, 32)
+    for on in (True, False):
+        assert DiTConfig.named("tiny", semi_lipschitz=on, **TINY) == DiTConfig.named("tiny", rms_norm=on, qk_norm=on, mod_norm=on, **TINY)
+        net = random_model(semi_lipschitz=on)
+        for block in (net.blocks[0], net.final_layer):
+            rms = torch.stack(block.modulation(c)).square().mean(-1).sqrt()
+            assert (block.norm(x + 3).mean(-1).abs().max() > 0.5) == on == ((rms - 1).abs().max() < 1e-3)
+        assert (net.blocks[0].attn.q_norm is not None) == on and not net.pos_embed.requires_grad
+    asked, (x, _, t, s_, y, w), threads = {}, random_inputs(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    net = random_model()
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
+    for name in ("t", "s", "guidance"):
+        net.get_submodule(name + "_embedder").register_forward_pre_hook(lambda module, a, name=name: asked.update({name: a[0]}))
+    net(x, t, s_, y, w)
+    assert all(torch.equal(asked[name], a) for name, a in (("t", t), ("s", t - s_), ("guidance", 1 / w)))
+
+
+def test_which_blocks_are_checkpointed():
+    """Two of two run again where there is a derivative, one of two where not."""
+    net, passes = random_model(), []
+    net.checkpoint_blocks, net.run_block = 2, lambda block, x, c: (passes.append(isinstance(c, Dual)), Block.forward(block, x, c))[1]
+    loss_gradients(net)
+    assert (passes.count(True), passes.count(False)) == (4, 3)
 
 
 # ---- loss.py -------------------------------------------------------------------------------------
@@ -782,6 +856,30 @@ def test_label_dropout():
     assert (net.w[dropped] == 1).all() and (net.w[~dropped] == 2).all() and (net.y[~dropped] == y[~dropped]).all()
 
 
+def test_times_that_become_equal():
+    """With p_equal t becomes s, but s becomes t with "two"; nothing else changes."""
+    for sampler in ("gap*", "two"):
+        draw = lambda p: sample_times(2000, sampler=sampler, p_equal=p, generator=torch.Generator().manual_seed(1))
+        (t, s_, s_fm), exact = draw(0.3), draw(0.0)
+        assert (t == exact[0]).all() and (s_fm == s_).all() if sampler == "two" else (s_ == exact[1]).all() and (s_fm == exact[2]).all()
+    for f, bad in ((sample_times, dict(sigma=0.0)), (sample_times, dict(sigma_s=-1.0)), (sample_guidance, dict(w_min=0.0)),
+                   (sample_guidance, dict(sampler="uniform", w_min=2.0, w_max=1.0))):
+        with pytest.raises(ValueError, match="must be above 0"):
+            f(2, **bad)
+
+
+def test_detach_jvp_cuts_the_derivative_alone():
+    net, target = random_model(), random_model(seed=1)
+    x0, noise, t, s_, y, w = random_inputs(B=5)
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    gradients = lambda **options: torch.autograd.grad(
+        sum(term.sum() for term in dict(tvm_loss(net, target, x0, noise, y, w, t, s_, s_, **options)).values()), parameters)
+    cut, jvp = gradients(detach_jvp=True), net.jvp
+    net.jvp = lambda *arguments, **tangents: (lambda F, dF: (F, dF.detach()))(*jvp(*arguments, **tangents))
+    for a, b in zip(cut, gradients()):
+        close(a, b, 1e-12)
+
+
 # ---- loss.py and study.py: MeanFlow and flow matching --------------------------------------------
 
 @pytest.mark.parametrize("w", [1.0, 2.0])
@@ -929,6 +1027,33 @@ def test_study(folder):
     for arguments, word in ((["--secs=3"], "no option"), (["--report", "--log=no"], "is not the log of a study"), (["--seconds=0"], "above 0")):
         refused = subprocess.run([*command, *arguments], capture_output=True, text=True)
         assert refused.returncode == 1 and word in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_meanflow_asks_dropped_labels_at_w():
+    n, net = 4000, Recorder()
+    net.jvp = lambda x, t, s_, y, w, **tangents: (net(x, t, s_, y, w), torch.zeros_like(x))
+    objective = TVM(torch.nn.Identity(), None, guidance=dict(w=2.0), objective="meanflow")
+    objective.model = None
+    object.__setattr__(objective, "model", net)
+    x0 = torch.zeros(n, 1, 2, 2)
+    objective(x0, torch.arange(n) % 3, *objective.draw(x0, 0))
+    assert abs((net.y == 3).double().mean() - 0.1) < 4 * math.sqrt(0.09 / n) and (net.w == 2).all()
+
+
+@pytest.mark.parametrize("objective, option", [("meanflow", dict(kappa=0.1)), ("tvm", dict(detach_jvp=True))])
+def test_options_reach_the_objective(objective, option):
+    net, gradients = random_model(torch.float32), []
+    x0, y = randn(8, 2, 4, 4, dtype=torch.float32), torch.arange(8) % 3
+    for options in ({}, option):
+        module = TVM(net, copy.deepcopy(net).requires_grad_(False), dict(sampler="two"), dict(w=2.0), objective=objective, **options)
+        net.zero_grad()
+        module(x0, y, *module.draw(x0, 5))["loss"].backward()
+        gradients.append(net.blocks[0].mlp.fc1.weight.grad.clone())
+    assert (gradients[0] - gradients[1]).norm() > 1e-3 * gradients[0].norm()
+
+
+def test_study_spread():
+    assert study.spread({"scores": {1: {"features": 1.0}, 2: {"features": 100.0}}}) == pytest.approx(10)
 
 
 # ---- fid.py --------------------------------------------------------------------------------------
@@ -1433,6 +1558,51 @@ fid.main(["a", "b.npz", "--inception=w.pth", "--batch=5", "--state=two"])
     assert got == pytest.approx(want, rel=1e-4, abs=2e-4) and open("out1").read() == "" and os.path.exists("two-0-1.npz")
 
 
+def test_small_data_scores_by_hand():
+    rng, rows = np.random.default_rng(0), torch.arange(30)
+    train, held_out = (rng.integers(256, size=(n, 1, 2, 2), dtype=np.uint8) for n in (60, 30))
+    labels, flat = rng.integers(3, size=60), lambda a: a.reshape(len(a), -1) / 255
+    distances = lambda a: np.linalg.norm(flat(a)[:, None] - flat(train), axis=2)
+    d = distances(train[:30])
+    d[rows, rows] = np.inf
+    line = fid.small_data_scores(train[:30], torch.from_numpy(labels[:30]), held_out, train, labels, rows)
+    assert line["label"] == (labels[d.argmin(1)] == labels[:30]).mean()
+    assert line["nearest_ratio"] == pytest.approx(d.min(1).mean() / distances(held_out).min(1).mean())
+    (m1, s1), (m2, s2) = ((p.mean(0), np.cov(p.T)) for p in (flat(train[:30]), flat(held_out)))
+    assert line["frechet_pixels"] == pytest.approx(fid.frechet_distance(m1, s1, m2, s2))
+    a = randn(600, 4)                                                 # in parts, each leaving its own out
+    d, i = fid.nearest_neighbours(a, a, leave_out=torch.arange(600), rows=77)
+    brute = np.linalg.norm(a.numpy()[:, None] - a.numpy()[None], axis=2) + np.diag(np.full(600, np.inf))
+    assert np.allclose(d, brute.min(1), atol=1e-5) and (i.numpy() == brute.argmin(1)).all()
+
+
+def test_frechet_distance_of_low_rank():
+    low = covariance(64, 10, 2)
+    expected = (low.trace() + 64 - 2 * torch.linalg.svdvals(randn(64, 10, seed=2)).sum() / math.sqrt(10)).item()
+    assert abs(fid.frechet_distance(torch.zeros(64), low, torch.zeros(64), torch.eye(64, dtype=F64)) - expected) < 1e-9
+
+
+def test_only_pictures_are_opened(folder, monkeypatch):
+    """A file of another kind under a picture's name: PostScript, say, is a program, which Pillow would have run."""
+    write_picture(folder / "src" / "0.png")
+    with open("src/1.png", "wb") as f:
+        f.write(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    monkeypatch.setattr("PIL.EpsImagePlugin.EpsImageFile._open", lambda self: 1 / 0)
+    assert "UnidentifiedImageError" in prepare.read_image("src/1.png", 8) and prepare.read_image("src/0.png", 8).shape == (3, 8, 8)
+    with pytest.raises(fid.FidError, match="1.png"):
+        fid.Images("src")[1]
+    Image.new("RGB", (1, 4000)).save("long.png")
+    assert "1x4000 is too long and thin" == prepare.read_image("long.png", 256)
+
+
+def test_statistics_that_unpack_to_too_much(folder, monkeypatch):
+    np.savez_compressed("s.npz", mu=np.zeros(20), sigma=np.zeros((20, 20)))
+    fid.read_statistics("s.npz")
+    monkeypatch.setattr(fid, "LARGEST", 2 ** 10)
+    with pytest.raises(fid.FidError, match="unpack to more"):
+        fid.read_statistics("s.npz")
+
+
 # ---- prepare.py ----------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -1539,6 +1709,37 @@ def test_cifar10(folder):
         g.write(f.read()[:3000])
     assert "cut.tar.gz" in run_script("prepare.py", "cifar10", "cut.tar.gz")
     assert "gone.tar.gz" in run_script("prepare.py", "cifar10", "gone.tar.gz")
+
+
+def test_crops_and_shapes_by_hand(folder):
+    a = np.random.default_rng(0).integers(256, size=(16, 16), dtype=np.uint8)
+    assert np.abs(np.asarray(prepare.centre_crop(Image.fromarray(a), 8)) - a.reshape(8, 2, 8, 2).mean((1, 3))).max() <= 1
+    for i in range(0, 100, 10):                                       # disks are round: what turns a shape does not shear it
+        small, large = np.linalg.eigvalsh(np.cov(np.argwhere(prepare.draw_shape(i, 64)[0] > 0.475 * 255).T))
+        assert large < 1.1 * small
+    write_picture(folder / "mix" / "cats" / "0.png"), write_picture(folder / "mix" / "1.png")
+    assert "beside its class folders" in run_script("prepare.py", "folder", "mix", "--size", 8)
+
+
+def test_one_writer_a_dataset(folder):
+    writer = prepare.Writer("data/digits", (1, 8, 8), {"train": 2, "test": 0})
+    writer.set(0, np.ones((1, 8, 8), np.uint8), 0)
+    assert f"process {os.getpid()}" in run_script("prepare.py", "digits") and not os.path.exists("data/digits")
+    writer.finish("digits", ["0"])
+    assert prepare.load_dataset("data/digits")[1]["train_images"][0].all() and "lock" not in os.listdir("data/digits")
+    assert run_script("prepare.py", "digits") is None and len(prepare.load_dataset("data/digits")[1]["train_images"]) == 1437
+
+
+@pytest.mark.parametrize("key, value", [("count", {"train": "2", "test": 0}), ("std", ["a"]), ("std", [0]), ("mean", None), ("mean", ["a"]),
+                                        ("mean", [math.nan]), ("shape", [0, 8, 8]), ("class_counts", ["x"]), ("class_counts", [-1])])
+def test_headers_that_cannot_be(folder, key, value):
+    prepare.Writer("data/one", (1, 8, 8), {"train": 2, "test": 0}).finish("one", ["0"])
+    with open("data/one/header.json") as f:
+        header = json.load(f) | {key: value}
+    with open("data/one/header.json", "w") as f:
+        json.dump(header, f)
+    with pytest.raises(prepare.DataError, match=f"header.json: {key} "):
+        prepare.load_dataset("data/one")
 
 
 # ---- sample.py -----------------------------------------------------------------------------------
@@ -1762,6 +1963,39 @@ def test_grid():
     assert sheet.shape == (4 * 2 + 2, 4 * 3 + 2 * 2) and sheet[0, 6] == 1 and sheet[6, 6] == 4 and sheet[6, 12] == 255
 
 
+def test_to_images():
+    x = torch.tensor([-9, 0.4, 0.6, 300.0]).view(1, 1, 2, 2).expand(1, 2, 2, 2)
+    assert s.to_images(x, dict(mean=[0.0, 1.0], std=[1.0, 2.0])).tolist() == [[[[0, 0], [0, 2]], [[1, 2], [255, 255]]]]
+
+
+def test_batches_do_not_show(folder):
+    """Parts of another batch size are not taken up, and --classes go by the image, not by its place in a batch."""
+    make_checkpoint("c.safetensors")
+    run = lambda batch, out, *more: run_script("sample.py", "c.safetensors", "--n", 7, "--batch", batch, "--out", out, *more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "fromarray", None)
+        pytest.raises(TypeError, run, 2, "a.png")
+    os.rename("a.png.parts", "a.npz.parts")
+    assert run(3, "a.npz") is None and run(3, "b.npz") is None and (images_in("a.npz") == images_in("b.npz")).all()
+    assert run(3, "3.npz", "--classes", "3,5") is None and run(7, "7.npz", "--classes", "3,5") is None
+    assert np.abs(images_in("3.npz").astype(int) - images_in("7.npz")).max() <= 1
+    os.makedirs("empty.npz")
+    assert "is there already, as a folder" in run(3, "empty.npz")
+    open("file", "w").close()
+    assert "is there already, as a file" in run(3, "file")
+
+
+@pytest.mark.parametrize("part, key, value", [("config", "depth", 10 ** 9), ("config", "mlp_ratio", math.inf), ("config", "scaled", "False"),
+                                              ("data", "mean", None), ("data", "std", [1.0] * 3), ("data", "class_counts", [0] * 10),
+                                              ("data", "class_counts", ["1"] * 10), ("guidance", "w", math.nan), ("guidance", "w", 0)])
+def test_checkpoints_that_cannot_be(folder, part, key, value):
+    make_checkpoint("c.safetensors")
+    tensors, about = ckpt.load_tensors("c.safetensors")
+    about[part][key] = value
+    ckpt.save_tensors("c.safetensors", tensors, about)
+    assert "does not fit its own config" in run_script("sample.py", "c.safetensors")
+
+
 # ---- convert.py ----------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -1789,7 +2023,7 @@ def snapshot(folder, monkeypatch):
         tree = copy.deepcopy(net)
         for part in list(tree.modules()):
             if isinstance(part, m.Block):
-                part.norm1, part.do_mod_norm = torch.nn.RMSNorm(8, elementwise_affine=False), part.mod_norm
+                part.norm1, part.do_mod_norm = (torch.nn.RMSNorm if part.norm is m.rms_norm else torch.nn.LayerNorm)(8, elementwise_affine=False), part.mod_norm
             if isinstance(part, m.Patches):
                 part.output_fmt, part.img_size = NCHW, (32, 32)
             part.__class__ = named.get(type(part), type(part))
@@ -1807,7 +2041,7 @@ LATENT = dict(input_size=32, patch_size=8, in_channels=4, num_classes=3)
 
 
 @pytest.mark.parametrize("compiled, key, half, options", [
-    (True, "net", False, {}), (False, "ema", True, dict(scaled=False, qk_norm=False, mod_norm=False))])
+    (True, "net", False, {}), (False, "ema", True, dict(scaled=False, rms_norm=False, qk_norm=False, mod_norm=False))])
 def test_convert(folder, snapshot, compiled, key, half, options):
     """The same function, bit by bit; nothing of the file's source ran, which an ordinary reader would have run."""
     net = random_model(torch.float32, **LATENT, **options)
@@ -1818,7 +2052,7 @@ def test_convert(folder, snapshot, compiled, key, half, options):
     assert run_script("convert.py", "s.pkl", "c.safetensors", "--w", 1.75) is None and sorted(os.listdir()) == ["c.safetensors", "s.pkl"]
     loaded, about = m.load_model("c.safetensors")
     assert loaded.config == net.config and about["guidance"] == dict(sampler="constant", w=1.75, w_min=1.75, w_max=1.75)
-    assert about["data"]["mean"][0] == 0.86488 and about["data"]["vae"] == "stabilityai/sd-vae-ft-ema" and about["data"]["class_counts"] == [1, 1, 1]
+    assert about["data"]["mean"][0] == 0.86488 and about["data"]["std"][0] == 4.85503674 and about["data"]["vae"] == "stabilityai/sd-vae-ft-ema" and about["data"]["class_counts"] == [1, 1, 1]
     assert all(p.dtype == torch.float32 and torch.equal(p, net.state_dict()[name]) for name, p in loaded.state_dict().items())
     noise, y, w = randn(3, 4, 32, 32, dtype=torch.float32), torch.arange(3), torch.full((3,), 1.75)
     assert torch.equal(s.sample(loaded, noise, y, w, 2), s.sample(net, noise, y, w, 2))
@@ -1856,6 +2090,7 @@ EVIL = {
     "builtins.getattr, of": lambda: calling(getattr, "a string", "upper"),
     "no plain storage: 'dict'": lambda: calling(torch.storage._load_from_bytes, saved({"a": torch.ones(2)})),
     "out of bounds": lambda: calling(torch._utils._rebuild_tensor_v2, torch.ones(2).storage(), 1, (2,), (1,), False, {}),
+    "in a storage of 2": lambda: calling(torch._utils._rebuild_tensor_v2, torch.ones(2).storage(), 0, (10 ** 6,), (0,), False, {}),
     "TVMWrapper": lambda: {"ema": calling(calling(getattr, calling(getattr, torch.nn.Linear, "__init__"), "__globals__"), "ran", "w")},
 } | {word: lambda content=content: content for word, content in GREEDY.items()}
 
@@ -2603,6 +2838,91 @@ def test_train_refuses(folder):
     assert not os.path.exists("out")
     done = subprocess.run([sys.executable, os.path.join(HERE, "train.py"), "--stepz=3"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == "train.py: there is no option 'stepz'; did you mean steps?\n"
+
+
+def test_written_is_synced_before_it_is_renamed(folder, monkeypatch):
+    calls, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append("folder" if os.fstat(fd).st_mode & 0o40000 else os.fstat(fd).st_size))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("rename"), replace(a, b)))
+    with ckpt.written("x") as f:
+        f.write(b"123")
+    assert calls == [3, "rename", "folder"]
+
+
+def test_locks_name_their_holder(folder):
+    open("state_7.safetensors.partial", "w").close()
+    with open("lock", "w") as f:
+        f.write("process 1 on a machine of long ago, with a long name\n")
+    lock = ckpt.hold(".", 0)
+    with pytest.raises(OSError, match=f"^process {os.getpid()} on"):
+        ckpt.hold(".", 0)
+    lock.close()
+    assert os.listdir(".") == ["lock"]
+
+
+def test_constants_reach_their_places(folder, monkeypatch):
+    """The objective's and the optimizer's; terms are logged by quarters of their own times; noise differs by seed, step and micro-batch."""
+    seen, noises, terms, AdamW = [], [], [], torch.optim.AdamW
+
+    class Spy(TVM):
+        def __init__(self, model, target, *options):
+            seen.append(options)
+            super().__init__(model, target, *options)
+
+        def forward(self, x0, y, noise, *draws, **options):
+            noises.append(noise)
+            terms.append(super().forward(x0, y, noise, *draws, **options))
+            return terms[-1]
+
+    def spy(parameters, lr, betas, eps, weight_decay=0.01, **options):
+        seen.append((lr, betas, eps, weight_decay))
+        return AdamW(parameters, lr, betas, eps, weight_decay, **options)
+
+    monkeypatch.setattr("loss.TVM", Spy)
+    monkeypatch.setattr(torch.optim, "AdamW", spy)
+    flags = (*SMALL[:3], "--batch_size=600", "--micro_batch=300", "--score_images=2", "--detach_jvp=True", "--kappa=0.25", "--label_dropout=0.3",
+             "--lr=0.001", "--beta1=0.8", "--beta2=0.7", "--eps=1e-6", "--weight_decay=0.5")
+    assert run_script("train.py", "--steps=2", *flags) is None
+    assert seen[0] == (1e-3, (0.8, 0.7), 1e-6, 0.5) and seen[1][2:] == (0.3, True, "tvm", 0.25)
+    line = [line for line in log_lines("digits") if "loss" in line][-1]
+    for key, term, at in (("terminal_by_t", "terminal", "t"), ("fm_by_s", "fm", "s_fm")):
+        value, where = (torch.cat([parts[name] for parts in terms]).double() for name in (term, at))
+        for quarter, mean in enumerate(line[key]):
+            assert abs(value[(where * 4).long().clamp(max=3) == quarter].mean() / mean - 1) < 1e-5
+    assert run_script("train.py", "--steps=1", "--name=other", "--seed=1", *flags) is None
+    assert len({noise[0].sum().item() for noise in noises}) == 6
+
+
+def test_small_things_of_a_run(folder, monkeypatch):
+    """A range of weights is sampled at its geometric mean; real images leave themselves out; other data is refused; an evaluation
+    network that was not saved with the last state is written by the next run; the curve does not run backwards."""
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(s, "sample", lambda net, x1, y, w, *a, sample=s.sample: asked.append(w) or sample(net, x1, y, w, *a))
+        assert run_script("train.py", "--steps=1", "--name=range", "--guidance=inverse", "--w_max=4", *SMALL) is None
+    assert asked and all((w == 2).all() for w in asked)
+    assert run_script("train.py", "--steps=1", *SMALL) is None
+    (line,) = [line for line in log_lines("digits") if line.get("nfe") == "real"]
+    assert 0.5 < line["nearest_ratio"] < 2
+    os.replace("out/digits/ckpt.safetensors", "was.safetensors")
+    assert run_script("train.py", "--steps=1", *SMALL) is None
+    again, before = (ckpt.load_tensors(path) for path in ("out/digits/ckpt.safetensors", "was.safetensors"))
+    assert again[1]["step"] == 1 and all((again[0][key] == t).all() for key, t in before[0].items())
+    assert run_script("prepare.py", "digits", "--seed", 1) is None
+    assert "was trained on other data" in run_script("train.py", "--steps=2", *SMALL)
+
+
+def test_fid_of_all_ranks(folder, monkeypatch):
+    torch.save(seeded_inception().state_dict(), "w.pth")
+    np.savez("ref.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    with open("train.py", "w") as f:
+        f.write(SMALL_FID + open(os.path.join(HERE, "train.py")).read())
+    monkeypatch.setenv("PYTHONPATH", HERE)
+    run = (str(folder / "train.py"), "--steps=1", *SMALL, "--fid_reference=ref.npz", "--fid_images=30", "--inception=w.pth")
+    subprocess.run([sys.executable, *run, "--name=one"], check=True, capture_output=True)
+    torchrun(*run, "--name=two")
+    one, two = ([line["fid"] for line in log_lines(name) if "fid" in line] for name in ("one", "two"))
+    assert len(one) == len(two) == 1 and abs(one[0] / two[0] - 1) < 1e-4
 
 
 # ---- latents: vae.py, prepare.py imagenet and check, and what train.py and sample.py make of them ------------------
