@@ -183,5 +183,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (CheckpointError, DataError, OSError) as error:
         sys.exit("convert.py: " + "".join(filter(str.isprintable, " ".join(str(error).split()))))      # with names of a stranger's

@@ -149,7 +149,7 @@ class Writer:
             json.dump(header, f, indent=1)
         if os.path.exists(self.path):
             shutil.rmtree(self.path)
-        os.remove(self.lock.name), self.lock.close()
+        self.lock.close(), os.remove(self.lock.name)
         os.rename(self.partial, self.path)
         print(f"{self.path}: {self.count['train']} training and {self.count['test']} held-out {header['kind']}, "
               f"{'x'.join(map(str, header['shape']))}, {num_classes or 'no'} classes")

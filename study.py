@@ -222,7 +222,8 @@ def study():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))                         # so that what is below ends the runs
     os.makedirs(FOLDER, exist_ok=True)
     if not os.path.exists(os.path.join("data", dataset)):
-        subprocess.run([sys.executable, os.path.join(HERE, "prepare.py"), "shapes", "--name", dataset, "--size", str(size), "--n", str(count)], check=True)
+        if subprocess.run([sys.executable, os.path.join(HERE, "prepare.py"), "shapes", "--name", dataset, "--size", str(size), "--n", str(count)]).returncode:
+            fail("prepare.py shapes failed")
     header, data = load_dataset(os.path.join("data", dataset))
     fresh = np.stack(list(parallel(partial(draw_shape, size=size, seed=1), range(2 * options["images"]), "fresh shapes")))
     first = start()
@@ -391,4 +392,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
