@@ -32,6 +32,7 @@ import time
 import types
 import zlib
 
+import matplotlib.axes
 import numpy as np
 import pytest
 import scipy.linalg
@@ -209,6 +210,13 @@ def interpreted(function):
     assert p.returncode == 0, p.stderr[-3000:]
 
 
+def in_float64(x, d, **scale):
+    """(o, to) of the reference, and their six gradients from d."""
+    y = [t.double().requires_grad_() for t in x]
+    outputs = A.attention_jvp_reference(*y, **scale)
+    return outputs, torch.autograd.grad(outputs, y, [t.double() for t in d])
+
+
 def low_bits_keep_small_values():
     """Float16 gradients where float16 keeps little or nothing of tO, whose low bits are then no continuation, and of ties."""
     for size in (1.0, 1e-4, 1e-8, 0.0):
@@ -216,9 +224,7 @@ def low_bits_keep_small_values():
         x[3:] = [(t * size).half() for t in x[3:]]
         d = [t.half() for t in six(1, 2, 33, 33, 16, seed=1)[:2]]
         got = A._backward_now(*d, *x, *A._forward_now(*x, 0.25, True), 0.25, [True] * 4)
-        y = [t.double().requires_grad_() for t in x]
-        want = torch.autograd.grad(A.attention_jvp_reference(*y, scale=0.25), y, [t.double() for t in d])
-        assert max(rel(a, b) for a, b in zip(got, want)) < 1e-3, size
+        assert max(rel(a, b) for a, b in zip(got, in_float64(x, d, scale=0.25)[1])) < 1e-3, size
     x, d = [t.half() for t in six(1, 2, 33, 1, 16)], [t.half() for t in six(1, 2, 33, 33, 16, seed=1)[:2]]
     got = A._backward_now(*d, *x, *A._forward_now(*x, 0.25, True), 0.25, [True] * 4)
     assert all(got[i].abs().max() < 1e-5 for i in (0, 1, 3, 4))       # of one key: what float16 holds exactly has no low bits
@@ -226,9 +232,7 @@ def low_bits_keep_small_values():
         x, d = [t.half() for t in six(1, 1, 33, 2, D)], [t.half() for t in six(1, 1, 33, 33, D, seed=1)[:2]]
         x[0], x[3], x[5] = 0 * x[0], 0 * x[3], x[5] + 64
         got = A._backward_now(*d, *x, *A._forward_now(*x, D ** -0.5, True), D ** -0.5, [True] * 4)
-        y = [t.double().requires_grad_() for t in x]
-        want = torch.autograd.grad(A.attention_jvp_reference(*y), y, [t.double() for t in d])
-        assert rel(got[0], want[0]) < 2e-3, D
+        assert rel(got[0], in_float64(x, d)[1][0]) < 2e-3, D
 
 
 def low_bits_for_all_widths():
@@ -240,8 +244,7 @@ def low_bits_for_all_widths():
         o, to, lo, lse, mu = A._forward_now(*x, scale, True)
         assert lo.nbytes <= to.nbytes
         with_low, without = (A._backward_now(*d, *x, o, to, low, lse, mu, scale, [True] * 4) for low in (lo, lo[..., :0]))
-        y = [t.double().requires_grad_() for t in x]
-        want = torch.autograd.grad(A.attention_jvp_reference(*y), y, [t.double() for t in d])
+        want = in_float64(x, d)[1]
         assert max(rel(a, b) for a, b in zip(with_low, want)) < 1e-3 and rel(without[0], want[0]) > 1.5 * rel(with_low[0], want[0]), D
 
 
@@ -252,9 +255,8 @@ def offsets_of_tk_cancel():
         x[4] += 64
         o, to, *saved = A._forward_now(*x, D ** -0.5, True)
         got = A._backward_now(*d, *x, o, to, *saved, D ** -0.5, [True] * 4)
-        y = [t.double().requires_grad_() for t in x]
-        want = A.attention_jvp_reference(*y)
-        assert max(rel(a, b) for a, b in zip((to, *got), (want[1], *torch.autograd.grad(want, y, [t.double() for t in d])))) < 6e-4, D
+        outputs, gradients = in_float64(x, d)
+        assert max(rel(a, b) for a, b in zip((to, *got), (outputs[1], *gradients))) < 6e-4, D
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="protects memory as Linux does")
@@ -2905,7 +2907,13 @@ def test_small_things_of_a_run(folder, monkeypatch):
     (line,) = [line for line in log_lines("digits") if line.get("nfe") == "real"]
     assert 0.5 < line["nearest_ratio"] < 2
     os.replace("out/digits/ckpt.safetensors", "was.safetensors")
-    assert run_script("train.py", "--steps=1", *SMALL) is None
+    with open("out/digits/log.jsonl", "a") as f:
+        f.write('{"step": 0, "loss": 2, "fm": 1, "terminal": 1}\n')
+    drawn = []
+    with monkeypatch.context() as patch:
+        patch.setattr("matplotlib.axes.Axes.plot", lambda axes, x, y, plot=matplotlib.axes.Axes.plot, **how: drawn.append(x) or plot(axes, x, y, **how))
+        assert run_script("train.py", "--steps=1", *SMALL) is None
+    assert drawn == [[0, 1]] * 2
     again, before = (ckpt.load_tensors(path) for path in ("out/digits/ckpt.safetensors", "was.safetensors"))
     assert again[1]["step"] == 1 and all((again[0][key] == t).all() for key, t in before[0].items())
     assert run_script("prepare.py", "digits", "--seed", 1) is None
