@@ -28,8 +28,8 @@ import math
 import os
 
 import torch
-import torch.nn.functional as F
 import torch.autograd.forward_ad as fwAD
+import torch.nn.functional as F
 from torch import Tensor
 
 try:

@@ -16,13 +16,13 @@ import itertools
 import json
 import os
 import re
-import socket
 import sys
-import time
 import zlib
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from files import CheckpointError, written
 
 # A file begins with the length of its header and these bytes; then comes the crc32, as eight hexadecimal digits, of
 # the whole file as it would be with eight zeros there.
@@ -30,8 +30,6 @@ START = b'{"__metadata__": {"crc32": "'
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 
 
-class CheckpointError(Exception):
-    """Something about a checkpoint, in one line for the user."""
 
 
 class Damaged(CheckpointError):
@@ -58,25 +56,6 @@ def save_tensors(path, tensors, about):
         f.write(b"%08x" % crc)
 
 
-@contextlib.contextmanager
-def written(path):
-    """A binary file to write, which is `path` at the end: written aside, synced, renamed. Raises OSError (a full disk),
-    after which `path` is what it was."""
-    aside = f"{path}.partial"
-    try:
-        with open(aside, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(aside, path)
-    except OSError:
-        if os.path.exists(aside):
-            os.remove(aside)                                                      # it holds space that others need
-        raise
-    if os.name == "posix":                                                        # or a power cut may undo the renaming
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
 
 
 def raw_bytes(t):
@@ -141,24 +120,3 @@ def load_newest(folder, device="cpu", quiet=False):
         raise CheckpointError(f"no state in {folder} is whole: delete them to start over")
 
 
-def hold(folder, seconds):
-    """Make the folder this process's own until it ends, however it ends, by the system's lock on folder/lock; returns
-    the file, to be kept. Waits for a process that is about to end; raises OSError where it does not."""
-    os.makedirs(folder, exist_ok=True)
-    file, deadline = open(os.path.join(folder, "lock"), "a+"), time.monotonic() + seconds
-    while os.name == "posix":
-        import fcntl
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                file.seek(0)
-                raise OSError(f"{file.read().strip() or 'another process'} is at work in {folder}") from None
-            time.sleep(0.1)
-    file.truncate(0)
-    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
-    for name in os.listdir(folder):
-        if name.endswith(".partial"):                                             # of a save that was cut off
-            os.remove(os.path.join(folder, name))
-    return file

@@ -21,10 +21,13 @@ import sys
 import torch
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, save_tensors
-from fid import check_pickle
+from checkpoint import save_tensors
+from dataset import DataError, load_dataset
+from files import CheckpointError
+from latents import SD_VAE
 from model import DiT, DiTConfig
-from prepare import SD_VAE, DataError, Parser, load_dataset
+from options import Parser
+from pickles import check_pickle
 from vae import PUBLISHED
 
 # All that is in these modules, and these names in others, become Stubs.

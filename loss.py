@@ -21,10 +21,9 @@ For comparison, on the same network: flow matching, which is fm alone and sample
 MeanFlow (Geng et al., arXiv 2505.13447), below.
 """
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from model import at_least_float32, widest
+from dual import at_least_float32, widest
 
 
 def sample_times(n, device="cpu", sampler="gap*", mu=-0.8, sigma=1.0, mu_s=-0.4, sigma_s=1.0, p_equal=0.0,
@@ -202,38 +201,5 @@ def backward(part, share=1.0):
     return part.detach()
 
 
-def all_reduce(tensors, limit=2 ** 26):
-    """Sums contiguous tensors over all ranks, in place, in messages of at most `limit` numbers, or of one tensor."""
-    parts, room = [], -1
-    for t in tensors:
-        if t.numel() > room:
-            parts.append([])
-            room = limit
-        parts[-1].append(t.view(-1))
-        room -= t.numel()
-    for part in parts:
-        message = torch.cat(part)
-        dist.all_reduce(message)
-        torch._foreach_copy_(part, list(message.split([t.numel() for t in part])))
 
 
-class Graph:
-    """A function of CUDA tensors as one CUDA graph, without the host's time between its kernels, which is most of a small
-    network's step. Its inputs and outputs stay where they are: a call overwrites them. Making it runs the function three times."""
-
-    def __init__(self, function, inputs):
-        self.inputs, stream = [a.clone() for a in inputs], torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):                                          # what is compiled and allocated once
-                function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):       # others may pin memory meanwhile
-            self.outputs = function(*self.inputs)
-        torch.cuda.empty_cache()                                        # gradients of the trial runs, on their stream
-
-    def __call__(self, *inputs):
-        torch._foreach_copy_(self.inputs, inputs)
-        self.graph.replay()
-        return self.outputs

@@ -20,7 +20,6 @@ import shutil
 import sys
 import time
 from datetime import timedelta
-from importlib.util import find_spec
 from zipfile import ZipFile
 
 import numpy as np
@@ -30,9 +29,12 @@ from einops import rearrange
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import hold, raw_bytes, written
-from model import Block, CheckpointError, compile_blocks, load_model, widest
-from prepare import Parser
+from checkpoint import raw_bytes
+from device import abilities, find_device
+from dual import widest
+from files import CheckpointError, hold, written
+from model import Block, compile_blocks, load_model
+from options import Parser
 from vae import VAEError, decode, load_vae
 
 COMPILE_FROM = 1000      # images: for fewer, up to a minute of torch.compile does not pay
@@ -58,11 +60,6 @@ def sample(model, x1, y, w, nfe, euler=False):
     return x
 
 
-def abilities(device):
-    """Whether a device computes in bfloat16, and whether torch.compile works for it. Only CUDA devices are asked."""
-    cuda = device.type == "cuda"
-    return (cuda and torch.cuda.is_bf16_supported(including_emulation=False),
-            cuda and find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0))
 
 
 def fast(model, half=True, compiled=True):
@@ -272,17 +269,6 @@ def main():
           f"{sum(map(len, mine)) * ranks / seconds:.0f} images/s on {ranks} x {device.type}")
 
 
-def find_device(name=""):
-    """The device of a name; by default a GPU where there is one, this rank's. Raises CheckpointError."""
-    name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
-        raise CheckpointError(f"no device {name!r}: there are cpu, cuda and mps")
-    try:
-        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise CheckpointError(f"no device {name!r} here: {str(error).splitlines()[0]}") from None
-    return device
 
 
 if __name__ == "__main__":

@@ -42,9 +42,13 @@ from tqdm import tqdm
 
 import bench
 import fid
+from dataset import load_dataset
+from device import find_device
+from files import HERE
+from images import parallel
 from model import Block, DiTConfig, load_model
-from prepare import HERE, draw_shape, load_dataset, parallel
-from sample import draw, find_device, grid, sample, to_images
+from sample import draw, grid, sample, to_images
+from shapes import draw_shape
 
 METHODS = {
     "tvm": {},

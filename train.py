@@ -42,11 +42,15 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import fid
-from checkpoint import CheckpointError, hold, load_newest, load_tensors, save_state, save_tensors, states, written
-from loss import TVM, Graph, all_reduce, backward
+import scores as small
+from checkpoint import load_newest, load_tensors, save_state, save_tensors, states
+from dataset import DataError, load_dataset
+from device import Graph, abilities, all_reduce, find_device
+from files import HERE, CheckpointError, hold, written
+from latents import SD_VAE
+from loss import TVM, backward
 from model import SIZES, DiT, DiTConfig, compile_blocks
-from prepare import HERE, SD_VAE, DataError, load_dataset
-from sample import abilities, draw, find_device, find_vae, grid, sample, to_images
+from sample import draw, find_vae, grid, sample, to_images
 from vae import VAEError, draw_latents
 
 # ---- constants -----------------------------------------------------------------------------------
@@ -481,8 +485,8 @@ def scores():
     judge = None
     if classifier == "cnn" and header["num_classes"]:
         others = np.setdiff1d(np.arange(len(train)), real)
-        judge = fid.train_classifier(train[others], labels[others], header["num_classes"], device)
-        right = (fid.classify(judge, held_out).numpy() == data["test_labels"][test]).mean()
+        judge = small.train_classifier(train[others], labels[others], header["num_classes"], device)
+        right = (small.classify(judge, held_out).numpy() == data["test_labels"][test]).mean()
         print(f"the classifier names {right:.1%} of held-out images rightly")
         log(step=steps, classifier_held_out=right)
     print(f"{n} samples of the evaluation network against {n} held-out images (real: training images in their place)")
@@ -494,7 +498,7 @@ def scores():
         else:
             images, y = images_of(range(n), nfe)
             images = images.transpose(0, 3, 1, 2)
-        line = fid.small_data_scores(images, y, held_out, train, labels, leave_out, judge)
+        line = small.small_data_scores(images, y, held_out, train, labels, leave_out, judge)
         print(f"{nfe:>5} {line['two_sample']:>11.3f} {line['label']:>7.3f} {line['nearest_ratio']:>8.2f} {line['frechet_pixels']:>8.3f}")
         log(step=steps, checkpoint="ckpt.safetensors", nfe=nfe, images=n, **{key: x if math.isfinite(x) else None for key, x in line.items()})
     print("two-sample 0.5: cannot be told apart. label: the class asked for is found. nearest, well under 1: memorized.")
