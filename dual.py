@@ -1,6 +1,14 @@
 """
-Values and tangents: the Dual, and one rule for each operation.
+Values and tangents: how a derivative moves through a network, one rule for each operation.
+
+A Dual is a value x and its tangent dx, its derivative along a direction: x + eps dx with
+eps^2 = 0. Every function below takes tensors or Duals. A forward pass that is written with them
+once therefore gives the value alone or the value and its forward-mode derivative.
+
+To autograd a Dual is two ordinary tensors. Backward, checkpointing and torch.compile work on it
+as they are.
 """
+
 import math
 
 import torch
@@ -8,14 +16,15 @@ import torch.nn.functional as F
 
 from attention_jvp import attention, attention_jvp
 
-EPS = 1e-6             # of every norm
+EPS = 1e-6  # of every norm
 
 
 class Dual:
-    """A value and its tangent, tensors of one shape: x + eps dx with eps^2 = 0."""
+    """A value and its tangent, two tensors of one shape."""
 
     def __init__(self, value, tangent):
-        self.value, self.tangent = value, tangent
+        self.value = value
+        self.tangent = tangent
 
     def __add__(self, other):
         if isinstance(other, Dual):
@@ -24,7 +33,8 @@ class Dual:
 
     def __mul__(self, other):
         if isinstance(other, Dual):
-            return Dual(self.value * other.value, self.tangent * other.value + self.value * other.tangent)
+            tangent = self.tangent * other.value + self.value * other.tangent
+            return Dual(self.value * other.value, tangent)
         return Dual(self.value * other, self.tangent * other)
 
     def __sub__(self, other):
@@ -34,23 +44,44 @@ class Dual:
     __rmul__ = __mul__
 
 
+def value_of(x):
+    return x.value if isinstance(x, Dual) else x
+
+
 def linear_map(f, x):
-    """f(x) for an f that is linear in x (a view, a cast, a sum ...)."""
-    return Dual(f(x.value), f(x.tangent)) if isinstance(x, Dual) else f(x)
+    """f(x) for a function f that is linear in x: a view, a cast, a slice, a sum."""
+    if isinstance(x, Dual):
+        return Dual(f(x.value), f(x.tangent))
+    return f(x)
 
 
 def split(f, x):
-    """The tensors that a linear f takes x apart into, as tensors or as Duals."""
-    return [Dual(v, d) for v, d in zip(f(x.value), f(x.tangent))] if isinstance(x, Dual) else f(x)
+    """The tensors or Duals that a linear f takes x apart into (f returns several tensors)."""
+    if isinstance(x, Dual):
+        parts = zip(f(x.value), f(x.tangent), strict=True)
+        return [Dual(value, tangent) for value, tangent in parts]
+    return f(x)
+
+
+def cat(parts, dim):
+    """torch.cat of tensors and Duals. A tensor among Duals is a constant."""
+    if not any(isinstance(part, Dual) for part in parts):
+        return torch.cat(parts, dim)
+    tangents = []
+    for part in parts:
+        tangents.append(part.tangent if isinstance(part, Dual) else torch.zeros_like(part))
+    return Dual(torch.cat([value_of(part) for part in parts], dim), torch.cat(tangents, dim))
 
 
 def linear(layer, x):
+    """W x + b, and W dx."""
     if isinstance(x, Dual):
         return Dual(layer(x.value), F.linear(x.tangent, layer.weight))
     return layer(x)
 
 
 def silu(x):
+    """x sigmoid(x)."""
     if not isinstance(x, Dual):
         return F.silu(x)
     g = torch.sigmoid(x.value)
@@ -70,30 +101,48 @@ def gelu(x):
 
 
 def rms_norm(x, weight=None):
-    """x / rms(x) over the last dimension, times weight; computed and returned in at least float32."""
+    """x / rms(x) over the last dimension, times weight. The result is at least float32."""
     if not isinstance(x, Dual):
         return F.rms_norm(at_least_float32(x), x.shape[-1:], weight, EPS)
     x, dx = at_least_float32(x.value), at_least_float32(x.tangent)
     r = torch.rsqrt((x * x).mean(-1, keepdim=True) + EPS)
     y = x * r
     dy = r * (dx - y * (y * dx).mean(-1, keepdim=True))
-    return Dual(y, dy) if weight is None else Dual(y * weight, dy * weight)
+    if weight is None:
+        return Dual(y, dy)
+    return Dual(y * weight, dy * weight)
 
 
 def layer_norm(x):
-    return rms_norm(linear_map(lambda x: x - x.mean(-1, keepdim=True), x))
+    return rms_norm(linear_map(without_mean, x))
 
 
-def attend(q, k, v):
-    """Attention with queries and keys cast to v's dtype; (B, H, T, d) each."""
-    q, k = (linear_map(lambda x: x.to(v.dtype if not isinstance(v, Dual) else v.value.dtype), x) for x in (q, k))
+def without_mean(x):
+    return x - x.mean(-1, keepdim=True)
+
+
+def attend(q, k, v, mask=None):
+    """Attention of q (B, H, T, d) to k and v (B, H, S, d). Queries and keys are cast to v's dtype.
+
+    mask: as in F.scaled_dot_product_attention, for example (B, 1, 1, S) bool, False at padding.
+    """
+    dtype = value_of(v).dtype
+    q = linear_map(lambda x: x.to(dtype), q)
+    k = linear_map(lambda x: x.to(dtype), k)
+    masked = {} if mask is None else {"attn_mask": mask}
     if not isinstance(v, Dual):
-        return attention(q, k, v)
-    return Dual(*attention_jvp(q.value, k.value, v.value, q.tangent, k.tangent, v.tangent))
+        return attention(q, k, v, **masked)
+    o, do = attention_jvp(q.value, k.value, v.value, q.tangent, k.tangent, v.tangent, **masked)
+    return Dual(o, do)
 
 
 def modulate(x, shift, scale):
     return x * (1 + scale) + shift
+
+
+def column(a, like):
+    """(B,) -> (B, 1, ..., 1) with as many dimensions as `like`, to be multiplied with it."""
+    return a.view(-1, *[1] * (like.ndim - 1))
 
 
 def at_least_float32(x):
@@ -101,5 +150,5 @@ def at_least_float32(x):
 
 
 def widest(device):
-    """float64 where the device has it; Apple's GPUs stop at float32."""
+    """float64 where the device has it. Apple's GPUs stop at float32."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64

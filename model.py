@@ -1,18 +1,19 @@
 """
-The network F(x, t, s, y, w): a diffusion transformer (DiT) with semi-Lipschitz control,
-written once for values and for forward-mode derivatives.
+The network F(x, t, s, y, w): a diffusion transformer (DiT) with semi-Lipschitz control.
 
     model = DiT(DiTConfig.named("XL/2", input_size=32, in_channels=4, num_classes=1000))
-    F     = model(x, t, s, y, w)
-    F, dF = model.jvp(x, t, s, y, w, ds=torch.ones_like(s))    # dF/ds, itself differentiable
+    F = model(x, t, s, y, w)
+    F, dF = model.jvp(x, t, s, y, w, ds=torch.ones_like(s))  # dF/ds, itself differentiable
 
-The derivative: every function below takes tensors or Duals (value, tangent) and has one rule for
-each, so the same forward pass moves either through the network. Duals are ordinary tensors to
-autograd: backward, checkpointing and torch.compile need nothing special.
+The forward pass is written once, with the operations of dual.py. They take tensors, or Duals
+(a value and its tangent), so the same lines give F and its forward-mode derivative.
 
-Semi-Lipschitz control (arXiv 2511.19797, section 4): RMS norms without weights instead of layer
+Semi-Lipschitz control (arXiv 2511.19797, section 4) is: RMS norms without weights instead of layer
 norms, RMS norms on queries and keys, and RMS norms on the modulation vectors.
+
+Shapes: B images, T tokens, D = hidden_size, H heads of size d, patches of p x p, C channels.
 """
+
 import dataclasses
 import math
 
@@ -22,7 +23,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import CheckpointError, load_tensors
+from checkpoint import load_checkpoint
 from dual import (
     Dual,
     at_least_float32,
@@ -35,137 +36,159 @@ from dual import (
     rms_norm,
     silu,
     split,
+    value_of,
     widest,
 )
+from files import CheckpointError
 
-FREQUENCIES = 128      # cosines, and as many sines, of a time embedding
+FREQUENCIES = 128  # cosines, and as many sines, of a time embedding
 
+# fmt: off
 SIZES = {
-    "tiny": dict(hidden_size=32, depth=2, num_heads=2, patch_size=2),
-    "S/2": dict(hidden_size=384, depth=12, num_heads=6, patch_size=2),
-    "B/2": dict(hidden_size=768, depth=12, num_heads=12, patch_size=2),
-    "L/2": dict(hidden_size=1024, depth=24, num_heads=16, patch_size=2),
+    "tiny": dict(hidden_size=32,   depth=2,  num_heads=2,  patch_size=2),
+    "S/2":  dict(hidden_size=384,  depth=12, num_heads=6,  patch_size=2),
+    "B/2":  dict(hidden_size=768,  depth=12, num_heads=12, patch_size=2),
+    "L/2":  dict(hidden_size=1024, depth=24, num_heads=16, patch_size=2),
     "XL/2": dict(hidden_size=1152, depth=28, num_heads=18, patch_size=2),
 }
+# fmt: on
 
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
-    input_size: int = 32          # height and width of x
+    input_size: int | tuple[int, int] = 32  # side of x, or (height, width)
     in_channels: int = 4
     patch_size: int = 2
     hidden_size: int = 1152
     depth: int = 28
     num_heads: int = 18
     mlp_ratio: float = 4.0
-    num_classes: int = 1000       # 0: unlabelled data, and y is 0 throughout
-    scaled: bool = True           # displacement (s-t) w F and velocity w F, instead of (s-t) F and F
-    rms_norm: bool = True         # False: LayerNorm
+    num_classes: int = 1000  # 0: unlabelled data, and y is 0 throughout
+    scaled: bool = True  # displacement (s-t) w F and velocity w F, instead of (s-t) F and F
+    rms_norm: bool = True  # False: LayerNorm
     qk_norm: bool = True
     mod_norm: bool = True
-    time_init: str = "spectral"   # "spectral" or "normal" (N(0, 0.02)) weights of the time MLPs
+    time_init: str = "spectral"  # weights of the time MLPs: "spectral" or "normal" (N(0, 0.02))
 
     def __post_init__(self):
-        for name in ("input_size", "in_channels", "patch_size", "hidden_size", "depth", "num_heads"):
+        """Raises ValueError for values that no network has."""
+        if isinstance(self.input_size, list):  # as JSON has it
+            object.__setattr__(self, "input_size", tuple(self.input_size))
+        for name in ("in_channels", "patch_size", "hidden_size", "depth", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for whole, part in (("input_size", "patch_size"), ("hidden_size", "num_heads")):
-            if getattr(self, whole) % getattr(self, part):
-                raise ValueError(f"{whole} {getattr(self, whole)} is not divisible by {part} {getattr(self, part)}")
+        for side in self.height_and_width:
+            if side < 1:
+                raise ValueError(f"input_size must be at least 1, not {self.input_size}")
+            if side % self.patch_size:
+                raise ValueError(
+                    f"input_size {side} is not divisible by patch_size {self.patch_size}"
+                )
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}"
+            )
+        if self.hidden_size % 4:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by 4 (2D sine-cosine positions)"
+            )
         for name in ("scaled", "rms_norm", "qk_norm", "mod_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        if self.hidden_size % 4:
-            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by 4 (2D sine-cosine positions)")
         if self.num_classes < 0:
             raise ValueError(f"num_classes must be 0 (unlabelled) or more, not {self.num_classes}")
         if self.time_init not in ("spectral", "normal"):
             raise ValueError(f'time_init must be "spectral" or "normal", not {self.time_init!r}')
 
+    @property
+    def height_and_width(self):
+        if isinstance(self.input_size, tuple):
+            return self.input_size
+        return self.input_size, self.input_size
+
+    @property
+    def grid(self):
+        """Patches from top to bottom, and from left to right."""
+        height, width = self.height_and_width
+        return height // self.patch_size, width // self.patch_size
+
     @classmethod
     def named(cls, size, semi_lipschitz=True, **kwargs):
-        """A size of SIZES; semi_lipschitz=False is the plain DiT of the paper's comparison."""
+        """A size of SIZES. semi_lipschitz=False is the plain DiT of the paper's comparison."""
         if size not in SIZES:
             raise ValueError(f"no size {size!r}: there are {', '.join(SIZES)}")
-        switches = {} if semi_lipschitz else dict(rms_norm=False, qk_norm=False, mod_norm=False)
-        return cls(**{**SIZES[size], **switches, **kwargs})
+        options = dict(SIZES[size])
+        if not semi_lipschitz:
+            options.update(rms_norm=False, qk_norm=False, mod_norm=False)
+        options.update(kwargs)
+        return cls(**options)
 
 
-# ---- values and tangents -------------------------------------------------------------------------
+# ---- what goes in: times, patches, labels --------------------------------------------------------
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-# ---- the network ---------------------------------------------------------------------------------
 
 class Embedder(nn.Module):
-    """A number in [0, 1] -> (B, hidden): sines and cosines of the raw value, then an MLP."""
+    """A number in [0, 1] -> (B, D): sines and cosines of the raw value, then an MLP."""
 
     def __init__(self, hidden_size):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(2 * FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * FREQUENCIES, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
+        )
 
-    def forward(self, a):                                                             # (B,)
-        x = linear_map(lambda features: features.to(self.mlp[0].weight.dtype), self.features(a))   # (B, 256)
-        return linear(self.mlp[2], silu(linear(self.mlp[0], x)))                      # (B, D)
+    def forward(self, a):  # (B,)
+        dtype = self.mlp[0].weight.dtype
+        x = linear_map(lambda features: features.to(dtype), self.features(a))  # (B, 256)
+        return linear(self.mlp[2], silu(linear(self.mlp[0], x)))  # (B, D)
 
     @staticmethod
     def features(a):
-        value = a.value if isinstance(a, Dual) else a
+        """(B,) -> (B, 256) in float64, where the device has it: [cos, sin] of 128 frequencies."""
+        value = value_of(a)
         wide = widest(value.device)
-        frequencies = 10000.0 ** (-torch.arange(FREQUENCIES, dtype=wide, device=value.device) / FREQUENCIES)
+        powers = torch.arange(FREQUENCIES, dtype=wide, device=value.device) / FREQUENCIES
+        frequencies = 10000.0**-powers
         angles = value.to(wide)[:, None] * frequencies
         cos, sin = angles.cos(), angles.sin()
+        features = torch.cat([cos, sin], dim=1)
         if not isinstance(a, Dual):
-            return torch.cat([cos, sin], dim=1)
+            return features
         dangles = a.tangent.to(wide)[:, None] * frequencies
-        return Dual(torch.cat([cos, sin], dim=1), torch.cat([-sin * dangles, cos * dangles], dim=1))
+        return Dual(features, torch.cat([-sin * dangles, cos * dangles], dim=1))
 
 
 class Patches(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv2d(
+            config.in_channels, config.hidden_size, config.patch_size, config.patch_size
+        )
 
-    def forward(self, x):                                                             # (B, C, H, W)
-        if isinstance(x, Dual):
-            dx = F.conv2d(x.tangent, self.proj.weight, stride=self.proj.stride)
-            return linear_map(self.tokens, Dual(self.proj(x.value), dx))
-        return self.tokens(self.proj(x))
+    def forward(self, x):  # (B, C, height, width)
+        if not isinstance(x, Dual):
+            return self.tokens(self.proj(x))  # (B, T, D)
+        dx = F.conv2d(x.tangent, self.proj.weight, stride=self.proj.stride)
+        return linear_map(self.tokens, Dual(self.proj(x.value), dx))
 
     @staticmethod
     def tokens(x):
+        # Contiguous, because torch 2.13's inductor for CPUs gets a transposed view wrong.
         return rearrange(x, "b d h w -> b (h w) d").contiguous()
 
 
 class Labels(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.embedding_table = nn.Embedding(config.num_classes + 1, config.hidden_size)   # the last: no class
+        rows = config.num_classes + 1  # the last is "no class"
+        self.embedding_table = nn.Embedding(rows, config.hidden_size)
 
-    def forward(self, y):
-        return self.embedding_table(y)
+    def forward(self, y):  # (B,) int64
+        return self.embedding_table(y)  # (B, D)
+
+
+# ---- a block -------------------------------------------------------------------------------------
 
 
 class Scale(nn.Module):
@@ -179,26 +202,34 @@ class Scale(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        D, self.num_heads = config.hidden_size, config.num_heads
-        self.qkv, self.proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
-        self.q_norm, self.k_norm = [Scale(D // config.num_heads) if config.qk_norm else None for _ in range(2)]
+        D = config.hidden_size
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(D, 3 * D)
+        self.proj = nn.Linear(D, D)
+        self.q_norm = Scale(D // config.num_heads) if config.qk_norm else None
+        self.k_norm = Scale(D // config.num_heads) if config.qk_norm else None
 
-    def forward(self, x):                                                             # (B, T, D)
-        # Taken apart as (b t three h d), so that the gradients lie together as the product of the backward wants them.
-        heads = lambda x: x.unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = split(lambda x: heads(x).unbind(2), linear(self.qkv, x))            # (B, T, H, d) each
+    def forward(self, x, mask=None):  # (B, T, D)
+        q, k, v = split(self.heads, linear(self.qkv, x))  # (B, T, H, d) each
         if self.q_norm is not None:
-            q, k = rms_norm(q, self.q_norm.weight), rms_norm(k, self.k_norm.weight)
-        q, k, v = (linear_map(lambda x: x.transpose(1, 2), x) for x in (q, k, v))     # (B, H, T, d)
-        x = linear_map(lambda x: rearrange(x, "b h t d -> b t (h d)"), attend(q, k, v))
-        return linear(self.proj, x)                                                   # (B, T, D)
+            q = rms_norm(q, self.q_norm.weight)
+            k = rms_norm(k, self.k_norm.weight)
+        q, k, v = (linear_map(lambda x: x.transpose(1, 2), x) for x in (q, k, v))  # (B, H, T, d)
+        x = attend(q, k, v, mask)  # (B, H, T, d)
+        x = linear_map(lambda x: rearrange(x, "b h t d -> b t (h d)"), x)  # (B, T, D)
+        return linear(self.proj, x)
+
+    def heads(self, x):
+        # In this order the three gradients lie together, as the backward's product wants them.
+        return x.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         inner = int(config.hidden_size * config.mlp_ratio)
-        self.fc1, self.fc2 = nn.Linear(config.hidden_size, inner), nn.Linear(inner, config.hidden_size)
+        self.fc1 = nn.Linear(config.hidden_size, inner)
+        self.fc2 = nn.Linear(inner, config.hidden_size)
 
     def forward(self, x):
         return linear(self.fc2, gelu(linear(self.fc1, x)))
@@ -210,148 +241,250 @@ class Modulated(nn.Module):
     def __init__(self, config, vectors):
         super().__init__()
         self.norm = rms_norm if config.rms_norm else layer_norm
-        self.mod_norm, self.vectors = config.mod_norm, vectors
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, vectors * config.hidden_size))
+        self.mod_norm = config.mod_norm
+        self.vectors = vectors
+        self.adaLN_modulation = nn.Sequential(
+            nn.SiLU(), nn.Linear(config.hidden_size, vectors * config.hidden_size)
+        )
 
     def modulation(self, c):
-        """c: (B, D), after its SiLU, which is the same for all blocks. Returns `vectors` times (B, 1, D)."""
-        vectors = linear_map(lambda x: x.unflatten(1, (self.vectors, 1, -1)), linear(self.adaLN_modulation[1], c))
-        vectors = rms_norm(vectors) if self.mod_norm else linear_map(at_least_float32, vectors)
-        return split(lambda x: x.unbind(1), vectors)
+        """c: (B, D), after the SiLU, which is the same for all blocks. Gives vectors (B, 1, D)."""
+        x = linear(self.adaLN_modulation[1], c)
+        x = linear_map(lambda x: x.unflatten(1, (self.vectors, 1, -1)), x)  # (B, vectors, 1, D)
+        x = rms_norm(x) if self.mod_norm else linear_map(at_least_float32, x)
+        return split(lambda x: x.unbind(1), x)
 
 
 class Block(Modulated):
     def __init__(self, config):
         super().__init__(config, vectors=6)
-        self.attn, self.mlp = Attention(config), MLP(config)
+        self.attn = Attention(config)
+        self.mlp = MLP(config)
 
-    def forward(self, x, c):                                                          # (B, T, D), (B, D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)             # (B, 1, D) each
-        x = x + gate1 * self.attn(modulate(self.norm(x), shift1, scale1))
+    def forward(self, x, c, mask=None):  # (B, T, D), (B, D), as in attend
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)  # (B, 1, D) each
+        x = x + gate1 * self.attn(modulate(self.norm(x), shift1, scale1), mask)
         x = x + gate2 * self.mlp(modulate(self.norm(x), shift2, scale2))
-        return x                                                                      # (B, T, D)
+        return x  # (B, T, D)
 
-    def forward_detached(self, x, c):
-        """forward, its tangent without a gradient: what a compiled block must know, or it does the work for nothing."""
-        x = self.forward(x, c)
-        return Dual(x.value, x.tangent.detach()) if isinstance(x, Dual) else x
+    def forward_detached(self, x, c, mask=None):
+        """forward, with no gradient through the tangent.
+
+        A compiled block must know this: it would otherwise prepare for a backward that never comes.
+        """
+        x = self.forward(x, c, mask)
+        if isinstance(x, Dual):
+            return Dual(x.value, x.tangent.detach())
+        return x
 
 
 class Final(Modulated):
     def __init__(self, config):
         super().__init__(config, vectors=2)
-        self.linear = nn.Linear(config.hidden_size, config.patch_size ** 2 * config.in_channels)
+        self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.in_channels)
 
     def forward(self, x, c):
         shift, scale = self.modulation(c)
-        return linear(self.linear, modulate(self.norm(x), shift, scale))              # (B, T, p p C)
+        return linear(self.linear, modulate(self.norm(x), shift, scale))  # (B, T, p p C)
+
+
+# ---- the network ---------------------------------------------------------------------------------
 
 
 class DiT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        grid = config.input_size // config.patch_size
-        self.pos_embed = nn.Parameter(positions(grid, config.hidden_size), requires_grad=False)   # (1, T, D)
+        self.pos_embed = nn.Parameter(positions(*config.grid, config.hidden_size), False)
         self.x_embedder = Patches(config)
-        self.t_embedder = Embedder(config.hidden_size)           # of t
-        self.s_embedder = Embedder(config.hidden_size)           # of t - s
-        self.guidance_embedder = Embedder(config.hidden_size)    # of 1 / w
+        self.t_embedder = Embedder(config.hidden_size)  # of t
+        self.s_embedder = Embedder(config.hidden_size)  # of t - s
+        self.guidance_embedder = Embedder(config.hidden_size)  # of 1 / w
         self.y_embedder = Labels(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = Final(config)
-        self.run_block = Block.forward    # or what compile_blocks puts here
-        # In a pass with a derivative so many blocks keep only their input for the backward, and run again there. (Passes
-        # without one go backward on their own and keep two thirds as much, so half of the blocks does.)
+        self.run_block = Block.forward  # or what compile_blocks puts here
+        # In a pass with a derivative, so many blocks keep only their input for the backward, and
+        # run again there. A pass without a derivative goes backward on its own and keeps less, so
+        # there half of them are enough.
         self.checkpoint_blocks = 0
         self.initialize()
 
     @torch.no_grad()
     def initialize(self):
+        """Zero biases; weights of spectral norm 1, but for the cases below."""
         for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.zeros_(module.bias)
-                if "adaLN_modulation" in name or name == "final_layer.linear":
-                    nn.init.zeros_(module.weight)
-                elif isinstance(module, nn.Conv2d):
-                    nn.init.xavier_normal_(module.weight.view(len(module.weight), -1))
-                elif self.config.time_init == "normal" and ".mlp." in name and "embedder" in name:
-                    nn.init.normal_(module.weight, std=0.02)
-                else:
-                    nn.init.xavier_normal_(module.weight)
-                    module.weight /= spectral_norm(module.weight)
+            if not isinstance(module, (nn.Linear, nn.Conv2d)):
+                continue
+            nn.init.zeros_(module.bias)
+            is_time_mlp = "embedder.mlp." in name
+            if "adaLN_modulation" in name or name == "final_layer.linear":
+                nn.init.zeros_(module.weight)
+            elif isinstance(module, nn.Conv2d):
+                nn.init.xavier_normal_(module.weight.view(len(module.weight), -1))
+            elif is_time_mlp and self.config.time_init == "normal":
+                nn.init.normal_(module.weight, std=0.02)
+            else:
+                nn.init.xavier_normal_(module.weight)
+                module.weight /= spectral_norm(module.weight)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
 
     def forward(self, x, t, s, y, w):
-        """F at x (B, C, H, W), from times t to s (B,) in [0, 1], classes y (B,) int64 (num_classes = no
-        class) and guidance weights w (B,). Returns (B, C, H, W), in the parameters' dtype or autocast's.
-        x, t and s may be Duals, and F then is one."""
-        c = self.t_embedder(t) + self.s_embedder(t - s) + self.guidance_embedder(1 / w) + self.y_embedder(y)   # (B, D)
-        c = silu(c)
-        x = self.x_embedder(x) + self.pos_embed                                       # (B, T, D)
+        """F at x (B, C, height, width), from times t to s (B,) in [0, 1].
+
+        y (B,) int64: classes, or num_classes for "no class". w (B,): guidance weights.
+        Returns (B, C, height, width), in the parameters' dtype or autocast's. x, t and s may be
+        Duals, and F then is one.
+        """
+        x, *conditions = self.embed(x, t, s, y, w)
+        checkpointed = self.checkpoint_blocks
+        if not isinstance(conditions[0], Dual):
+            checkpointed = checkpointed // 2
         for i, block in enumerate(self.blocks):
-            kept = i >= (self.checkpoint_blocks if isinstance(c, Dual) else self.checkpoint_blocks // 2)
-            if torch.is_grad_enabled() and not kept:
-                x = checkpoint(self.run_block, block, x, c, use_reentrant=False, preserve_rng_state=False)
+            if torch.is_grad_enabled() and i < checkpointed:
+                x = checkpoint(
+                    self.run_block,
+                    block,
+                    x,
+                    *conditions,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
             else:
-                x = self.run_block(block, x, c)
-        x = self.final_layer(x, c)                                                    # (B, T, p p C)
-        grid, p = self.config.input_size // self.config.patch_size, self.config.patch_size
-        return linear_map(lambda x: rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=grid, p=p, q=p), x)
+                x = self.run_block(block, x, *conditions)
+        x = self.final_layer(x, conditions[0])  # (B, T, p p C)
+        return linear_map(self.unpatchify, x)  # (B, C, height, width)
+
+    def embed(self, x, t, s, y, w):
+        """The tokens (B, T, D), and what every block is given beside them: here c (B, D).
+
+        This is the place for other conditions. What it returns after c goes to Block.forward as
+        it is, for example a mask of padding.
+        """
+        c = (
+            self.t_embedder(t)
+            + self.s_embedder(t - s)
+            + self.guidance_embedder(1 / w)
+            + self.y_embedder(y)
+        )
+        x = self.x_embedder(x) + self.pos_embed
+        return x, silu(c)
+
+    def no_condition(self, y):
+        """Conditions like y that mean "no class". The loss needs them for guidance and dropout."""
+        return torch.full_like(y, self.config.num_classes)
+
+    def unpatchify(self, x):
+        height, p = self.config.grid[0], self.config.patch_size
+        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=p, q=p)
 
     def jvp(self, x, t, s, y, w, dx=None, dt=None, ds=None):
-        """F and its derivative along the tangents dx (B, C, H, W), dt (B,), ds (B,); None is zero.
-        Returns (F, dF), both (B, C, H, W) and both differentiable by backward."""
-        duals = [Dual(v, torch.zeros_like(v) if d is None else d) for v, d in ((x, dx), (t, dt), (s, ds))]
+        """F and its derivative along the tangents dx (B, C, height, width), dt (B,), ds (B,).
+
+        A tangent that is None is zero. Returns (F, dF), both like x, both differentiable by
+        backward.
+        """
+        duals = []
+        for value, tangent in ((x, dx), (t, dt), (s, ds)):
+            duals.append(Dual(value, torch.zeros_like(value) if tangent is None else tangent))
         out = self(*duals, y, w)
         return out.value, out.tangent
 
 
-def compile_blocks(*models, detached=False):
-    """Compiles the blocks of models, one function for all, once for each shape of a batch. detached: for a loss that does
-    not ask for the gradient of a tangent."""
-    compiled = torch.compile(Block.forward_detached if detached else Block.forward, fullgraph=True, dynamic=False)
+def compile_blocks(*models, detached=False, dynamic=False):
+    """Compile the blocks of models: one function for all of them, once for each shape of a batch.
+
+    detached: for a loss that does not ask for the gradient of a tangent. dynamic: from the second
+    batch size on, one program for all sizes (for sampling; a training step has fixed shapes).
+    """
+    # Dynamo keeps 8 programs of a function and then gives up. A process that works with many
+    # shapes or networks needs more. A call looks through them, which takes microseconds.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+    limit = torch._dynamo.config.accumulated_recompile_limit
+    torch._dynamo.config.accumulated_recompile_limit = max(limit, 1024)
+    function = Block.forward_detached if detached else Block.forward
+    compiled = torch.compile(function, fullgraph=True, dynamic=None if dynamic else False)
     for model in models:
         model.run_block = compiled
 
 
 def spectral_norm(weight):
-    """The largest singular value, by the product with the transpose in float64. On one thread: with more, LAPACK takes
-    minutes while another process is at work on the same cores."""
-    weight, threads = (weight if weight.size(0) < weight.size(1) else weight.T).double(), torch.get_num_threads()
+    """The largest singular value, by the product with the transpose in float64.
+
+    On one thread: with more, LAPACK takes minutes while another process uses the same cores.
+    """
+    wide = weight if weight.size(0) < weight.size(1) else weight.T
+    wide = wide.double()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    norm = torch.linalg.eigvalsh(weight @ weight.T)[-1].sqrt()
+    norm = torch.linalg.eigvalsh(wide @ wide.T)[-1].sqrt()
     torch.set_num_threads(threads)
     return norm
 
 
-def positions(grid, dim):
-    """Fixed 2D positions (1, grid * grid, dim): [sin, cos] of the column, then [sin, cos] of the row."""
+def positions(rows, columns, dim):
+    """Fixed 2D positions (1, rows * columns, dim).
+
+    The first half of the features is [sin, cos] of the column, the second half of the row.
+    """
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega
-    one = torch.cat([angles.sin(), angles.cos()], dim=1)                              # (grid, dim / 2)
-    column, row = one[None].expand(grid, -1, -1), one[:, None].expand(-1, grid, -1)   # of token (row, column)
-    return torch.cat([column, row], dim=-1).reshape(1, grid * grid, dim).float()
+
+    def features(n):
+        angles = torch.arange(n, dtype=torch.float64)[:, None] * omega
+        return torch.cat([angles.sin(), angles.cos()], dim=1)  # (n, dim / 2)
+
+    of_column = features(columns)[None].expand(rows, -1, -1)
+    of_row = features(rows)[:, None].expand(-1, columns, -1)
+    both = torch.cat([of_column, of_row], dim=-1)
+    return both.reshape(1, rows * columns, dim).float()
 
 
 # ---- its file ------------------------------------------------------------------------------------
 
+
 def load_model(path, device="cpu"):
-    """A checkpoint -> (DiT in eval mode with its weights in float32, about). Raises CheckpointError."""
-    tensors, about = load_tensors(path, device)
-    data, guidance = about["data"], about["guidance"]
+    """A checkpoint -> (DiT in eval mode with float32 weights, about).
+
+    Of a state of a run (state_STEP.safetensors) it takes the evaluation network. Raises
+    CheckpointError.
+    """
+    tensors, about = load_checkpoint(path, device)
     try:
-        config, blocks = DiTConfig(**about["config"]), {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
-        if config.depth != len(blocks):                                           # before it takes the memory of a billion
-            raise ValueError(f"a depth of {config.depth} and {len(blocks)} blocks")
-        with torch.device("meta"):                                                # nothing to initialize
+        config = DiTConfig(**about["config"])
+        check_depth(config, tensors)
+        check_about(config, about)
+        with torch.device("meta"):  # nothing to initialize
             model = DiT(config)
-        model.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
-        counts, weights, channels = data["class_counts"], [guidance[key] for key in ("w", "w_min", "w_max")], [*data["mean"], *data["std"]]
-        if len(counts) != config.num_classes or len(data["mean"]) != config.in_channels or len(channels) != 2 * config.in_channels:
-            raise ValueError(f"{len(counts)} class counts for {config.num_classes} classes, or other than one mean and std a channel")
-        if not all(math.isfinite(x) for x in (*counts, *weights, *channels)) or min(weights) <= 0 or counts and not min(counts) >= 0 < sum(counts):
-            raise ValueError("a class count, guidance weight, mean or std that cannot be")
+        weights = {name: t.float() for name, t in tensors.items()}
+        model.load_state_dict(weights, assign=True)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{path} does not fit its own config: {' '.join(str(error).split())[:300]}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{path} does not fit its own config: {reason}") from None
     return model.eval().requires_grad_(False), about
+
+
+def check_depth(config, tensors):
+    """Raises ValueError before a wrong depth takes the memory of a billion blocks."""
+    blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+    if config.depth != len(blocks):
+        raise ValueError(f"a depth of {config.depth} and {len(blocks)} blocks")
+
+
+def check_about(config, about):
+    """Raises ValueError where the data's header or the guidance weights cannot be."""
+    data = about["data"]
+    counts = data["class_counts"]
+    weights = [about["guidance"][key] for key in ("w", "w_min", "w_max")]
+    if len(counts) != config.num_classes:
+        raise ValueError(f"{len(counts)} class counts for {config.num_classes} classes")
+    for name in ("mean", "std"):
+        if len(data[name]) != config.in_channels:
+            raise ValueError(
+                f"{len(data[name])} values of {name} for {config.in_channels} channels"
+            )
+    if not all(math.isfinite(x) for x in (*counts, *weights, *data["mean"], *data["std"])):
+        raise ValueError("a class count, guidance weight, mean or std that is not finite")
+    if min(weights) <= 0:
+        raise ValueError("a guidance weight that is not above 0")
+    if counts and (min(counts) < 0 or sum(counts) == 0):
+        raise ValueError("class counts that are negative, or all 0")
