@@ -1,18 +1,18 @@
 """
-The files of a run, made to outlive what ends it: a kill, a power cut, a full disk, a bad sector, a second process.
+Checkpoints: safetensors files with JSON in them and a checksum. Loading one executes nothing.
 
-    with written(path) as f: ...                       # whole or not at all
-    save_tensors(path, tensors, about)                 # likewise
-    tensors, about = load_tensors(path)                # Damaged where the bytes are not those that were written
+    save_tensors(path, tensors, about)                 # whole or not at all
+    tensors, about = load_tensors(path)                # Damaged where other bytes were written
+    tensors, about = load_checkpoint(path)             # or its evaluation network, of a state
     save_state(folder, step, tensors, about, keep)     # and only then are older states deleted
     path, tensors, about = load_newest(folder)         # the newest state that is whole
-    lock = hold(folder, seconds)                       # one process a folder
 
-Checkpoints are safetensors files with JSON in them: loading one executes nothing.
+`about` is JSON: the network's config, the guidance it was trained with, the header of its data, and
+of a state all constants of the run.
 """
+
 import contextlib
 import errno
-import itertools
 import json
 import os
 import re
@@ -24,12 +24,25 @@ from safetensors import SafetensorError, safe_open
 
 from files import CheckpointError, written
 
-# A file begins with the length of its header and these bytes; then comes the crc32, as eight hexadecimal digits, of
-# the whole file as it would be with eight zeros there.
+# The file begins with the length of its header, and the header with these bytes. Then comes the
+# crc32 of the whole file, as eight hexadecimal digits; it is taken with eight zeros in its place.
 START = b'{"__metadata__": {"crc32": "'
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+NO_CRC = b"00000000"
 
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+}
 
+# What `about` must have for a network to be rebuilt and sampled.
+NEEDED = {
+    "config": (),
+    "guidance": ("sampler", "w", "w_min", "w_max"),
+    "data": ("class_counts", "mean", "std"),
+}
 
 
 class Damaged(CheckpointError):
@@ -37,86 +50,203 @@ class Damaged(CheckpointError):
 
 
 def save_tensors(path, tensors, about):
-    """Tensors by name, and `about` (anything of JSON), as safetensors, by `written`.
+    """Write tensors by name, and `about` (anything of JSON), as safetensors. Raises OSError.
 
-    The library's own writer wants all tensors on the host at once, leaves a file of a random name behind when it
-    is killed, and knows no checksum; so the format, which is simple, is written out here."""
-    entries, end = {}, 0
+    The library's own writer wants all tensors on the host at once, leaves a file of a random name
+    behind when it is killed, and has no checksum. The format is simple, so it is written out here.
+    """
+    entries = {}
+    end = 0
     for name, t in tensors.items():
-        entries[name] = dict(dtype=DTYPES[t.dtype], shape=list(t.shape), data_offsets=[end, end + t.nbytes])
+        offsets = [end, end + t.nbytes]
+        entries[name] = dict(dtype=DTYPES[t.dtype], shape=list(t.shape), data_offsets=offsets)
         end += t.nbytes
-    header = json.dumps({"__metadata__": {"crc32": 8 * "0", "tvm": json.dumps(about)}, **entries}).encode()
-    header += b" " * (-len(header) % 8)                                           # which aligns the tensors
+    metadata = {"crc32": NO_CRC.decode(), "tvm": json.dumps(about)}
+    header = json.dumps({"__metadata__": metadata, **entries}).encode()
+    header += b" " * (-len(header) % 8)  # aligns the tensors
+    start = len(header).to_bytes(8, "little") + header
     with written(path) as f:
-        crc = 0
-        for part in itertools.chain([len(header).to_bytes(8, "little") + header], map(raw_bytes, tensors.values())):
+        f.write(start)
+        crc = zlib.crc32(start)
+        for t in tensors.values():
+            part = raw_bytes(t)
             f.write(part)
             crc = zlib.crc32(part, crc)
         f.seek(8 + len(START))
         f.write(b"%08x" % crc)
 
 
-
-
 def raw_bytes(t):
     return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def load_tensors(path, device="cpu"):
-    """What save_tensors wrote -> (tensors, about). Raises CheckpointError, of the kind Damaged where the file is cut
-    off or does not have its checksum; a file of another maker may have none."""
+def load_tensors(path, device="cpu", needs_about=True):
+    """What save_tensors wrote -> (tensors, about). A file of another maker may have no checksum.
+
+    needs_about=False takes any safetensors file; `about` is None where it has none.
+    Raises CheckpointError, and its kind Damaged where the file is not what was written.
+    """
     try:
-        with open(path, "rb") as f:
-            start = f.read(8 + len(START) + 8)
-            if start[8:-8] == START:
-                crc = zlib.crc32(start[:-8] + 8 * b"0")
-                while part := f.read(1 << 24):
-                    crc = zlib.crc32(part, crc)
-                if start[-8:] != b"%08x" % crc:
-                    raise Damaged(f"{path} is damaged: cut off, or with bytes in it that are not what was written")
+        check_crc(path)
         with safe_open(path, "pt", device=str(device)) as f:
             about = json.loads((f.metadata() or {}).get("tvm", "null"))
-            tensors = {name: f.get_tensor(name).clone() for name in f.keys()}     # off the file, which may be replaced
+            # Clones, because the file that they are mapped from may be replaced.
+            tensors = {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint {path}") from None
     except (SafetensorError, ValueError) as error:
         raise Damaged(f"{path} is not a whole safetensors file: {error}") from None
-    except OSError as error:                                                      # a bad sector, or what may be better tomorrow
-        raise (Damaged if error.errno == errno.EIO else CheckpointError)(f"cannot read {path}: {error}") from None
-    needed = {"config": (), "guidance": ("sampler", "w", "w_min", "w_max"), "data": ("class_counts", "mean", "std")}
-    missing = [key for key, parts in needed.items() if not isinstance(about, dict) or not isinstance(about.get(key), dict)
-               or not set(parts) <= set(about[key])]
-    if missing:
-        raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of this project: no whole {', '.join(missing)} in it")
+    except OSError as error:
+        if error.errno == errno.EIO:  # a bad sector stays bad; other errors may be gone tomorrow
+            raise Damaged(f"cannot read {path}: {error}") from None
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+    missing = missing_parts(about)
+    if missing and needs_about:
+        raise CheckpointError(
+            f"{path} is a safetensors file, but not a checkpoint of this project: "
+            f"no whole {', '.join(missing)} in it"
+        )
     return tensors, about
+
+
+def check_crc(path):
+    """Raises Damaged where a file that has a checksum does not have its own."""
+    with open(path, "rb") as f:
+        start = f.read(8 + len(START) + len(NO_CRC))
+        if start[8 : 8 + len(START)] != START:
+            return
+        stated = start[-len(NO_CRC) :]
+        crc = zlib.crc32(start[: -len(NO_CRC)] + NO_CRC)
+        while part := f.read(1 << 24):
+            crc = zlib.crc32(part, crc)
+    if stated != b"%08x" % crc:
+        raise Damaged(f"{path} is damaged: it is cut off, or has other bytes than were written")
+
+
+def missing_parts(about):
+    if not isinstance(about, dict):
+        return list(NEEDED)
+    missing = []
+    for key, parts in NEEDED.items():
+        value = about.get(key)
+        if not isinstance(value, dict) or not set(parts) <= set(value):
+            missing.append(key)
+    return missing
+
+
+def load_checkpoint(path, device="cpu", needs_about=True):
+    """The network of a file -> (its tensors, about). Of a state it is the evaluation network."""
+    tensors, about = load_tensors(path, device, needs_about)
+    if "eval.pos_embed" in tensors:
+        tensors = with_prefix(tensors, "eval.")
+    return tensors, about
+
+
+def with_prefix(tensors, prefix):
+    """The tensors whose names begin with a prefix, without it."""
+    chosen = {}
+    for name, t in tensors.items():
+        if name.startswith(prefix):
+            chosen[name.removeprefix(prefix)] = t
+    return chosen
+
+
+def initialize_from(path, model, header, partly):
+    """Take a model's first weights from a checkpoint. Returns lines about what was not taken.
+
+    It must be of the same network, and of data in the same units. partly: it may be of another
+    network, or of another maker (any safetensors file): what fits by name and shape is taken.
+    Raises CheckpointError, RuntimeError, or what DiTConfig raises.
+    """
+    device = next(model.parameters()).device
+    tensors, was = load_checkpoint(path, device, needs_about=not partly)
+    if partly:
+        return take_weights(model, tensors)
+    config = type(model.config)(**was["config"])
+    now = {**vars(model.config), **units(header)}
+    before = {**vars(config), **units(was["data"]), "time_init": now["time_init"]}
+    differ = [f"{key} {before[key]!r} -> {now[key]!r}" for key in now if before[key] != now[key]]
+    if differ:
+        raise CheckpointError(
+            f"{path} is of another config ({', '.join(differ)}); --init_partly=True takes what fits"
+        )
+    model.load_state_dict(tensors)
+    return []
+
+
+def units(header):
+    """What a network's numbers mean: the data's normalization and VAE."""
+    return {key: header.get(key) for key in ("mean", "std", "vae")}
+
+
+def take_weights(model, tensors):
+    """Copy the tensors that fit into a model. Returns the names of those that do not, with why."""
+    own = model.state_dict()
+    left_out = []
+    for name, t in tensors.items():
+        if name not in own:
+            left_out.append(f"{name} (the network has no such tensor)")
+        elif t.shape != own[name].shape:
+            shapes = f"{tuple(t.shape)}, the network's {tuple(own[name].shape)}"
+            left_out.append(f"{name} (the file's is {shapes})")
+        else:
+            own[name].copy_(t)
+    for name in own:
+        if name not in tensors:
+            left_out.append(f"{name} (not in the file, stays as it was initialized)")
+    return left_out
+
+
+# ---- the states of a run -------------------------------------------------------------------------
 
 
 def states(folder):
     """{step: path} of the states in a folder, the newest last."""
-    found = [re.fullmatch(r"state_(\d+)\.safetensors", file) for file in (os.listdir(folder) if os.path.isdir(folder) else ())]
-    return {step: os.path.join(folder, file) for step, file in sorted((int(match[1]), match[0]) for match in found if match)}
+    found = {}
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        match = re.fullmatch(r"state_(\d+)\.safetensors", name)
+        if match:
+            found[int(match[1])] = os.path.join(folder, name)
+    return dict(sorted(found.items()))
 
 
 def save_state(folder, step, tensors, about, keep):
-    """A state, and then of all states the last `keep` until this step: a later one is what load_newest passed over."""
-    save_tensors(os.path.join(folder, f"state_{step}.safetensors"), tensors, {**about, "step": step})
-    kept = [at for at in states(folder) if at <= step][-keep:]
-    for at, path in states(folder).items():
-        if at not in kept:
-            with contextlib.suppress(OSError):                    # the new one is whole, which is what counts
+    """Save a state, and then delete all but the last `keep` up to this step.
+
+    A later state than this one is damaged: load_newest has passed it over.
+    """
+    path = os.path.join(folder, f"state_{step}.safetensors")
+    save_tensors(path, tensors, {**about, "step": step})
+    saved = states(folder)
+    kept = [other for other in saved if other <= step][-keep:]
+    for other, path in saved.items():
+        if other not in kept:
+            with contextlib.suppress(OSError):  # the new one is whole, which is what counts
                 os.remove(path)
 
 
 def load_newest(folder, device="cpu", quiet=False):
-    """(path, tensors, about) of the newest whole state; None where there is no state at all. Says which are damaged,
-    and raises CheckpointError where all are."""
-    for path in reversed(states(folder).values()):
+    """(path, tensors, about) of the newest whole state; None where there is no state at all.
+
+    Says which states are damaged. Raises CheckpointError where all of them are.
+    """
+    saved = states(folder)
+    for path in reversed(saved.values()):
         try:
-            return path, *load_tensors(path, device)
+            tensors, about = load_tensors(path, device)
         except Damaged as error:
             if not quiet:
                 print(f"{error}; trying the state before it", file=sys.stderr)
-    if states(folder):
+            continue
+        return path, tensors, about
+    if saved:
         raise CheckpointError(f"no state in {folder} is whole: delete them to start over")
+    return None
 
 
+def last_good(folder):
+    """One sentence about what a run that ends here leaves behind."""
+    saved = states(folder)
+    if not saved:
+        return "nothing was saved yet"
+    return f"the last good checkpoint is {list(saved.values())[-1]}"

@@ -1,67 +1,216 @@
 """
-What this process runs on: its device, its rank, its CUDA graph.
+What this process runs on: its device, its place among the ranks, and CUDA graphs.
+
+    device = find_device("")                      # a GPU where there is one
+    rank, ranks, local_rank = ranks_of_torchrun() # (0, 1, 0) without torchrun
+    join_ranks("gloo", timedelta(minutes=10))
 """
+
 import os
+import signal
+import time
 from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
 
-from files import CheckpointError
+from files import UserError
 
 
-def all_reduce(tensors, limit=2 ** 26):
-    """Sums contiguous tensors over all ranks, in place, in messages of at most `limit` numbers, or of one tensor."""
-    parts, room = [], -1
+def find_device(name=""):
+    """The torch.device of a name: cpu, cuda, cuda:1, mps. By default a GPU where there is one.
+
+    Under torchrun "cuda" is this rank's GPU. Raises UserError where there is no such device.
+    """
+    if not name:
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        else:
+            name = "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise UserError(f"no device {name!r}: there are cpu, cuda and mps")
+    full_name = f"cuda:{ranks_of_torchrun()[2]}" if name == "cuda" else name
+    try:
+        device = torch.device(full_name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"no device {name!r} here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def abilities(device):
+    """(computes in bfloat16, torch.compile works) of a device. Both are for CUDA devices alone."""
+    if device.type != "cuda":
+        return False, False
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    has_triton = find_spec("triton") is not None
+    return has_bfloat16, has_triton and torch.cuda.get_device_capability(device) >= (7, 0)
+
+
+# ---- ranks ---------------------------------------------------------------------------------------
+
+
+def ranks_of_torchrun():
+    """(rank, ranks, local rank), which torchrun gives in the environment; (0, 1, 0) without it.
+
+    Raises UserError where the environment has only a part of what torchrun sets.
+    """
+    ranks = whole_number("WORLD_SIZE", 1)
+    rank = whole_number("RANK", 0)
+    local_rank = whole_number("LOCAL_RANK", 0)
+    if ranks < 1 or not 0 <= rank < ranks or local_rank < 0:
+        raise UserError(f"the environment has RANK {rank} and WORLD_SIZE {ranks}, which cannot be")
+    if ranks > 1:
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise UserError(
+                    f"the environment has WORLD_SIZE={ranks} but no {name}: "
+                    "start several ranks with torchrun, or unset WORLD_SIZE"
+                )
+        port = whole_number("MASTER_PORT", 0)
+        if not 0 <= port < 2**16:
+            raise UserError(f"the environment's MASTER_PORT must be below 65536, not {port}")
+    return rank, ranks, local_rank
+
+
+def whole_number(name, default):
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"the environment's {name} must be a whole number, not {text!r}") from None
+
+
+def join_ranks(backend, patience):
+    """Join the process group of all ranks. Does nothing where this is the only one.
+
+    patience: a timedelta after which a rank that falls silent ends the others. Restarts by
+    torchrun --max_restarts work on one machine, and on several where torchrun's own store is off.
+    """
+    rank, ranks, _ = ranks_of_torchrun()
+    if ranks == 1:
+        return
+    # After a restart torchrun's store still has the addresses of ranks that are gone (PyTorch
+    # issue 135712). The count of restarts keeps them apart on one machine. On several machines
+    # each torchrun counts for itself, so there the count cannot be used.
+    one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True"
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if not one_machine and shared_store and restarts:
+        raise UserError(
+            "on several machines --max_restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
+            "in the environment of every torchrun"
+        )
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
+    store = next(dist.rendezvous("env://", timeout=patience))[0]
+    store = dist.PrefixStore(restart, store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience)
+
+
+def from_rank_0(value):
+    """Rank 0's value, on all ranks. Any object that can be pickled."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def all_reduce(tensors, limit=2**26):
+    """Sum contiguous tensors over all ranks, in place.
+
+    They travel in messages of at most `limit` numbers; a larger tensor is a message of its own.
+    """
+    messages = []
+    room = 0
     for t in tensors:
-        if t.numel() > room:
-            parts.append([])
+        if t.numel() > room or not messages:
+            messages.append([])
             room = limit
-        parts[-1].append(t.view(-1))
+        messages[-1].append(t.view(-1))
         room -= t.numel()
-    for part in parts:
-        message = torch.cat(part)
+    for parts in messages:
+        message = torch.cat(parts)
         dist.all_reduce(message)
-        torch._foreach_copy_(part, list(message.split([t.numel() for t in part])))
+        torch._foreach_copy_(parts, list(message.split([part.numel() for part in parts])))
+
+
+def ranks_agree(weights):
+    """Whether all ranks have the same weights, but for rounding: they compare the sums."""
+    sums = torch.stack([p.detach().sum() for p in weights])
+    sizes = torch.stack([torch.linalg.vector_norm(p.detach()) for p in weights])
+    both = torch.cat([sums, -sums])
+    dist.all_reduce(both, dist.ReduceOp.MAX)
+    largest, minus_smallest = both.chunk(2)
+    return not (largest + minus_smallest > 1e-5 * sizes).any()
+
+
+# ---- signals -------------------------------------------------------------------------------------
+
+
+class StopRequest:
+    """SIGTERM and SIGINT (Ctrl-C) ask for a stop after the step; a second one ends the process.
+
+    A scheduler's signal comes twice, from it and through torchrun, so a second one counts only
+    when it comes more than 2 seconds later. A torchrun that was killed is a request, too.
+    """
+
+    def __init__(self):
+        self.signal = None
+        self.since = 0.0
+        self.parent = os.getppid()
+        self.before = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.before[number] = signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        if self.signal is None:
+            self.signal = number
+            self.since = time.monotonic()
+        elif time.monotonic() - self.since > 2:
+            os._exit(128 + number)
+
+    def asked(self):
+        torchrun_is_gone = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
+        return self.signal is not None or torchrun_is_gone
+
+    def restore(self):
+        """Give the signals back to their handlers from before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def exit_code(self):
+        return 128 + (self.signal or signal.SIGTERM)
+
+
+# ---- CUDA graphs ---------------------------------------------------------------------------------
 
 
 class Graph:
-    """A function of CUDA tensors as one CUDA graph, without the host's time between its kernels, which is most of a small
-    network's step. Its inputs and outputs stay where they are: a call overwrites them. Making it runs the function three times."""
+    """A function of CUDA tensors as one CUDA graph.
+
+    A graph runs without the host's time between kernels, which is most of a small network's step.
+    Making one runs the function three times. Inputs and outputs keep their places in memory: the
+    next call overwrites them.
+    """
 
     def __init__(self, function, inputs):
-        self.inputs, stream = [a.clone() for a in inputs], torch.cuda.Stream()
+        self.inputs = [a.clone() for a in inputs]
+        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):                                          # what is compiled and allocated once
+            for _ in range(3):  # what is compiled and allocated once happens here
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):       # others may pin memory meanwhile
+        # "thread_local": other threads may pin memory meanwhile.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.outputs = function(*self.inputs)
-        torch.cuda.empty_cache()                                        # gradients of the trial runs, on their stream
+        torch.cuda.empty_cache()  # the gradients of the trial runs
 
     def __call__(self, *inputs):
         torch._foreach_copy_(self.inputs, inputs)
         self.graph.replay()
         return self.outputs
-
-
-def find_device(name=""):
-    """The device of a name; by default a GPU where there is one, this rank's. Raises CheckpointError."""
-    name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
-        raise CheckpointError(f"no device {name!r}: there are cpu, cuda and mps")
-    try:
-        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise CheckpointError(f"no device {name!r} here: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def abilities(device):
-    """Whether a device computes in bfloat16, and whether torch.compile works for it. Only CUDA devices are asked."""
-    cuda = device.type == "cuda"
-    return (cuda and torch.cuda.is_bf16_supported(including_emulation=False),
-            cuda and find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0))

@@ -1,57 +1,143 @@
 """
-Files that outlive a kill, a power cut, a full disk and a second process.
+Files that outlive what may end a run: a kill, a power cut, a full disk, a second process.
+
+    with written(path) as f: ...    # `path` appears whole or not at all, one writer at a time
+    lock = hold(folder, seconds)    # the folder is this process's own until it ends
+
+Every script turns a UserError into one line and a non-zero exit.
 """
+
 import contextlib
+import errno
 import os
 import socket
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # of some network disks
 
-class CheckpointError(Exception):
-    """Something about a checkpoint, in one line for the user."""
+
+class UserError(Exception):
+    """What the user must know or mend, in one line."""
+
+
+class CheckpointError(UserError):
+    """Something about a checkpoint, in one line."""
 
 
 @contextlib.contextmanager
 def written(path):
-    """A binary file to write, which is `path` at the end: written aside, synced, renamed. Raises OSError (a full disk),
-    after which `path` is what it was."""
+    """Give a binary file to write. At the end it is synced and renamed to `path`.
+
+    Until then the bytes lie in `path`.partial, locked. Raises OSError where the disk is full or
+    another process is writing `path`; what was at `path` then stays as it was.
+    """
     aside = f"{path}.partial"
+    file = open_locked(aside)
     try:
-        with open(aside, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
+        file.truncate(0)  # of a writer that was killed
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        if os.name != "posix":
+            file.close()  # Windows does not rename an open file
         os.replace(aside, path)
-    except OSError:
-        if os.path.exists(aside):
-            os.remove(aside)                                                      # it holds space that others need
+    except BaseException:
+        file.close()
+        with contextlib.suppress(OSError):
+            os.remove(aside)  # it takes room that others need
         raise
-    if os.name == "posix":                                                        # or a power cut may undo the renaming
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+    file.close()
+    if os.name == "posix":
+        sync_folder(os.path.dirname(path) or ".")
 
 
-def hold(folder, seconds):
-    """Make the folder this process's own until it ends, however it ends, by the system's lock on folder/lock; returns
-    the file, to be kept. Waits for a process that is about to end; raises OSError where it does not."""
-    os.makedirs(folder, exist_ok=True)
-    file, deadline = open(os.path.join(folder, "lock"), "a+"), time.monotonic() + seconds
-    while os.name == "posix":
-        import fcntl
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                file.seek(0)
-                raise OSError(f"{file.read().strip() or 'another process'} is at work in {folder}") from None
-            time.sleep(0.1)
-    file.truncate(0)
-    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+def sync_folder(folder):
+    """Make a renaming in a folder outlive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hold(folder, seconds=0):
+    """Make a folder this process's own until it ends, however it ends. Makes the folder if need be.
+
+    Returns the locked file folder/lock, which must be kept: closing it gives the folder back.
+    Waits `seconds` for a process that is about to end. Raises OSError, with the holder's name,
+    where it does not. Files *.partial in the folder are of a save that was cut off: they go.
+    """
+    path = os.path.join(folder, "lock")
+    try:
+        lock = open_locked(path, seconds, make_folder=True)
+    except BlockingIOError:
+        raise OSError(f"{holder_of(path)} is at work in {folder}") from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    lock.flush()
     for name in os.listdir(folder):
-        if name.endswith(".partial"):                                             # of a save that was cut off
-            os.remove(os.path.join(folder, name))
-    return file
+        leftover = os.path.join(folder, name)
+        if name.endswith(".partial") and os.path.isfile(leftover):
+            os.remove(leftover)
+    return lock
+
+
+def holder_of(path):
+    """Who holds a lock, in the words that the holder has written into its file."""
+    try:
+        with open(path) as file:
+            return file.read(200).strip() or "another process"
+    except (OSError, UnicodeDecodeError):
+        return "another process"
+
+
+def open_locked(path, seconds=0, make_folder=False):
+    """Open the file at `path`, which is made when missing, and lock it until it is closed.
+
+    Returns a binary file to read and write. Raises BlockingIOError where another process has the
+    lock for longer than `seconds`. Where the system or the disk has no locks there is none.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        if make_folder:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        file = open(path, "r+b", opener=open_or_create)
+        if take_lock(file):
+            if is_still_at(file, path):
+                return file
+            file.close()  # the holder before has renamed or removed it: open the new one
+            continue
+        file.close()
+        if time.monotonic() >= deadline:
+            raise BlockingIOError(errno.EAGAIN, "another process is writing it", path)
+        time.sleep(0.1)
+
+
+def open_or_create(path, flags):
+    return os.open(path, flags | os.O_CREAT, 0o666)
+
+
+def take_lock(file):
+    """Lock an open file, without waiting. Returns whether that worked."""
+    if os.name != "posix":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return True
+
+
+def is_still_at(file, path):
+    """Whether `path` still names the open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
