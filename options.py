@@ -1,15 +1,161 @@
 """
-Options of every script.
+Options: the table of constants at the top of train.py, and the parser of the other scripts.
+
+    steps  = option(1900, "optimizer steps", least=1, later=True)      # one line a constant
+    config = configure(options_of(globals()), PRESETS, __doc__)             # {name: value}
+
+A value is the edited default, else the preset's, else that of a flag --name=value; the last one
+wins. A default that is a whole number takes whole numbers only; one with a point takes any number.
 """
+
 import argparse
+import ast
+import difflib
+import math
 import sys
+from typing import NamedTuple
+
+
+class Option(NamedTuple):
+    default: str | int | float | bool
+    about: str  # what it is, for --help
+    least: float  # the smallest value
+    below: float  # values are smaller than this
+    choices: tuple  # the only values; empty: any
+    later: bool  # a continuation of a run may have another value
+
+
+def option(default, about, least=-math.inf, below=math.inf, choices=(), later=False):
+    """One constant of train.py. The type of its default is its type."""
+    return Option(default, about, least, below, choices, later)
+
+
+def options_of(names):
+    """The options among a module's names."""
+    return {name: value for name, value in names.items() if isinstance(value, Option)}
+
+
+def configure(options, presets, doc, arguments=None):
+    """{name: value} of all options. Exits with one line where a flag or a value is wrong.
+
+    presets: {name: {option: value}}; the option "preset" chooses one.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    wants_help = "-h" in arguments or "--help" in arguments
+    flags = {}
+    for argument in arguments:
+        if argument not in ("-h", "--help"):
+            name, value = parse_flag(argument, options)
+            flags[name] = value
+    config = {name: o.default for name, o in options.items()}
+    preset = flags.get("preset", config["preset"])
+    if preset:
+        if preset not in presets:
+            fail(f"there is no preset {preset!r}{did_you_mean(preset, presets, list(presets))}")
+        config.update(presets[preset])
+    config.update(flags)
+    if wants_help:
+        print(doc)
+        print_options(options, config)
+        sys.exit()
+    for name, value in config.items():
+        complaint = out_of_range(name, value, options[name])
+        if complaint:
+            fail(complaint)
+    return config
+
+
+def parse_flag(argument, options):
+    """ "--lr=0.1" -> ("lr", 0.1)."""
+    name, equals, text = argument.removeprefix("--").partition("=")
+    if name not in options:
+        fail(f"there is no option {name!r}{did_you_mean(name, options, [])}")
+    if not argument.startswith("--") or not equals:
+        fail(f"write --{name}=VALUE, not {argument!r}")
+    return name, parse_value(name, text, type(options[name].default))
+
+
+def parse_value(name, text, kind):
+    if kind is str:
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = None
+    if kind is float and type(value) is int and abs(value) < 1e300:
+        value = float(value)
+    is_finite = kind is not float or (type(value) is float and math.isfinite(value))
+    if type(value) is not kind or not is_finite:
+        takes = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
+        fail(f"--{name} takes {takes}, not {text!r}")
+    return value
+
+
+def did_you_mean(name, names, otherwise):
+    near = difflib.get_close_matches(name, names) or otherwise
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    return "; --help lists them"
+
+
+def out_of_range(name, value, o):
+    """What is wrong with a value, or None."""
+    if o.choices and value not in o.choices:
+        return f"{name} must be one of {', '.join(map(str, o.choices))}, not {value!r}"
+    if isinstance(value, str):
+        return None
+    if not o.least <= value < o.below:
+        if o.below < math.inf:
+            return f"{name} must be at least {o.least} and below {o.below}, not {value}"
+        return f"{name} must be at least {o.least}, not {value}"
+    return None
+
+
+def differences(old, config, options, changed=""):
+    """What keeps a run with the constants `old` from going on with `config`, and what is new.
+
+    changed: names, with commas between them, of constants that are to change. Returns two lists
+    of text: "lr 0.002 -> 0.1" for what differs and must not, and "warmup=10" for constants that
+    the old run did not know, which have today's value. Exits where `changed` names none of them.
+    """
+    on_purpose = [name.strip() for name in changed.split(",") if name.strip()]
+    for name in on_purpose:
+        if name not in options:
+            fail(f"change names {name!r}, which is no option{did_you_mean(name, options, [])}")
+    wrong, new = [], []
+    for name, value in config.items():
+        if name not in old:
+            new.append(f"{name}={value!r}")
+        elif old[name] != value and not options[name].later and name not in on_purpose:
+            wrong.append(f"{name} {old[name]!r} -> {value!r}")
+    return wrong, new
+
+
+def print_options(options, config):
+    """The options with the values that they would have."""
+    width = max(len(f"--{name}={config[name]!r}") for name in options)
+    width = min(width, 32)
+    for name, o in options.items():
+        print(f"    {f'--{name}={config[name]!r}':<{width}}  {o.about}")
+        if o.choices:
+            print(f"    {'':<{width}}  one of {', '.join(map(str, o.choices))}")
+
+
+def fail(message):
+    """End the script with one line."""
+    sys.exit(f"{sys.argv[0].replace(chr(92), '/').split('/')[-1]}: {one_line(message)}")
+
+
+def one_line(message):
+    return " ".join(str(message).split())
 
 
 class Parser(argparse.ArgumentParser):
-    """Complains in one line, and takes no abbreviated options."""
+    """argparse that complains in one line and takes no abbreviated options."""
 
     def __init__(self, **kwargs):
-        super().__init__(**{**kwargs, "allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter})
+        kwargs.update(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(**kwargs)
 
     def error(self, message):
-        sys.exit(f"{self.prog.split()[0]}: {' '.join(message.split())} (--help lists the options)")
+        sys.exit(f"{self.prog.split()[0]}: {one_line(message)} (--help lists the options)")

@@ -1,0 +1,337 @@
+"""
+What a run tells: log.jsonl, pictures of samples, the loss curve, scores, FID.
+
+Each of these is worth less than the run. One that fails is said once, and training goes on.
+`Report.log` is the one place through which every number goes: send them elsewhere from there.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import fid
+from batches import conditions
+from files import HERE, written
+from sample import draw, find_vae, grid, sample, to_images
+from scores import classify, small_data_scores, train_classifier
+
+BATCH = 250  # images of one network call
+
+
+class Losses:
+    """The terms of the loss since the last line of the log, by quarters of their times.
+
+    A step's terms count only when it ends well: begin_step, add for each micro-batch, end_step.
+    """
+
+    def __init__(self, device):
+        self.device = device
+        self.clear()
+
+    def clear(self):
+        self.sums = {}  # {term: (4, 2)}: sum of errors and number of samples, by quarter of time
+        self.norms = []  # of gradients
+        self.since = time.perf_counter()
+
+    def begin_step(self):
+        self.step_sums = {}
+
+    def add(self, terms):
+        """terms: {name: loss.Term}"""
+        for term in terms.values():
+            quarter = (term.time * 4).long().clamp(max=3)
+            pairs = torch.stack([term.error, torch.ones_like(term.error)], dim=1)
+            if term.name not in self.step_sums:
+                self.step_sums[term.name] = torch.zeros(4, 2, device=self.device)
+            self.step_sums[term.name].index_add_(0, quarter, pairs)
+
+    def of_step(self):
+        """The sum of all errors of this step, a tensor."""
+        return torch.stack(list(self.step_sums.values()))[..., 0].sum()
+
+    def end_step(self, norm):
+        for name, sums in self.step_sums.items():
+            self.sums[name] = self.sums[name] + sums if name in self.sums else sums
+        self.norms.append(norm)
+
+
+class Report:
+    def __init__(self, out, config, header, data, network, device, rank, ranks):
+        """out: the folder. config: the constants. header, data: of dataset.load_dataset.
+
+        network: the one that is sampled (theta**). Only rank 0 writes.
+        """
+        self.out = out
+        self.config = config
+        self.header = header
+        self.data = data
+        self.network = network
+        self.device = device
+        self.rank = rank
+        self.ranks = ranks
+        self.failed = set()  # what has been said to fail
+        self.inception = None
+        self.reference = None
+        self.guidance = config["w"]
+        if config["guidance"] != "constant":
+            self.guidance = (config["w_min"] * config["w_max"]) ** 0.5
+
+    def attempt(self, what, function, *arguments, errors=Exception):
+        """Run a function, on rank 0. Returns success. An error is said, and training goes on."""
+        if self.rank > 0:
+            return True
+        try:
+            function(*arguments)
+        except errors as error:
+            kind = what.split()[0]
+            if kind not in self.failed:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                message = f"train.py: could not write {what}, and go on without it: {reason}"
+                tqdm.write(message, file=sys.stderr)
+            if not isinstance(error, OSError):  # a disk may have room again
+                self.failed.add(kind)
+            return False
+        return True
+
+    # ---- the log ---------------------------------------------------------------------------------
+
+    def log(self, **line):
+        """Append a line to log.jsonl."""
+        self.attempt("a line of log.jsonl", self.append, line)
+
+    def append(self, line):
+        with open(os.path.join(self.out, "log.jsonl"), "a+b") as f:
+            if f.tell() > 0:
+                f.seek(-1, os.SEEK_END)
+                last = f.read()
+                if last != b"\n":  # a crash has cut off the line
+                    f.write(b"\n")
+            f.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+
+    def losses(self, step, losses, batches, skipped):
+        """Log the means since the last line. Returns them as text. All ranks call this."""
+        if not losses.norms:  # every step was skipped
+            return f"{skipped} skipped"
+        names = list(losses.sums)
+        bins = torch.stack([losses.sums[name] for name in names])  # (terms, 4, 2)
+        waited = torch.tensor(batches.waited, device=self.device)
+        if self.ranks > 1:
+            dist.all_reduce(bins)
+            dist.all_reduce(waited, dist.ReduceOp.MAX)  # the slowest rank's
+        bins = bins.cpu().double()
+        seconds = time.perf_counter() - losses.since
+        means, by_time = {}, {}
+        for name, quarters in zip(names, bins):
+            errors, counts = quarters.unbind(1)
+            means[name] = (errors.sum() / counts.sum()).item()
+            each = (errors / counts).tolist()
+            by_time[f"{name}_by_time"] = [x if math.isfinite(x) else None for x in each]
+        rate = bins[0, :, 1].sum().item() / seconds
+        data_wait = waited.item() / seconds
+        memory = {}
+        if self.device.type == "cuda":
+            memory["peak_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 1)
+        self.log(
+            step=step,
+            loss=sum(means.values()),
+            **means,
+            **by_time,
+            grad_norm=float(np.mean(losses.norms)),
+            images_per_second=round(rate, 1),
+            data_wait=round(data_wait, 4),
+            skipped=skipped,
+            **memory,
+        )
+        losses.clear()
+        batches.waited = 0.0
+        text = " ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+        text += f" {rate:.0f} img/s, {data_wait:.1%} data wait"
+        return f"{text}, {skipped} skipped" if skipped else text
+
+    def curve(self):
+        """Draw the loss over the steps, from log.jsonl, as curve.png."""
+        self.attempt("curve.png", self.draw_curve)
+
+    def draw_curve(self):
+        by_step = self.logged_losses()
+        steps = sorted(by_step)
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        ends = "_by_time"  # of the keys that every term of the loss has
+        keys = {key for line in by_step.values() for key in line if key.endswith(ends)}
+        terms = sorted(key.removesuffix(ends) for key in keys)
+        for name in terms:
+            axes.plot(steps, [by_step[step].get(name, math.nan) for step in steps], label=name)
+        title = f"{self.config['name']}, seed {self.config['seed']}"
+        axes.set(xlabel="step", ylabel="loss term, mean per element", yscale="log", title=title)
+        axes.legend()
+        axes.grid(alpha=0.3)
+        with written(os.path.join(self.out, "curve.png")) as f:
+            figure.savefig(f, format="png", dpi=120)
+
+    def logged_losses(self):
+        """{step: line}; of a step that was done again after a restart, the later line."""
+        by_step = {}
+        with open(os.path.join(self.out, "log.jsonl")) as f:
+            for text in f:
+                try:
+                    line = json.loads(text)
+                except ValueError:  # a crash has cut off the line
+                    continue
+                if "loss" in line:
+                    by_step[line["step"]] = line
+        return by_step
+
+    # ---- pictures and scores ---------------------------------------------------------------------
+
+    def images_of(self, indices, nfe, classes=None):
+        """Images `indices` of the evaluation network, uint8 (n, H, W, C), and their labels (n,).
+
+        They are those that sample.py --precision=float32 draws from ckpt.safetensors with this
+        seed. classes: one for each image, instead of labels drawn as often as in the data.
+        """
+        images, labels = [], []
+        euler = self.config["objective"] == "flow_matching"
+        vae = find_vae(self.header, self.device, self.config["vae_files"])
+        for first in range(0, len(indices), BATCH):
+            part = indices[first : first + BATCH]
+            seed, counts = self.config["seed"], self.header["class_counts"]
+            x1, y = draw(seed, part, self.header["shape"], counts)
+            if classes is not None:
+                y = torch.tensor(classes[first : first + BATCH])
+            w = torch.full((len(part),), self.guidance, device=self.device)
+            condition = conditions(y, self.header).to(self.device)
+            x0 = sample(self.network, x1.to(self.device), condition, w, nfe, euler)
+            images.append(to_images(x0, self.header, vae))
+            labels.append(y)
+        return np.concatenate(images), torch.cat(labels)
+
+    def picture_path(self, step):
+        return os.path.join(self.out, f"samples_{step}.png")
+
+    def samples(self, step):
+        """The picture of a step, and where there is a reference its FID. All ranks call this."""
+        self.attempt(f"samples_{step}.png", self.draw_samples, step)
+        if self.reference is not None:
+            self.log_fid(step)
+
+    def draw_samples(self, step):
+        """Rows: 1, 2 and 4 steps. Columns: the first ten classes."""
+        classes = list(range(self.header["num_classes"]))[:10] or [0] * 10
+        rows = []
+        for nfe in (1, 2, 4):
+            images, _ = self.images_of(range(len(classes)), nfe, classes)
+            rows.append(images)
+        with written(self.picture_path(step)) as f:
+            grid(np.concatenate(rows), len(classes)).save(f, "PNG")
+
+    def load_fid(self):
+        """Load Inception and the reference now. Raises fid.FidError, vae.VAEError."""
+        if not self.config["fid_reference"]:
+            return
+        channels = 3 if "vae" in self.header else self.header["shape"][0]
+        if channels not in (1, 3):
+            raise fid.FidError(f"FID takes images of 1 or 3 channels, not {channels}")
+        self.inception = fid.load_inception(self.config["inception"] or None, self.device)
+        self.reference = fid.read_reference(self.config["fid_reference"], self.inception)
+        find_vae(self.header, self.device, self.config["vae_files"])
+
+    def log_fid(self, step):
+        """FID of one-step samples, made by all ranks together."""
+        n = self.config["fid_images"]
+        mine = range(n * self.rank // self.ranks, n * (self.rank + 1) // self.ranks)
+        all_ranks = self.ranks > 1
+        score = fid.fid_of(
+            self.fid_batches(mine), self.inception, self.reference, all_ranks=all_ranks
+        )
+        self.log(step=step, nfe=1, fid=score, images=n, reference=self.config["fid_reference"])
+        if self.rank == 0:
+            tqdm.write(f"step {step}: FID {score:.3f} of {n} one-step samples")
+
+    def fid_batches(self, indices):
+        """One-step samples, uint8 (n, 3, H, W) at a time."""
+        for first in range(0, len(indices), BATCH):
+            images, _ = self.images_of(indices[first : first + BATCH], 1)
+            yield torch.from_numpy(images.transpose(0, 3, 1, 2)).expand(-1, 3, -1, -1)
+
+    def scores(self, step):
+        """Print and log the scores of 1, 2 and 4 steps against held-out images."""
+        self.attempt("scores", self.log_scores, step)
+
+    def log_scores(self, step):
+        count = self.header["count"]
+        n = min(self.config["score_images"], count["test"], count["train"] // 2)
+        if n < 2:
+            print("no held-out images: no scores")
+            return
+        real = self.choose(count["train"], n, 0)
+        chosen = self.choose(count["test"], n, 1)
+        train, labels = self.data["train_images"], self.data["train_labels"]
+        held_out, held_out_labels = (
+            self.data["test_images"][chosen],
+            self.data["test_labels"][chosen],
+        )
+        judge = None
+        if self.config["classifier"] == "cnn" and self.header["num_classes"]:
+            others = np.setdiff1d(np.arange(len(train)), real)
+            judge = train_classifier(
+                train[others], labels[others], self.header["num_classes"], self.device
+            )
+            right = (classify(judge, held_out).numpy() == held_out_labels).mean()
+            print(f"the classifier names {right:.1%} of held-out images rightly")
+            self.log(step=step, classifier_held_out=right)
+        print(
+            f"{n} samples of the evaluation network against {n} held-out images "
+            "(real: training images in their place)"
+        )
+        print(f"{'steps':>5} {'two-sample':>11} {'label':>7} {'nearest':>8} {'Frechet':>8}")
+        for nfe in ("real", 1, 2, 4):
+            leave_out = None
+            if nfe == "real":
+                images, y = train[real], torch.from_numpy(labels[real])
+                leave_out = torch.from_numpy(real)
+            else:
+                images, y = self.images_of(range(n), nfe)
+                images = images.transpose(0, 3, 1, 2)
+            found = small_data_scores(images, y, held_out, train, labels, leave_out, judge)
+            print(
+                f"{nfe:>5} {found['two_sample']:>11.3f} {found['label']:>7.3f} "
+                f"{found['nearest_ratio']:>8.2f} {found['frechet_pixels']:>8.3f}"
+            )
+            finite = {key: x if math.isfinite(x) else None for key, x in found.items()}
+            self.log(step=step, checkpoint="ckpt.safetensors", nfe=nfe, images=n, **finite)
+        print(
+            "two-sample 0.5: cannot be told apart. label: the class asked for is found. "
+            "nearest, well under 1: memorized."
+        )
+
+    def choose(self, count, n, stream):
+        """n of `count` rows, sorted, by the seed and the number of the stream."""
+        order = np.random.default_rng([self.config["seed"], stream]).permutation(count)
+        return np.sort(order[:n])
+
+
+def git_commit():
+    """The commit of these files, with "-edited" where they differ from it."""
+    try:
+        commit = run_git("rev-parse", "--short=12", "HEAD")
+        edited = run_git("status", "--porcelain", "-uno")
+    except OSError:  # there is no git here
+        return "unknown"
+    if not commit:
+        return "unknown"
+    return f"{commit}-edited" if edited else commit
+
+
+def run_git(*arguments):
+    done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True)
+    return done.stdout.strip()
