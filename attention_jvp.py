@@ -1,31 +1,60 @@
-"""Softmax attention together with its derivative along a direction (forward mode), fused in Triton, and the
-backward of both at once. One file, no dependency but torch and triton: copy it.
+# ruff: noqa: RET505, SIM102
+# In kernels, code after an early return is compiled all the same, so `else` stays. An `if` that the
+# compiler decides stays apart from one that the running program decides.
+"""Softmax attention together with its derivative along a direction, in fused Triton kernels.
+
+One file that needs torch and triton only: copy it. The page docs/attention.md has recipes.
 
     from attention_jvp import attention, attention_jvp
-    o, to = attention_jvp(q, k, v, tq, tk, tv)           # value and tangent, all (B, H, S, D)
-    o = attention(q, k, v)                               # plain; inside torch.func.jvp it is the line above
+    o, to = attention_jvp(q, k, v, tq, tk, tv)     # value and tangent, (B, H, S, D) each
+    o = attention(q, k, v)                         # plain; under torch.func.jvp it does the above
 
-With a = scale, rows i over queries and j over keys, tX the tangent of X:
+Both take the further arguments of F.scaled_dot_product_attention (masks, causal, scale, grouped
+queries), and backward goes through value and tangent at once.
 
-    S = a Q K^T        P = softmax(S)      tS = a (tQ K^T + Q tK^T)      mu = rowsum(P tS)      N = tS - mu
-    O = P V            tO = (P N) V + P tV
+The maths
+---------
+a is the scale, i runs over queries, j over keys, and tX is the tangent of X. Forward:
 
-Backward, from dO and dtO together. The row sums need saved outputs only, so no pass over S x S prepares them:
+    S  = a Q K^T         P  = softmax(S)             O  = P V
+    tS = a (tQ K^T + Q tK^T)
+    mu = rowsum(P tS)    N  = tS - mu                tO = (P N) V + P tV
 
-    A   = dtO V^T                s1  = rowsum(dtO O)                     Gt  = P (A - s1)                   d / d tS
-    B   = dO V^T + dtO tV^T      s2  = rowsum(dtO tO) + rowsum(dO O)     G   = P (B - s2 + (A - s1) N)      d / d S
-    dQ  = a (G K + Gt tK)        dK  = a (G^T Q + Gt^T tQ)               dV  = P^T dO + (P N)^T dtO
-    dtQ = a Gt K                 dtK = a Gt^T Q                          dtV = P^T dtO
+Backward, from dO and dtO together. The row sums s1 and s2 come from the saved outputs, so no extra
+pass over the (Sq, Sk) scores prepares them:
 
-Three kernels: `forward_kernel` (6 products, online softmax), `row_kernel` (s1, s2, dQ, dtQ; 9 products) and
-`column_kernel` (dK, dV, dtK, dtV; 12). Products take the input dtype and accumulate in float32; the rest is float32.
-Saved for the backward: inputs, outputs, two float32 rows, and the next four bits of tO (a quarter of its size for
-powers of two from 16 on, at most half for other head sizes from 8 on).
+    A  = dtO V^T                  s1 = rowsum(dtO O)
+    B  = dO V^T + dtO tV^T        s2 = rowsum(dtO tO) + rowsum(dO O)
+    Gt = P (A - s1)                            the gradient of tS
+    G  = P (B - s2 + (A - s1) N)               the gradient of S
+    dQ  = a (G K + Gt tK)         dK  = a (G^T Q + Gt^T tQ)      dV  = P^T dO + (P N)^T dtO
+    dtQ = a Gt K                  dtK = a Gt^T Q                 dtV = P^T dtO
+
+The file, in order
+------------------
+1. Switches and limits.
+2. The formulas in plain PyTorch: `attention_reference`, `attention_jvp_reference`.
+3. Three kernels: `forward_kernel` (6 products, online softmax), `row_kernel` (s1, s2, dQ, dtQ;
+   9 products) and `column_kernel` (dK, dV, dtK, dtV; 12 products). Products take the dtype of the
+   inputs and accumulate in float32; everything else is float32.
+4. Tiles: a measured table for Hopper, and tuning on first use for other GPUs.
+5. Launching, and the operators that torch.compile and autograd see.
+6. The two public functions and their checks.
+
+Saved for the backward: inputs, outputs, two float32 rows, and four more bits of tO than its dtype
+holds (see `low_bits`; a quarter of tO's size for powers of two from 16 on, at most half for other
+head sizes from 8 on).
 """
+
+import concurrent.futures
 import contextlib
 import functools
+import hashlib
+import json
 import math
 import os
+import sys
+from typing import NamedTuple
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -33,379 +62,660 @@ import torch.nn.functional as F
 from torch import Tensor
 
 try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+try:
     import triton
     import triton.language as tl
     from triton.language.extra.cuda import libdevice
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # no Triton: every call takes the PyTorch path
+except ImportError:  # without Triton every call takes the PyTorch path
     triton = None
 
-FUSED = True  # False: CUDA tensors, too, take PyTorch's path
+# ---------------------------------------------------------------------------------------------
+# 1. Switches and limits
+
+FUSED = True  # False: the PyTorch path always; "require": an error where the kernels cannot run
+TUNE = True  # False: GPUs without a table of tiles take SMALL_TILE, and nothing is timed
+CACHE = os.environ.get("ATTENTION_JVP_CACHE", "~/.cache/attention_jvp")  # where tuning is kept
+
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # kernels on CPU tensors, for tests
-MAX_HEAD_DIM = 128
-MAX_GRID = 65535  # programs along the second and third axis
-MAX_ROW = 2 ** 24  # elements from row to row: those of a tile then lie within int32 of each other
-TMA_FROM = 2 ** 25  # scores; a tensor's descriptor takes the host some 10 us, which a smaller call does not repay
-
-# ----------------------------------------------------------------------------------------------------------------
-# PyTorch: any device, any dtype, differentiable to any order, memory quadratic in S
+MAX_HEAD_SIZE = 256
+MAX_GRID = 65535  # programs along the second and third axis of a launch
+MAX_ROW = 2**24  # elements from row to row, so that offsets inside a tile fit in int32
+TMA_FROM = 2**25  # scores; making descriptors takes the host 10 us, too long for smaller calls
+MASKED_BELOW = -1e6  # an additive mask of this or less hides the key, as -inf does
 
 
-def attention_reference(q, k, v, scale=None):
-    """Softmax attention in plain PyTorch operations, which every transform can follow."""
-    scale = q.size(-1) ** -0.5 if scale is None else scale
-    exact = torch.promote_types(v.dtype, torch.float32)
-    return ((q @ k.mT).to(exact) * scale).softmax(-1).to(v.dtype) @ v
+# ---------------------------------------------------------------------------------------------
+# 2. PyTorch: any device, any dtype, differentiable to any order, memory quadratic in S
 
 
-def attention_jvp_reference(q, k, v, tq, tk, tv, scale=None):
-    """`attention_jvp` in plain PyTorch operations. Products take and return the dtype of the inputs; softmax and row
-    sums are in float32 (float64 for float64)."""
-    scale = q.size(-1) ** -0.5 if scale is None else scale
-    exact = torch.promote_types(v.dtype, torch.float32)
-    P = ((q @ k.mT).to(exact) * scale).softmax(-1)
-    tS = ((tq @ k.mT).to(exact) + (q @ tk.mT).to(exact)) * scale
-    N = tS - (P * tS).sum(-1, keepdim=True)
-    PN, P = (P * N).to(v.dtype), P.to(v.dtype)
-    return P @ v, PN @ v + P @ tv
+def attention_reference(
+    q,
+    k,
+    v,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+):
+    """`attention` in plain PyTorch operations, which every transform can follow."""
+    return _reference(q, k, v, None, None, None, attn_mask, dropout_p, is_causal, scale)[0]
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Kernels. A (rows, D) tile is a tuple of one or two column chunks, D0 + D1 wide: D = 72 is 64 + 16, not 128. Everywhere
-# W = (U, D, D0, D1), and strides are counted in units of U elements, so that the compiler sees aligned rows.
+def attention_jvp_reference(
+    q,
+    k,
+    v,
+    tq,
+    tk,
+    tv,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+):
+    """`attention_jvp` in plain PyTorch operations, which every transform can follow."""
+    return _reference(q, k, v, tq, tk, tv, attn_mask, dropout_p, is_causal, scale)
+
+
+def _without_autocast(device_type):
+    if device_type == "meta":  # has none
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def _reference(q, k, v, tq, tk, tv, mask, dropout_p, causal, scale):
+    """(o, to) by the formulas at the top; to is None where all tangents are.
+
+    All of it is computed in float32 (float64 for float64) and rounded once, at the end: in half
+    precision the scores overflow or lose the digits that softmax needs.
+    """
+    if dropout_p != 0:
+        raise ValueError(f"attention here has no dropout, got dropout_p={dropout_p}")
+    dtype = v.dtype
+    exact = torch.promote_types(dtype, torch.float32)
+    groups = q.size(1) // max(1, k.size(1))
+    if scale is None:
+        scale = q.size(-1) ** -0.5
+
+    def prepared(x, repeat):
+        if x is None:
+            return None
+        x = x.to(exact)
+        return x.repeat_interleave(groups, dim=1) if repeat and groups > 1 else x
+
+    q, tq = prepared(q, False), prepared(tq, False)
+    k, tk = prepared(k, True), prepared(tk, True)
+    v, tv = prepared(v, True), prepared(tv, True)
+    with _without_autocast(q.device.type):  # which would round the products again
+        S = (q @ k.mT) * scale
+        hidden = None  # True where a query may not see a key
+        if mask is not None and mask.dtype == torch.bool:
+            hidden = ~mask
+        elif mask is not None:
+            hidden = mask <= MASKED_BELOW
+            S = S + mask.to(exact).masked_fill(hidden, 0)
+        if causal:
+            future = torch.ones(S.shape[-2:], dtype=torch.bool, device=S.device).triu(1)
+            hidden = future if hidden is None else hidden | future
+        if hidden is None:
+            P = S.softmax(-1)
+        else:  # rows where every key is hidden become zeros, and so do their gradients
+            empty = hidden.all(-1, keepdim=True)
+            P = S.masked_fill(hidden & ~empty, -math.inf).softmax(-1).masked_fill(hidden, 0)
+        o = P @ v
+
+        to = None
+        tS = None
+        if tq is not None:
+            tS = tq @ k.mT
+        if tk is not None:
+            product = q @ tk.mT
+            tS = product if tS is None else tS + product
+        if tS is not None:
+            tS = tS * scale
+            N = tS - (P * tS).sum(-1, keepdim=True)
+            to = (P * N) @ v
+        if tv is not None:
+            product = P @ tv
+            to = product if to is None else to + product
+    return o.to(dtype), None if to is None else to.to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Kernels
+#
+# A tile of rows, (rows, D), is a tuple of one or two chunks of columns. The widths of the chunks
+# are powers of two: a head size of 72 is 64 + 16, not 128. BM counts queries and BN keys.
+
+
+class Widths(NamedTuple):
+    """What the kernels know about a row of the tensors."""
+
+    unit: int  # strides are given in multiples of this, so that the compiler sees aligned rows
+    size: int  # the head size D
+    first: int  # columns of the first chunk
+    second: int  # columns of the second chunk, or 0
+
+
+def chunk_widths(D):
+    """Head size -> widths of its one or two chunks: powers of two, at least 16, little padding."""
+    first = max(16, 1 << (D.bit_length() - 1))
+    if first >= D:
+        return first, 0
+    second = max(16, 1 << (D - first - 1).bit_length())
+    if second < first:
+        return first, second
+    return 2 * first, 0
+
 
 if triton is not None:
     LOG2E = tl.constexpr(math.log2(math.e))
     INTERPRETED = tl.constexpr(INTERPRET)
+    HIDDEN = tl.constexpr(MASKED_BELOW)
+    NO_MASK = tl.constexpr(0)
+    KEY_MASK = tl.constexpr(1)  # one row for all queries and heads: (B, 1, 1, Sk)
+    DENSE_MASK = tl.constexpr(2)
 
     @triton.jit
-    def load(X, b, h, row, S, st, W: tl.constexpr, R: tl.constexpr, EVEN: tl.constexpr,
+    def offset(b, h, row, st):
+        """Where X[b, h, row] begins, in units of the strides; in int64, for large tensors."""
+        at = tl.cast(b, tl.int64) * st[0]
+        at += tl.cast(h, tl.int64) * st[1]
+        return at + tl.cast(row, tl.int64) * st[2]
+
+    # fmt: off
+    @triton.jit
+    def load(X, b, h, row, S, st, W: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr,
              TMA: tl.constexpr):
-        """Rows row..row+R of X[b, h], zero outside. X is a tensor descriptor (TMA) or a pointer with strides U st."""
-        U: tl.constexpr = W[0]
-        D: tl.constexpr = W[1]
-        D0: tl.constexpr = W[2]
-        D1: tl.constexpr = W[3]
+        # fmt: on
+        """X[b, h, row : row + ROWS] as a tile, zero from row S on. X is a tensor descriptor (TMA)
+        or a pointer. EVEN: all of these rows exist."""
         if TMA:
-            return (tl.reshape(X.load([b, h, row, 0]), [R, D0]),)
+            return (tl.reshape(X.load([b, h, row, 0]), [ROWS, W.first]),)
         else:
-            X += (tl.cast(b, tl.int64) * st[0] + tl.cast(h, tl.int64) * st[1] + tl.cast(row, tl.int64) * st[2]) * U
-            r = tl.arange(0, R)[:, None]
-            c = tl.arange(0, D0)[None, :]
-            if EVEN and D0 <= D:
-                x = tl.load(X + r * (st[2] * U) + c)
+            X += offset(b, h, row, st) * W.unit
+            r = tl.arange(0, ROWS)[:, None]
+            c = tl.arange(0, W.first)[None, :]
+            if EVEN and W.first <= W.size:
+                x = tl.load(X + r * (st[2] * W.unit) + c)
             else:
-                x = tl.load(X + r * (st[2] * U) + c, mask=(row + r < S) & (c < D), other=0.0)
-            if D1 == 0:
+                inside = (row + r < S) & (c < W.size)
+                x = tl.load(X + r * (st[2] * W.unit) + c, mask=inside, other=0.0)
+            if W.second == 0:
                 return (x,)
             else:
-                c = D0 + tl.arange(0, D1)[None, :]
-                return (x, tl.load(X + r * (st[2] * U) + c, mask=(row + r < S) & (c < D), other=0.0))
+                c = W.first + tl.arange(0, W.second)[None, :]
+                inside = (row + r < S) & (c < W.size)
+                return (x, tl.load(X + r * (st[2] * W.unit) + c, mask=inside, other=0.0))
 
     @triton.jit
-    def load_pair(X, Y, b, h, row, S, stx, sty, W: tl.constexpr, R: tl.constexpr):
-        """The tiles of X and Y below each other, (2 R, D): one product with both costs one wait, not two. It takes the
-        two addresses to differ by a multiple of U elements."""
-        U: tl.constexpr = W[0]
-        D: tl.constexpr = W[1]
-        D0: tl.constexpr = W[2]
-        D1: tl.constexpr = W[3]
-        i = tl.arange(0, 2 * R)
-        r = i % R
-        x = tl.cast(b, tl.int64) * stx[0] + tl.cast(h, tl.int64) * stx[1] + tl.cast(row, tl.int64) * stx[2]
-        y = tl.cast(b, tl.int64) * sty[0] + tl.cast(h, tl.int64) * sty[1] + tl.cast(row, tl.int64) * sty[2]
-        y += (Y.to(tl.int64) - X.to(tl.int64)) // (U * (X.dtype.element_ty.primitive_bitwidth // 8))
-        X += (tl.where(i < R, x + r * stx[2], y + r * sty[2]) * U)[:, None]
-        c = tl.arange(0, D0)[None, :]
-        x = tl.load(X + c, mask=(row + r < S)[:, None] & (c < D), other=0.0)
-        if D1 == 0:
+    def load_pair(X, Y, b, h, row, S, stx, sty, W: tl.constexpr, ROWS: tl.constexpr):
+        """The tiles of X and of Y below each other, (2 ROWS, D), so that one product serves both
+        and the program waits once. The addresses of X and Y differ by a multiple of W.unit."""
+        i = tl.arange(0, 2 * ROWS)
+        r = i % ROWS
+        to_x = offset(b, h, row, stx)
+        to_y = offset(b, h, row, sty)
+        bytes_per_unit = W.unit * (X.dtype.element_ty.primitive_bitwidth // 8)
+        to_y += (Y.to(tl.int64) - X.to(tl.int64)) // bytes_per_unit
+        X += (tl.where(i < ROWS, to_x + r * stx[2], to_y + r * sty[2]) * W.unit)[:, None]
+        c = tl.arange(0, W.first)[None, :]
+        x = tl.load(X + c, mask=(row + r < S)[:, None] & (c < W.size), other=0.0)
+        if W.second == 0:
             return (x,)
         else:
-            c = D0 + tl.arange(0, D1)[None, :]
-            return (x, tl.load(X + c, mask=(row + r < S)[:, None] & (c < D), other=0.0))
+            c = W.first + tl.arange(0, W.second)[None, :]
+            return (x, tl.load(X + c, mask=(row + r < S)[:, None] & (c < W.size), other=0.0))
 
     @triton.jit
     def halves(x):
-        """Upper and lower half of the rows."""
-        return tl.split(tl.permute(tl.reshape(x, (2, x.shape[0] // 2, x.shape[1])), (1, 2, 0)))
+        """The upper and the lower half of the rows."""
+        x = tl.reshape(x, (2, x.shape[0] // 2, x.shape[1]))
+        return tl.split(tl.permute(x, (1, 2, 0)))
 
     @triton.jit
-    def store(X, x, b, h, row, S, st, W: tl.constexpr, R: tl.constexpr, EVEN: tl.constexpr):
-        U: tl.constexpr = W[0]
-        D: tl.constexpr = W[1]
-        X += (tl.cast(b, tl.int64) * st[0] + tl.cast(h, tl.int64) * st[1] + tl.cast(row, tl.int64) * st[2]) * U
-        r = tl.arange(0, R)[:, None]
-        for i in tl.static_range(len(x)):
-            c = i * x[0].shape[1] + tl.arange(0, x[i].shape[1])[None, :]
-            if EVEN and (i + 1) * x[0].shape[1] <= D:
-                tl.store(X + r * (st[2] * U) + c, x[i].to(X.dtype.element_ty))
+    def store(X, x, b, h, row, S, st, W: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr):
+        """Writes a tile to X[b, h, row : row + ROWS], in X's dtype."""
+        X += offset(b, h, row, st) * W.unit
+        r = tl.arange(0, ROWS)[:, None]
+        for n in tl.static_range(len(x)):
+            c = n * x[0].shape[1] + tl.arange(0, x[n].shape[1])[None, :]
+            to = X + r * (st[2] * W.unit) + c
+            if EVEN and (n + 1) * x[0].shape[1] <= W.size:
+                tl.store(to, x[n].to(X.dtype.element_ty))
             else:
-                tl.store(X + r * (st[2] * U) + c, x[i].to(X.dtype.element_ty), mask=(row + r < S) & (c < D))
+                inside = (row + r < S) & (c < W.size)
+                tl.store(to, x[n].to(X.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def zeros(R: tl.constexpr, W: tl.constexpr):
-        D0: tl.constexpr = W[2]
-        D1: tl.constexpr = W[3]
-        if D1 == 0:
-            return (tl.full((R, D0), 0.0, tl.float32),)
+    def zeros(ROWS: tl.constexpr, W: tl.constexpr):
+        """A tile of float32 zeros."""
+        if W.second == 0:
+            return (tl.full((ROWS, W.first), 0.0, tl.float32),)
         else:
-            return (tl.full((R, D0), 0.0, tl.float32), tl.full((R, D1), 0.0, tl.float32))
+            x = tl.full((ROWS, W.first), 0.0, tl.float32)
+            return (x, tl.full((ROWS, W.second), 0.0, tl.float32))
 
     @triton.jit
     def dot_t(x, y, acc, PREC: tl.constexpr):
-        """x y^T + acc, summed over the head dimension."""
-        for i in tl.static_range(len(x)):
-            acc = tl.dot(x[i], tl.trans(y[i]), acc, input_precision=PREC)
+        """x y^T + acc: a product over the head dimension. acc may be None."""
+        for n in tl.static_range(len(x)):
+            acc = tl.dot(x[n], tl.trans(y[n]), acc, input_precision=PREC)
         return acc
 
     @triton.jit
     def dot(p, x, acc, PREC: tl.constexpr):
-        """p x + acc, the head dimension kept."""
-        if len(x) == 1:
-            return (tl.dot(p, x[0], acc[0], input_precision=PREC),)
-        else:
-            return (tl.dot(p, x[0], acc[0], input_precision=PREC), tl.dot(p, x[1], acc[1], input_precision=PREC))
+        """p x + acc: scores or their like, times a tile."""
+        out = ()
+        for n in tl.static_range(len(x)):
+            out = out + (tl.dot(p, x[n], acc[n], input_precision=PREC),)
+        return out
 
     @triton.jit
     def times(x, r):
-        if len(x) == 1:
-            return (x[0] * r,)
-        else:
-            return (x[0] * r, x[1] * r)
+        """x r, for a factor a row or one for all."""
+        out = ()
+        for n in tl.static_range(len(x)):
+            out = out + (x[n] * r,)
+        return out
 
     @triton.jit
     def plus(x, r, y):
-        """x + r y, the tile y perhaps a single row."""
-        if len(x) == 1:
-            return (x[0] + r * y[0].to(tl.float32),)
-        else:
-            return (x[0] + r * y[0].to(tl.float32), x[1] + r * y[1].to(tl.float32))
+        """x + r y, where the tile y may have a single row."""
+        out = ()
+        for n in tl.static_range(len(x)):
+            out = out + (x[n] + r * y[n].to(tl.float32),)
+        return out
+
+    @triton.jit
+    def row_sums(x, y):
+        """The sums of x y over the head dimension, in float32."""
+        total = tl.sum(x[0].to(tl.float32) * y[0].to(tl.float32), 1)
+        if len(x) == 2:
+            total += tl.sum(x[1].to(tl.float32) * y[1].to(tl.float32), 1)
+        return total
+
+    @triton.jit
+    def column_sums(x):
+        """The sum of a tile's rows, as a tile of one row."""
+        out = ()
+        for n in tl.static_range(len(x)):
+            out = out + (tl.sum(x[n].to(tl.float32), 0)[None, :],)
+        return out
 
     @triton.jit
     def log2(x):
-        """By the one instruction, to 2^-22, where tl.log2 is forty."""
+        """One instruction with an error of 2^-22; tl.log2 takes forty."""
         if INTERPRETED:
             return tl.log2(x)
         else:
             return libdevice.fast_log2f(x)
 
+    # The low bits of tO. The backward forms rowsum(dtO tO), and where tV has a large common part
+    # this sum cancels: a tO rounded to 16 bits has then lost the digits that count. So the forward
+    # also saves the first four bits that the rounding drops (L), and the backward puts them back.
+    #
+    #     a float32 of tO    s eeeeeeee mmmmmmm LLLL xxxxxxxxxxxx       bfloat16: L = bits 15 to 12
+    #                        s eeeeeeee mmmmmmmmmm LLLL xxxxxxxxx       float16:  L = bits 12 to 9
+    #                        <--- kept in TO ---> <LO>
+    #
+    # Eight columns share an int32 word. They are 8 apart, because one thread holds those: of every
+    # 64 columns, word w (0 to 7) has
+    #
+    #     bit      31..28   27..24   23..20   19..16   15..12   11..8    7..4     3..0
+    #     column   w + 56   w + 48   w + 40   w + 32   w + 24   w + 16   w + 8    w
+    #
+    # Chunks of 32 and 16 columns have 8 words as well, with four columns in an int16 or two in an
+    # int8.
+
     @triton.jit
-    def bits(x):
+    def bits_of(x):
         return x.to(tl.float32).to(tl.int32, bitcast=True)
 
     @triton.constexpr_function
-    def low_words(D):
-        """Of a chunk of D columns."""
-        return max(8, D // 8) if D else 0
+    def low_words(width):
+        """Words of low bits for a chunk of this many columns."""
+        if width == 0:
+            return 0
+        return max(8, width // 8)
 
     @triton.constexpr_function
-    def low_width(W):
-        """W of the rows of LO, words of eight elements, or of four or two where the first chunk has but 32 or 16 columns."""
-        w0, w1 = low_words(W[2]), low_words(W[3])
-        return w0 + w1, w0 + w1, w0, w1
+    def low_widths(W):
+        """The Widths of LO's rows."""
+        first = low_words(W.first)
+        second = low_words(W.second)
+        return Widths(first + second, first + second, first, second)
 
     @triton.jit
     def odd(x):
-        """Float32 tiles with their last bit set: nothing is a tie for the rounding that low_bits is the rest of."""
-        if len(x) == 1:
-            return ((bits(x[0]) | 1).to(tl.float32, bitcast=True),)
-        else:
-            return ((bits(x[0]) | 1).to(tl.float32, bitcast=True), odd((x[1],))[0])
+        """Float32 tiles with their last bit set. No value is then a tie between two neighbours of
+        16 bits; a tie rounded down to even would come back from its low bits one unit too low."""
+        out = ()
+        for n in tl.static_range(len(x)):
+            out = out + ((bits_of(x[n]) | 1).to(tl.float32, bitcast=True),)
+        return out
+
+    @triton.jit
+    def chunk_low_bits(x, dtype: tl.constexpr):
+        """Words of the four bits after those that dtype keeps, of one `odd` float32 chunk."""
+        SHIFT: tl.constexpr = 12 if dtype == tl.bfloat16 else 9
+        GROUPS: tl.constexpr = low_words(x.shape[1]) // 8
+        PER_WORD: tl.constexpr = x.shape[1] // (8 * GROUPS)
+        lo = bits_of(x) >> SHIFT & 15
+        lo = tl.reshape(lo, (x.shape[0], GROUPS, PER_WORD, 8))
+        lo = lo << (4 * tl.arange(0, PER_WORD))[None, None, :, None]
+        return tl.reshape(tl.sum(lo, 2), (x.shape[0], 8 * GROUPS))
 
     @triton.jit
     def low_bits(x, dtype: tl.constexpr):
-        """The first four bits that rounding float32 tiles x to nearest in dtype drops, those of eight columns in a word.
-        Its columns are 8 apart: one thread has them all. A tie that goes down to even would come back a whole unit of
-        dtype too low: x is `odd`."""
-        SHIFT: tl.constexpr = 12 if dtype == tl.bfloat16 else 9
-        N: tl.constexpr = low_words(x[0].shape[1]) // 8
-        lo = bits(x[0]) >> SHIFT & 15
-        lo = tl.reshape(lo, (lo.shape[0], N, lo.shape[1] // (8 * N), 8))
-        lo = tl.reshape(tl.sum(lo << (4 * tl.arange(0, lo.shape[2]))[None, None, :, None], 2), (lo.shape[0], 8 * N))
-        if len(x) == 1:
-            return (lo,)
-        else:
-            return (lo, low_bits((x[1],), dtype)[0])
+        out = ()
+        for n in tl.static_range(len(x)):
+            out = out + (chunk_low_bits(x[n], dtype),)
+        return out
+
+    @triton.jit
+    def chunk_with_low_bits(x, lo):
+        """One float32 chunk again, from what was rounded and its low bits."""
+        SHIFT: tl.constexpr = 12 if x.dtype == tl.bfloat16 else 9
+        GROUPS: tl.constexpr = lo.shape[1] // 8
+        PER_WORD: tl.constexpr = x.shape[1] // (8 * GROUPS)
+        # Four bits as a signed number, -8 to 7: negative where rounding went up.
+        y = tl.reshape(lo.to(tl.int32), (x.shape[0], GROUPS, 1, 8))
+        y = y << (28 - 4 * tl.arange(0, PER_WORD))[None, None, :, None] >> 28
+        y = tl.reshape(y, x.shape)
+        y = (bits_of(x) + (y << SHIFT)).to(tl.float32, bitcast=True)
+        if x.dtype == tl.float16:  # below 2^-14 it keeps other bits than those
+            rounded = x.to(tl.float32)
+            y = tl.where(tl.abs(rounded) >= 2**-14, y, rounded)
+        return y
 
     @triton.jit
     def with_low_bits(x, lo):
-        """Float32 again, from rounded x."""
-        SHIFT: tl.constexpr = 12 if x[0].dtype == tl.bfloat16 else 9
-        N: tl.constexpr = lo[0].shape[1] // 8
-        J: tl.constexpr = x[0].shape[1] // (8 * N)
-        y = tl.reshape(lo[0].to(tl.int32), (lo[0].shape[0], N, 1, 8)) << (28 - 4 * tl.arange(0, J))[None, None, :, None] >> 28
-        y = tl.reshape(y, x[0].shape)  # -8 to 7: negative where rounding went up
-        y = (bits(x[0]) + (y << SHIFT)).to(tl.float32, bitcast=True)
-        if x[0].dtype == tl.float16:  # below 2^-14 it keeps other bits than those
-            y = tl.where(tl.abs(x[0].to(tl.float32)) >= 2 ** -14, y, x[0].to(tl.float32))
-        if len(x) == 1:
-            return (y,)
-        else:
-            return (y, with_low_bits((x[1],), (lo[1],))[0])
+        out = ()
+        for n in tl.static_range(len(x)):
+            out = out + (chunk_with_low_bits(x[n], lo[n]),)
+        return out
 
     @triton.jit
-    def rowsum(x, y):
-        """rowsum(x * y) over the head dimension, in float32."""
-        s = tl.sum(x[0].to(tl.float32) * y[0].to(tl.float32), 1)
-        if len(x) == 2:
-            s += tl.sum(x[1].to(tl.float32) * y[1].to(tl.float32), 1)
-        return s
-
-    @triton.jit
-    def colsum(x):
-        """The sum of a tile's rows, as a tile of one row."""
-        if len(x) == 1:
-            return (tl.sum(x[0].to(tl.float32), 0)[None, :],)
-        else:
-            return (tl.sum(x[0].to(tl.float32), 0)[None, :], tl.sum(x[1].to(tl.float32), 0)[None, :])
-
-    @triton.jit
-    def load_row(X, i, S, R: tl.constexpr, EVEN: tl.constexpr, other: tl.constexpr):
-        """Elements i..i+R of X, `other` from S on."""
+    def load_row(X, i, S, ROWS: tl.constexpr, EVEN: tl.constexpr, other: tl.constexpr):
+        """X[i : i + ROWS], `other` from S on."""
         X += i
-        r = tl.arange(0, R)
+        r = tl.arange(0, ROWS)
         if EVEN:
             return tl.load(X + r)
         else:
             return tl.load(X + r, mask=i + r < S, other=other)
 
     @triton.jit
-    def block_of(S, H, BLOCK: tl.constexpr, FLAT: tl.constexpr):
-        """Blocks of one head are neighbours and share L2. FLAT: all on grid axis 0, for the others end at 65,535."""
+    def block_of(S, H, BLOCK: tl.constexpr, FLAT: tl.constexpr, LAST_FIRST: tl.constexpr):
+        """Which rows this program takes: b H + h, b, h, first row. Blocks of one head are
+        neighbours and share the L2 cache. FLAT: all programs lie along the first axis of the grid,
+        because the others end at 65,535. LAST_FIRST: the last rows, which under a causal mask have
+        the most work, start first."""
+        blocks = tl.cdiv(S, BLOCK)
         if FLAT:
-            blocks = tl.cdiv(S, BLOCK)
             bh = tl.program_id(0) // blocks
-            return bh, bh // H, bh % H, (tl.program_id(0) % blocks) * BLOCK
+            b = bh // H
+            h = bh % H
+            block = tl.program_id(0) % blocks
         else:
-            b, h = tl.program_id(2), tl.program_id(1)
-            return b * H + h, b, h, tl.program_id(0) * BLOCK
+            b = tl.program_id(2)
+            h = tl.program_id(1)
+            bh = b * H + h
+            block = tl.program_id(0)
+        if LAST_FIRST:
+            block = blocks - 1 - block
+        return bh, b, h, block * BLOCK
+
+    # fmt: off
+    @triton.jit
+    def hide(S, MASK, st, b, h, i, j, Sq, Sk, scale, MASKED: tl.constexpr, CAUSAL: tl.constexpr):
+        # fmt: on
+        """Scores S (not yet scaled) with -inf where query i may not see key j, and with an additive
+        mask added. i and j are index rows or columns that broadcast to S's shape."""
+        if CAUSAL:
+            S = tl.where(j <= i, S, float("-inf"))
+        if MASKED != NO_MASK:
+            MASK += tl.cast(b, tl.int64) * st[0]
+            at = tl.cast(j, tl.int64) * st[3]
+            inside = j < Sk
+            if MASKED == DENSE_MASK:
+                MASK += tl.cast(h, tl.int64) * st[1]
+                at = at + tl.cast(i, tl.int64) * st[2]
+                inside = inside & (i < Sq)
+            mask = tl.load(MASK + at, mask=inside, other=0)
+            if MASK.dtype.element_ty == tl.uint8:
+                S = tl.where(mask != 0, S, float("-inf"))
+            else:
+                mask = mask.to(tl.float32)
+                S = tl.where(inside & (mask > HIDDEN), S + mask * (1 / scale), float("-inf"))
+        return S
 
     @triton.jit
-    def centred(P, tS, c, l, mu):
-        """P (tS - c), and the row sums l and mu, eight partial ones of each, with those of P and of it."""
+    def centred(P, tS, centre, sum_P, mu):
+        """P (tS - centre), and the row sums of P and of it added to sum_P and mu, which hold eight
+        partial sums a row."""
         BM: tl.constexpr = P.shape[0]
         BN: tl.constexpr = P.shape[1]
-        PN = P * (tS - c[:, None])
-        l += tl.sum(tl.reshape(P, (BM, BN // 8, 8)), 1)
+        PN = P * (tS - centre[:, None])
+        sum_P += tl.sum(tl.reshape(P, (BM, BN // 8, 8)), 1)
         mu += tl.sum(tl.reshape(PN, (BM, BN // 8, 8)), 1)
-        return PN, l, mu
+        return PN, sum_P, mu
 
+    # What the three kernels have in common:
+    #   A tensor that is None does not exist: a tangent is then zero, an output is not wanted. The
+    #   compiler drops all work for it. MASKED is one of the kinds of masks above, CAUSAL hides the
+    #   keys after the query, and GROUP queries' heads share one head of keys. EVEN: the rows that
+    #   the loop reads fill its blocks. SAME: what the loop reads has the same strides.
+
+    # fmt: off
     @triton.jit
-    def forward_kernel(Q, K, V, TQ, TK, TV, O, TO, LO, LSE, MU, stq, stk, stv, sttq, sttk, sttv, sto, H, Sq, Sk, scale,
-                       HAS_LO: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
-                       TMA: tl.constexpr, FULL: tl.constexpr, SAME: tl.constexpr, FLAT: tl.constexpr, PREC: tl.constexpr):
+    def forward_kernel(Q, K, V, TQ, TK, TV, MASK, O, TO, LO, LSE, MU,
+                       stq, stk, stv, sttq, sttk, sttv, stmask, sto, H, Sq, Sk, scale,
+                       MASKED: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
+                       W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
+                       FULL: tl.constexpr, TMA: tl.constexpr, SAME: tl.constexpr,
+                       FLAT: tl.constexpr, PREC: tl.constexpr):
+        # fmt: on
+        """O, TO, its low bits LO, the logsumexp LSE (in base 2) and MU of a block of queries.
+        FULL: the queries fill their blocks."""
+        SCORES_MOVE: tl.constexpr = TQ is not None or TK is not None
+        HIDES: tl.constexpr = CAUSAL or MASKED != NO_MASK
+        # P's own products run while P N is made: 2% faster at a head size of 64, 3% slower at 128.
+        PN_FIRST: tl.constexpr = W.first >= 128
+        # Scores of few products vary most, so that P has peaks: the mean under P is then the better
+        # centre than the plain one.
+        CENTRE_BY_P: tl.constexpr = W.first < 64
         if SAME:
-            stv, sttk, sttv = stk, stk, stk
-        bh, b, h, m0 = block_of(Sq, H, BM, FLAT)
+            stv = stk
+            sttk = stk
+            sttv = stk
+        bh, b, h, m0 = block_of(Sq, H, BM, FLAT, CAUSAL)
+        hk = h
+        if GROUP > 1:
+            hk = h // GROUP
         q = load(Q, b, h, m0, Sq, stq, W, BM, FULL, False)
-        tq = load(TQ, b, h, m0, Sq, sttq, W, BM, FULL, False)
-        c = tl.full((BM,), 0.0, tl.float32)
+        if TQ is not None:
+            tq = load(TQ, b, h, m0, Sq, sttq, W, BM, FULL, False)
+        centre = tl.full((BM,), 0.0, tl.float32)
         m = tl.full((BM,), float("-inf"), tl.float32)  # running maximum, in units of log2
-        l = tl.full((BM, 8), 0.0, tl.float32)
+        sum_P = tl.full((BM, 8), 0.0, tl.float32)
         mu = tl.full((BM, 8), 0.0, tl.float32)
         o = zeros(BM, W)
         to = zeros(BM, W)
         scale2 = scale * LOG2E
-        for n0 in range(0, Sk, BN):
-            k = load(K, b, h, n0, Sk, stk, W, BN, EVEN, TMA)
-            tk = load(TK, b, h, n0, Sk, sttk, W, BN, EVEN, TMA)
+        end = Sk
+        if CAUSAL:
+            end = tl.minimum(Sk, m0 + BM)
+        for n0 in range(0, end, BN):
+            k = load(K, b, hk, n0, Sk, stk, W, BN, EVEN, TMA)
+            if TK is not None:
+                tk = load(TK, b, hk, n0, Sk, sttk, W, BN, EVEN, TMA)
             S = dot_t(q, k, None, PREC)
-            tS = dot_t(q, tk, dot_t(tq, k, None, PREC), PREC)
+            tS = None
+            if TQ is not None:
+                tS = dot_t(tq, k, tS, PREC)
+            if TK is not None:
+                tS = dot_t(q, tk, tS, PREC)
+            j = (n0 + tl.arange(0, BN))[None, :]
             if not EVEN:
-                S = tl.where((n0 + tl.arange(0, BN) < Sk)[None, :], S, float("-inf"))
+                S = tl.where(j < Sk, S, float("-inf"))
+            if HIDES:
+                i = (m0 + tl.arange(0, BM))[:, None]
+                S = hide(S, MASK, stmask, b, h, i, j, Sq, Sk, scale, MASKED, CAUSAL)
             m_new = tl.maximum(m, tl.max(S, 1) * scale2)
-            P = tl.exp2(S * scale2 - m_new[:, None])
-            if n0 == 0:  # centred on the first keys' mean, P (tS - c) keeps its bits where tK has a common offset
-                if W[2] >= 64:
-                    c = tl.sum(tS, 1) * (scale / tl.minimum(BN, Sk))
-                else:  # scores of few products vary most: P has peaks, where its mean is the better centre
-                    c = tl.sum(P * tS, 1) / tl.sum(P, 1) * scale
-            alpha = tl.exp2(m - m_new)
-            l, mu, o, to = l * alpha[:, None], mu * alpha[:, None], times(o, alpha[:, None]), times(to, alpha[:, None])
+            shift = m_new
+            if MASKED != NO_MASK:  # no key seen yet: any finite shift leaves P = 0
+                shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+            P = tl.exp2(S * scale2 - shift[:, None])
+            if SCORES_MOVE:
+                # Centred on a mean over the first keys, P (tS - centre) keeps its digits where tK
+                # has a large common part.
+                if n0 == 0:
+                    if CENTRE_BY_P and MASKED == NO_MASK:
+                        centre = tl.sum(P * tS, 1) / tl.sum(P, 1) * scale
+                    else:
+                        centre = tl.sum(tS, 1) * (scale / tl.minimum(BN, Sk))
+            alpha = tl.exp2(m - shift)
+            sum_P = sum_P * alpha[:, None]
+            mu = mu * alpha[:, None]
+            o = times(o, alpha[:, None])
+            to = times(to, alpha[:, None])
             m = m_new
-            if W[2] == 128:
-                PN, l, mu = centred(P, tS * scale, c, l, mu)
-            v = load(V, b, h, n0, Sk, stv, W, BN, EVEN, TMA)
-            tv = load(TV, b, h, n0, Sk, sttv, W, BN, EVEN, TMA)
-            Pr = P.to(v[0].dtype)
-            o = dot(Pr, v, o, PREC)
-            if W[2] == 128:
-                to = dot(Pr, tv, dot(PN.to(v[0].dtype), v, to, PREC), PREC)
-            else:  # P's own products run while PN is made: 2% faster at 64, 3% slower at 128
-                to = dot(Pr, tv, to, PREC)
-                PN, l, mu = centred(P, tS * scale, c, l, mu)
+            if SCORES_MOVE and PN_FIRST:
+                PN, sum_P, mu = centred(P, tS * scale, centre, sum_P, mu)
+            v = load(V, b, hk, n0, Sk, stv, W, BN, EVEN, TMA)
+            if TV is not None:
+                tv = load(TV, b, hk, n0, Sk, sttv, W, BN, EVEN, TMA)
+            P_rounded = P.to(v[0].dtype)
+            o = dot(P_rounded, v, o, PREC)
+            if SCORES_MOVE and PN_FIRST:
                 to = dot(PN.to(v[0].dtype), v, to, PREC)
-        l = tl.sum(l, 1)
-        mu = tl.sum(mu, 1) / l
-        o = times(o, (1 / l)[:, None])
+            if TV is not None:
+                to = dot(P_rounded, tv, to, PREC)
+            if SCORES_MOVE and not PN_FIRST:
+                PN, sum_P, mu = centred(P, tS * scale, centre, sum_P, mu)
+                to = dot(PN.to(v[0].dtype), v, to, PREC)
+            if not SCORES_MOVE:
+                sum_P += tl.sum(tl.reshape(P, (BM, BN // 8, 8)), 1)
+        total = tl.sum(sum_P, 1)
+        if MASKED != NO_MASK:  # a query that sees no key: O = TO = 0
+            total = tl.where(total == 0, 1.0, total)
+        mu = tl.sum(mu, 1) / total
+        o = times(o, (1 / total)[:, None])
         store(O, o, b, h, m0, Sq, sto, W, BM, FULL)
-        to = plus(times(to, (1 / l)[:, None]), -mu[:, None], o)
+        to = plus(times(to, (1 / total)[:, None]), -mu[:, None], o)
         if TO.dtype.element_ty != tl.float32:
             to = odd(to)
         store(TO, to, b, h, m0, Sq, sto, W, BM, FULL)
-        if HAS_LO:  # rounding a tO that tV offsets costs s2 its bits: the backward takes these back
-            store(LO, low_bits(to, TO.dtype.element_ty), b, h, m0, Sq, (H * Sq, Sq, 1), low_width(W), BM, FULL)
+        if LO is not None:
+            lo = low_bits(to, TO.dtype.element_ty)
+            store(LO, lo, b, h, m0, Sq, (H * Sq, Sq, 1), low_widths(W), BM, FULL)
+        lse = m + log2(total)
+        if MASKED != NO_MASK:  # so the backward finds P = exp2(S - lse) = 0
+            lse = tl.where(m == float("-inf"), float("inf"), lse)
         i = m0 + tl.arange(0, BM)
-        tl.store(LSE + tl.cast(bh, tl.int64) * Sq + i, m + log2(l), mask=i < Sq)
-        tl.store(MU + tl.cast(bh, tl.int64) * Sq + i, mu + c, mask=i < Sq)
+        tl.store(LSE + tl.cast(bh, tl.int64) * Sq + i, lse, mask=i < Sq)
+        tl.store(MU + tl.cast(bh, tl.int64) * Sq + i, mu + centre, mask=i < Sq)
 
+    # fmt: off
     @triton.jit
-    def row_kernel(Q, K, V, TQ, TK, TV, DO, DTO, O, TO, LO, LSE, MU, S1, S2, DQ, DTQ, TK0, stq, stk, stv, sttq, sttk,
-                   sttv, stdo, stdto, sto, H, Sq, Sk, scale, HAS_LO: tl.constexpr, HAS_DTO: tl.constexpr,
-                   PRIMAL: tl.constexpr, TANGENT: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                   EVEN: tl.constexpr, TMA: tl.constexpr, SAME: tl.constexpr, FLAT: tl.constexpr, PREC: tl.constexpr):
-        """s1, s2 of a block of rows; dQ if PRIMAL, dtQ if TANGENT (which needs HAS_DTO)."""
+    def row_kernel(Q, K, V, TQ, TK, TV, MASK, DO, DTO, O, TO, LO, LSE, MU, S1, S2, DQ, DTQ, TK0,
+                   stq, stk, stv, sttq, sttk, sttv, stmask, stdo, stdto, sto, H, Sq, Sk, scale,
+                   MASKED: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
+                   W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
+                   TMA: tl.constexpr, SAME: tl.constexpr, FLAT: tl.constexpr, PREC: tl.constexpr):
+        # fmt: on
+        """S1 and S2 of a block of queries; DQ and DTQ where they are wanted. TK0 is a pointer to
+        TK, which may be a descriptor."""
+        PRIMAL: tl.constexpr = DQ is not None
+        TANGENT: tl.constexpr = DTQ is not None
+        SCORES_MOVE: tl.constexpr = DTO is not None and (TQ is not None or TK is not None)
+        HIDES: tl.constexpr = CAUSAL or MASKED != NO_MASK
         if SAME:
-            stv, sttk, sttv = stk, stk, stk
-        bh, b, h, m0 = block_of(Sq, H, BM, FLAT)
+            stv = stk
+            sttk = stk
+            sttv = stk
+        bh, b, h, m0 = block_of(Sq, H, BM, FLAT, CAUSAL)
+        hk = h
+        if GROUP > 1:
+            hk = h // GROUP
         i = m0 + tl.arange(0, BM)
-        vec = tl.cast(bh, tl.int64) * Sq + i
+        row = tl.cast(bh, tl.int64) * Sq + i
         o = load(O, b, h, m0, Sq, sto, W, BM, False, False)
         do = load(DO, b, h, m0, Sq, stdo, W, BM, False, False)
-        if HAS_DTO:
+        if DTO is not None:
             dto = load(DTO, b, h, m0, Sq, stdto, W, BM, False, False)
             to = load(TO, b, h, m0, Sq, sto, W, BM, False, False)
-            if HAS_LO:
-                lo = load(LO, b, h, m0, Sq, (H * Sq, Sq, 1), low_width(W), BM, False, False)
+            if LO is not None:
+                words: tl.constexpr = low_widths(W)
+                lo = load(LO, b, h, m0, Sq, (H * Sq, Sq, 1), words, BM, False, False)
         if PRIMAL or TANGENT:
             q = load(Q, b, h, m0, Sq, stq, W, BM, False, False)
-            lse = tl.load(LSE + vec, mask=i < Sq, other=0.0)
-            if HAS_DTO:
-                tq = load(TQ, b, h, m0, Sq, sttq, W, BM, False, False)
-                mu = tl.load(MU + vec, mask=i < Sq, other=0.0)
-        s2 = rowsum(do, o)
-        if HAS_DTO:
-            s1 = rowsum(dto, o)
-            if HAS_LO:
+            lse = tl.load(LSE + row, mask=i < Sq, other=0.0)
+            if SCORES_MOVE:
+                if TQ is not None:
+                    tq = load(TQ, b, h, m0, Sq, sttq, W, BM, False, False)
+                mu = tl.load(MU + row, mask=i < Sq, other=0.0)
+        s2 = row_sums(do, o)
+        if DTO is not None:
+            s1 = row_sums(dto, o)
+            if LO is not None:
                 to = with_low_bits(to, lo)
-            s2 += rowsum(dto, to)
+            s2 += row_sums(dto, to)
         if PRIMAL or TANGENT:
             dq = zeros(BM, W)
-            if HAS_DTO:
+            if SCORES_MOVE:
                 dtq = zeros(BM, W)
-                delta = tl.full((BM, 8), 0.0, tl.float32)  # of width 8, the least that the tensor cores sum
+                # Row sums of Gt by the tensor cores, whose least width is 8.
+                delta = tl.full((BM, 8), 0.0, tl.float32)
                 ones = tl.full((BN, 8), 1.0, q[0].dtype)
-            for n0 in range(0, Sk, BN):
-                k = load(K, b, h, n0, Sk, stk, W, BN, EVEN, TMA)
-                v = load(V, b, h, n0, Sk, stv, W, BN, EVEN, TMA)
-                # P comes last and multiplies everything: until then few tiles are alive, which saves registers.
-                if HAS_DTO:
+            end = Sk
+            if CAUSAL:
+                end = tl.minimum(Sk, m0 + BM)
+            for n0 in range(0, end, BN):
+                k = load(K, b, hk, n0, Sk, stk, W, BN, EVEN, TMA)
+                v = load(V, b, hk, n0, Sk, stv, W, BN, EVEN, TMA)
+                # P multiplies everything and comes last: few tiles are alive before, which saves
+                # registers.
+                if SCORES_MOVE:
                     A = dot_t(dto, v, None, PREC) - s1[:, None]
                 if PRIMAL:
-                    if HAS_DTO:
-                        tk = load(TK, b, h, n0, Sk, sttk, W, BN, EVEN, TMA)
-                        tv = load(TV, b, h, n0, Sk, sttv, W, BN, EVEN, TMA)
-                        N = dot_t(q, tk, dot_t(tq, k, None, PREC), PREC) * scale - mu[:, None]
-                        G = dot_t(dto, tv, A * N - s2[:, None], PREC)
-                        G = dot_t(do, v, G, PREC)
-                    else:
-                        G = dot_t(do, v, None, PREC) - s2[:, None]
-                P = tl.exp2(dot_t(q, k, None, PREC) * (scale * LOG2E) - lse[:, None])
+                    if TK is not None and SCORES_MOVE:
+                        tk = load(TK, b, hk, n0, Sk, sttk, W, BN, EVEN, TMA)
+                    if TV is not None and DTO is not None:
+                        tv = load(TV, b, hk, n0, Sk, sttv, W, BN, EVEN, TMA)
+                    G = None
+                    if SCORES_MOVE:
+                        N = None
+                        if TQ is not None:
+                            N = dot_t(tq, k, N, PREC)
+                        if TK is not None:
+                            N = dot_t(q, tk, N, PREC)
+                        N = N * scale - mu[:, None]
+                        G = A * N - s2[:, None]
+                    if TV is not None and DTO is not None:
+                        G = dot_t(dto, tv, G, PREC)
+                    G = dot_t(do, v, G, PREC)
+                    if not SCORES_MOVE:
+                        G = G - s2[:, None]
+                S = dot_t(q, k, None, PREC)
+                j = (n0 + tl.arange(0, BN))[None, :]
+                if HIDES:
+                    S = hide(S, MASK, stmask, b, h, i[:, None], j, Sq, Sk, scale, MASKED, CAUSAL)
+                P = tl.exp2(S * (scale * LOG2E) - lse[:, None])
                 if not EVEN:
-                    P = tl.where((n0 + tl.arange(0, BN) < Sk)[None, :], P, 0.0)
-                if HAS_DTO:
+                    P = tl.where(j < Sk, P, 0.0)
+                if SCORES_MOVE:
                     Gt = (P * A).to(k[0].dtype)
-                    if PRIMAL:
+                    if PRIMAL and TK is not None:
                         dq = dot(Gt, tk, dq, PREC)
                         delta = tl.dot(Gt, ones, delta, input_precision=PREC)
                     if TANGENT:
@@ -413,297 +723,879 @@ if triton is not None:
                 if PRIMAL:  # as far as it can be from the other product into dQ, which it waits for
                     dq = dot((P * G).to(k[0].dtype), k, dq, PREC)
             if PRIMAL:
-                if HAS_DTO:
-                    # Rows of Gt sum to zero before rounding. Where tK has a common offset, what rounding leaves of
-                    # the sum (delta) would meet it: taking the mean of some rows off tK changes nothing else.
-                    first = colsum(load(TK0, b, h, 0, Sk, sttk, W, 16, False, False))
-                    dq = plus(dq, tl.sum(delta, 1)[:, None] / (-8 * tl.minimum(Sk, 16)), first)
+                if SCORES_MOVE and TK is not None:
+                    # Rows of Gt sum to zero before they are rounded. What rounding leaves of the
+                    # sum, delta, would be multiplied by a large common part of tK. Taking the mean
+                    # of the first rows off tK changes nothing else.
+                    first_rows = load(TK0, b, hk, 0, Sk, sttk, W, 16, False, False)
+                    share = tl.sum(delta, 1)[:, None] / (-8 * tl.minimum(Sk, 16))
+                    dq = plus(dq, share, column_sums(first_rows))
                 store(DQ, times(dq, scale), b, h, m0, Sq, sto, W, BM, False)
             if TANGENT:
                 store(DTQ, times(dtq, scale), b, h, m0, Sq, sto, W, BM, False)
-        if HAS_DTO:
-            tl.store(S1 + vec, s1, mask=i < Sq)
-        tl.store(S2 + vec, s2, mask=i < Sq)
+        if DTO is not None:
+            tl.store(S1 + row, s1, mask=i < Sq)
+        tl.store(S2 + row, s2, mask=i < Sq)
 
+    # fmt: off
     @triton.jit
-    def column_kernel(Q, K, V, TQ, TK, TV, DO, DTO, LSE, MU, S1, S2, DK, DV, DTK, DTV, stq, stk, stv, sttq, sttk, sttv,
-                      stdo, stdto, sto, H, Sq, Sk, scale, HAS_DTO: tl.constexpr, PRIMAL: tl.constexpr,
-                      TANGENT: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
-                      TMA: tl.constexpr, SAME: tl.constexpr, FLAT: tl.constexpr, PAIR: tl.constexpr, PREC: tl.constexpr):
-        """dK and dV if PRIMAL, dtK and dtV if TANGENT (which needs HAS_DTO), of a block of keys. Tiles are (BN, BM)."""
+    def column_kernel(Q, K, V, TQ, TK, TV, MASK, DO, DTO, LSE, MU, S1, S2, DK, DV, DTK, DTV,
+                      stq, stk, stv, sttq, sttk, sttv, stmask, stdo, stdto, sto,
+                      H, Sq, Sk, scale,
+                      MASKED: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
+                      W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
+                      TMA: tl.constexpr, SAME: tl.constexpr, FLAT: tl.constexpr,
+                      PAIR: tl.constexpr, PREC: tl.constexpr):
+        # fmt: on
+        """Of a block of keys: DK, DV, DTK and DTV where they are wanted. H counts heads of keys.
+        Tiles of scores are (BN, BM). PAIR: K and TK, and V and TV, are loaded in pairs."""
+        PRIMAL: tl.constexpr = DK is not None or DV is not None
+        SCORES_MOVE: tl.constexpr = DTO is not None and (TQ is not None or TK is not None)
+        HIDES: tl.constexpr = CAUSAL or MASKED != NO_MASK
         if SAME:
-            sttq, stdo, stdto = stq, stq, stq
-        bh, b, h, n0 = block_of(Sk, H, BN, FLAT)
-        k = load(K, b, h, n0, Sk, stk, W, BN, False, False)
-        v = load(V, b, h, n0, Sk, stv, W, BN, False, False)
-        if PRIMAL:
+            sttq = stq
+            stdo = stq
+            stdto = stq
+        bh, b, hk, n0 = block_of(Sk, H, BN, FLAT, False)
+        j = (n0 + tl.arange(0, BN))[:, None]
+        k = load(K, b, hk, n0, Sk, stk, W, BN, False, False)
+        v = load(V, b, hk, n0, Sk, stv, W, BN, False, False)
+        if DK is not None:
             dk = zeros(BN, W)
+        if DV is not None:
             dv = zeros(BN, W)
-        if PAIR:  # only with PRIMAL and HAS_DTO
-            k_tk = load_pair(K, TK, b, h, n0, Sk, stk, sttk, W, BN)
-            v_tv = load_pair(V, TV, b, h, n0, Sk, stv, sttv, W, BN)
-        elif PRIMAL and HAS_DTO:
-            tk = load(TK, b, h, n0, Sk, sttk, W, BN, False, False)
-            tv = load(TV, b, h, n0, Sk, sttv, W, BN, False, False)
-        if TANGENT:
+        if PAIR:  # only where all of these exist
+            k_tk = load_pair(K, TK, b, hk, n0, Sk, stk, sttk, W, BN)
+            v_tv = load_pair(V, TV, b, hk, n0, Sk, stv, sttv, W, BN)
+        elif PRIMAL and DTO is not None:
+            if TK is not None:
+                tk = load(TK, b, hk, n0, Sk, sttk, W, BN, False, False)
+            if TV is not None:
+                tv = load(TV, b, hk, n0, Sk, sttv, W, BN, False, False)
+        if DTK is not None:
             dtk = zeros(BN, W)
+        if DTV is not None:
             dtv = zeros(BN, W)
-        row = tl.cast(bh, tl.int64) * Sq
-        for m0 in range(0, Sq, BM):
+        start = 0
+        if CAUSAL:  # queries before these keys see none of them
+            start = n0 // BM * BM
+        end = Sq
+        if GROUP > 1:  # one loop over the queries of all heads that share these keys
+            span = tl.cdiv(Sq, BM) * BM - start
+            end = start + GROUP * span
+        for at in range(start, end, BM):
+            m0 = at
+            h = hk
+            bh_of_q = bh
+            if GROUP > 1:
+                g = (at - start) // span
+                m0 = at - g * span
+                h = hk * GROUP + g
+                bh_of_q = bh * GROUP + g
+            row = tl.cast(bh_of_q, tl.int64) * Sq
             q = load(Q, b, h, m0, Sq, stq, W, BM, EVEN, TMA)
-            lse = load_row(LSE + row, m0, Sq, BM, EVEN, float("inf"))  # so P = 0 in rows that do not exist
+            lse = load_row(LSE + row, m0, Sq, BM, EVEN, float("inf"))  # P = 0 in rows beyond Sq
             s2 = load_row(S2 + row, m0, Sq, BM, EVEN, 0.0)
             if PRIMAL:
                 do = load(DO, b, h, m0, Sq, stdo, W, BM, EVEN, TMA)
-            if HAS_DTO:
+            if DTO is not None:
                 dto = load(DTO, b, h, m0, Sq, stdto, W, BM, EVEN, TMA)
+            if SCORES_MOVE:
                 s1 = load_row(S1 + row, m0, Sq, BM, EVEN, 0.0)
                 if PRIMAL:
-                    tq = load(TQ, b, h, m0, Sq, sttq, W, BM, EVEN, TMA)
+                    if TQ is not None:
+                        tq = load(TQ, b, h, m0, Sq, sttq, W, BM, EVEN, TMA)
                     mu = load_row(MU + row, m0, Sq, BM, EVEN, 0.0)
             if PAIR:
                 A, G = halves(dot_t(v_tv, dto, None, PREC))
                 S, N = halves(dot_t(k_tk, q, None, PREC))
                 A -= s1[None, :]
-                N = dot_t(k, tq, N, PREC) * scale - mu[None, :]
+                if TQ is not None:
+                    N = dot_t(k, tq, N, PREC)
+                N = N * scale - mu[None, :]
                 G = dot_t(v, do, G, PREC) + (A * N - s2[None, :])
             else:
-                if HAS_DTO:
+                if SCORES_MOVE:
                     A = dot_t(v, dto, None, PREC) - s1[None, :]
                 if PRIMAL:
-                    if HAS_DTO:
-                        N = dot_t(tk, q, dot_t(k, tq, None, PREC), PREC) * scale - mu[None, :]
-                        G = dot_t(v, do, dot_t(tv, dto, A * N - s2[None, :], PREC), PREC)
-                    else:
-                        G = dot_t(v, do, None, PREC) - s2[None, :]
+                    G = None
+                    if SCORES_MOVE:
+                        N = None
+                        if TQ is not None:
+                            N = dot_t(k, tq, N, PREC)
+                        if TK is not None:
+                            N = dot_t(tk, q, N, PREC)
+                        N = N * scale - mu[None, :]
+                        G = A * N - s2[None, :]
+                    if TV is not None and DTO is not None:
+                        G = dot_t(tv, dto, G, PREC)
+                    G = dot_t(v, do, G, PREC)
+                    if not SCORES_MOVE:
+                        G = G - s2[None, :]
                 S = dot_t(k, q, None, PREC)
+            if HIDES:
+                i = (m0 + tl.arange(0, BM))[None, :]
+                S = hide(S, MASK, stmask, b, h, i, j, Sq, Sk, scale, MASKED, CAUSAL)
             P = tl.exp2(S * (scale * LOG2E) - lse[None, :])
-            # Products into different accumulators follow each other, so that few wait for the one before.
-            Pr = P.to(q[0].dtype)
-            if PRIMAL:
-                dv = dot(Pr, do, dv, PREC)
-            if HAS_DTO:
+            # Products into different accumulators follow each other, so that few wait for the one
+            # before.
+            P_rounded = P.to(q[0].dtype)
+            if DV is not None:
+                dv = dot(P_rounded, do, dv, PREC)
+            if SCORES_MOVE:
                 Gt = (P * A).to(q[0].dtype)
-                if PRIMAL:
+                if DK is not None and TQ is not None:
                     dk = dot(Gt, tq, dk, PREC)
-                if TANGENT:
-                    dtv = dot(Pr, dto, dtv, PREC)
-                    dtk = dot(Gt, q, dtk, PREC)
-                if PRIMAL:
-                    dv = dot((P * N).to(q[0].dtype), dto, dv, PREC)
-            if PRIMAL:
+            if DTV is not None:
+                dtv = dot(P_rounded, dto, dtv, PREC)
+            if DTK is not None:
+                dtk = dot(Gt, q, dtk, PREC)
+            if DV is not None and SCORES_MOVE:
+                dv = dot((P * N).to(q[0].dtype), dto, dv, PREC)
+            if DK is not None:
                 dk = dot((P * G).to(q[0].dtype), q, dk, PREC)
-        if PRIMAL:
-            store(DV, dv, b, h, n0, Sk, sto, W, BN, False)
-            store(DK, times(dk, scale), b, h, n0, Sk, sto, W, BN, False)
-        if TANGENT:
-            store(DTV, dtv, b, h, n0, Sk, sto, W, BN, False)
-            store(DTK, times(dtk, scale), b, h, n0, Sk, sto, W, BN, False)
+        if DV is not None:
+            store(DV, dv, b, hk, n0, Sk, sto, W, BN, False)
+        if DK is not None:
+            store(DK, times(dk, scale), b, hk, n0, Sk, sto, W, BN, False)
+        if DTV is not None:
+            store(DTV, dtv, b, hk, n0, Sk, sto, W, BN, False)
+        if DTK is not None:
+            store(DTK, times(dtk, scale), b, hk, n0, Sk, sto, W, BN, False)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Launching
+# ---------------------------------------------------------------------------------------------
+# 4. Tiles
 
-# (BM, BN, num_warps, num_stages, TMA, PAIR) by kernel and padded head dimension, measured on one H200, for Hopper. 255 registers a
-# thread are the limit everywhere: two programs of 4 warps share a multiprocessor, or one of 8 owns it.
-TILES = {
+
+class Tile(NamedTuple):
+    """How a kernel is cut into programs."""
+
+    queries: int  # BM
+    keys: int  # BN
+    warps: int
+    stages: int  # blocks of the loop that are loaded ahead
+    tma: bool = False  # what the loop reads comes by tensor descriptors, on large inputs
+    pair: bool = False  # K and TK, V and TV are loaded in pairs (column kernel)
+
+
+# Measured on one H200, by kernel and padded head size. A thread has at most 255 registers, so two
+# programs of 4 warps share a multiprocessor, or one of 8 has it alone.
+HOPPER = {
     # Chunks of 16 columns (D = 72) have no descriptor; at D = 128 pointers were faster.
-    "forward": {64: (64, 64, 4, 3, 1, 0), 96: (64, 64, 4, 2, 0, 0), 128: (128, 64, 8, 2, 0, 0)},
-    # A short loop is mostly waiting at its ends: three programs a multiprocessor then beat two.
-    "short": {64: (64, 32, 4, 3, 0, 0)},
-    # Four score tiles live at once: half the keys of the forward, but for D = 64, where they just fit.
-    "row": {64: (64, 64, 4, 2, 1, 0), 96: (64, 32, 4, 3, 0, 0), 128: (128, 32, 8, 3, 0, 0)},
-    # All four gradients in one pass, where their accumulators fit; otherwise "primal" and "tangent".
-    "column": {64: (32, 64, 4, 3, 1, 1)},
+    "forward": {
+        64: Tile(64, 64, 4, 3, tma=True),
+        96: Tile(64, 64, 4, 2),
+        128: Tile(128, 64, 8, 2),
+        192: Tile(128, 32, 8, 2),
+        256: Tile(64, 32, 8, 2),
+    },
+    # Fewer than 512 keys: a short loop mostly waits at its ends, where three programs a
+    # multiprocessor beat two.
+    "short": {64: Tile(64, 32, 4, 3)},
+    # Four tiles of scores live at once: half the keys of the forward, except that D = 64 just fits.
+    "row": {
+        64: Tile(64, 64, 4, 2, tma=True),
+        96: Tile(64, 32, 4, 3),
+        128: Tile(128, 32, 8, 3),
+    },
+    # All four gradients in one pass, where their accumulators fit; else "primal" and "tangent".
+    "column": {64: Tile(32, 64, 4, 3, tma=True, pair=True)},
     # dK and dV, 10 products; pairs where shared memory has room for them.
-    "primal": {64: (32, 64, 4, 3, 0, 1), 96: (32, 64, 4, 3, 0, 0), 128: (32, 128, 8, 3, 0, 0)},
-    # dtK and dtV, 4 products: few tiles alive, so room for more rows or stages.
-    "tangent": {64: (32, 64, 4, 3, 0, 0), 96: (64, 64, 4, 3, 0, 0), 128: (64, 64, 4, 2, 1, 0)},
+    "primal": {
+        64: Tile(32, 64, 4, 3, pair=True),
+        96: Tile(32, 64, 4, 3),
+        128: Tile(32, 128, 8, 3),
+    },
+    # dtK and dtV, 4 products: few tiles are alive, which leaves room for more rows or stages.
+    "tangent": {
+        64: Tile(32, 64, 4, 3),
+        96: Tile(64, 64, 4, 3),
+        128: Tile(64, 64, 4, 2, tma=True),
+        192: Tile(32, 64, 8, 2),
+        256: Tile(32, 64, 8, 2),
+    },
+    # Above 128 the accumulators of two gradients do not fit: each has a pass of its own.
+    "dq": {192: Tile(64, 16, 8, 2), 256: Tile(64, 16, 8, 2)},
+    "dtq": {192: Tile(64, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
+    "dk": {192: Tile(16, 64, 4, 2), 256: Tile(16, 64, 4, 2)},
+    "dv": {192: Tile(32, 64, 8, 2), 256: Tile(32, 64, 8, 2)},
 }
-SMALL_TILES = 32, 32, 4, 2, 0, 0  # for other GPUs: 67 KB of shared memory at most, and none of Blackwell's tensor memory
-FLOAT32_TILES = 16, 16, 4, 1, 0, 0  # products of three TF32 products each, which fill the registers
+TABLES = {9: HOPPER}  # by the major number of the compute capability
+
+SMALL_TILE = Tile(32, 32, 4, 2)  # for 16 bits: at most 67 KB of shared memory up to D = 128
+TINY_TILE = Tile(16, 16, 4, 1)  # for float32, whose products are three TF32 products each
+WIDTHS = (64, 96, 128, 192, 256)  # padded head sizes that have entries of their own
+
+# What GPUs without a table choose from: (queries, keys, warps, stages), by kernel and padded head
+# size, the likeliest first. The compiler says what spills or needs too much shared memory, which
+# differs (8.0: 163 KB, 8.6, 8.9 and 12.0: 99 KB, 10.0: 227 KB), so there is one list for all.
+# fmt: off
+CANDIDATES = {
+    "forward": {
+        64:  ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3), (128, 32, 8, 2)),
+        96:  ((128, 32, 8, 2), (64, 32, 4, 2), (64, 64, 4, 2), (32, 32, 4, 2)),
+        128: ((128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2), (128, 64, 8, 2), (32, 32, 4, 2)),
+        192: ((32, 32, 4, 2), (64, 32, 8, 2), (128, 32, 8, 2), (32, 32, 8, 2)),
+        256: ((32, 32, 8, 2), (64, 16, 8, 2), (64, 32, 8, 2), (32, 16, 4, 2)),
+    },
+    "row": {
+        64:  ((64, 32, 4, 2), (128, 32, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2)),
+        96:  ((64, 32, 8, 2), (64, 16, 4, 2), (128, 32, 8, 2), (32, 16, 4, 2)),
+        128: ((32, 32, 8, 2), (32, 64, 8, 2), (16, 64, 8, 2), (32, 16, 4, 2), (128, 32, 8, 2)),
+    },
+    "column": {
+        64:  ((32, 32, 4, 2), (32, 64, 8, 2)),
+    },
+    "primal": {
+        64:  ((32, 64, 8, 2), (32, 128, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2)),
+        96:  ((16, 64, 8, 2), (16, 32, 4, 2), (32, 64, 8, 2), (32, 64, 4, 2)),
+        128: ((32, 32, 8, 2), (16, 32, 4, 2), (32, 32, 4, 2), (32, 128, 8, 2)),
+    },
+    "tangent": {
+        64:  ((64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 4, 3)),
+        96:  ((32, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 2)),
+        128: ((64, 64, 8, 2), (32, 64, 4, 2), (64, 128, 8, 2), (64, 64, 4, 2)),
+        192: ((32, 32, 4, 2), (32, 64, 8, 2), (64, 64, 8, 2)),
+        256: ((32, 32, 4, 2), (32, 64, 8, 2)),
+    },
+    "dq": {
+        192: ((16, 16, 4, 2), (32, 16, 4, 2), (32, 32, 4, 2), (64, 16, 8, 2), (64, 32, 8, 2)),
+        256: ((16, 16, 4, 2), (32, 16, 4, 2), (64, 16, 4, 2), (64, 16, 8, 2), (32, 32, 4, 2)),
+    },
+    "dtq": {
+        192: ((32, 32, 4, 2), (64, 32, 8, 2), (64, 64, 8, 2)),
+        256: ((32, 32, 4, 2), (64, 32, 8, 2)),
+    },
+    "dk": {
+        192: ((16, 16, 4, 2), (16, 64, 4, 2), (32, 32, 8, 2), (32, 64, 8, 2), (16, 64, 8, 2)),
+        256: ((16, 16, 4, 2), (16, 64, 4, 2), (32, 32, 8, 2), (16, 64, 8, 2)),
+    },
+    "dv": {
+        192: ((32, 32, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2), (32, 128, 8, 2)),
+        256: ((32, 32, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2)),
+    },
+}
+# fmt: on
 
 
-def _chunks(D):
-    """Head dimension -> widths (D0, D1) of the column chunks: powers of two, 16 at least, with little padding."""
-    D0 = max(16, 1 << (D.bit_length() - 1))
-    D1 = max(16, 1 << (D - D0 - 1).bit_length()) if D > D0 else 0
-    return (D0, D1) if D0 + D1 < 2 * D0 else (2 * D0, 0)
+def width_of(D):
+    """The entry in tables that serves a head size."""
+    padded = sum(chunk_widths(D))
+    return min(width for width in WIDTHS if width >= padded)
 
 
-def _tiles(kernel, D, dtype, device):
-    """An entry of TILES, or what stands for it; None where the kernel is left to "primal" and "tangent"."""
-    hopper = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
-    if dtype == torch.float32 or not hopper:
-        return None if kernel == "column" else FLOAT32_TILES if dtype == torch.float32 else SMALL_TILES
-    width = sum(_chunks(D))
-    return TILES[kernel].get(64 if width <= 64 else 96 if width <= 96 else 128)
+def table_of(device):
+    """The table of tiles for a device, or None. (The interpreter takes Hopper's.)"""
+    if device.type != "cuda":
+        return HOPPER
+    return TABLES.get(torch.cuda.get_device_capability(device)[0])
+
+
+def table_tile(name, D, device):
+    """A measured tile, or None."""
+    table = table_of(device)
+    return None if table is None else table[name].get(width_of(D))
+
+
+# Tuning. A GPU without a table times some tiles the first time that it meets a kernel with a head
+# size: those in CANDIDATES that fit into its memory and do not spill registers. What it finds is
+# kept in a file, so that this happens once for a GPU, a version of Triton and a version of this
+# file; of several processes on one machine one does it and the others read the file.
+
+SPILLS_ALLOWED = 32  # registers a thread that may live in memory without much harm
+_tuned = {}  # path of a file -> what it holds: a dict from a description to [*Tile, milliseconds]
+_said = set()
+
+
+def _say(text):
+    """Tells something once in a process."""
+    if text not in _said:
+        _said.add(text)
+        print(f"attention_jvp: {text}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def _tuning_file(gpu):
+    """Where the tiles for this GPU are kept."""
+    with open(__file__, "rb") as f:
+        source = hashlib.sha256(f.read()).hexdigest()[:12]
+    gpu = "".join(c if c.isalnum() else "-" for c in gpu)
+    folder = os.path.expanduser(CACHE)
+    return os.path.join(folder, f"{gpu}_triton-{triton.__version__}_{source}.json")
+
+
+def _read_tuning(path):
+    """The entries of a tuning file, without what is no entry; none where it cannot be read."""
+    try:
+        with open(path) as f:
+            entries = json.load(f)
+        return {
+            key: entry
+            for key, entry in entries.items()
+            if len(entry) == 7 and all(isinstance(n, (int, float)) for n in entry)
+        }
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _write_tuning(path, entries):
+    """Written aside and renamed, so that nobody ever reads half a file."""
+    aside = f"{path}.{os.getpid()}.partial"
+    with open(aside, "w") as f:
+        json.dump(entries, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(aside, path)
+
+
+@contextlib.contextmanager
+def _alone(path):
+    """Waits until no other process of this machine is tuning for the same file."""
+    if fcntl is None:
+        yield
+        return
+    with open(path + ".lock", "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+def _fastest(tiles, build, measure):
+    """The fastest of some tiles and its milliseconds, or None where none can be built.
+
+    build(tile) compiles and returns the registers that spill and a function that launches; it
+    raises where the tile does not fit. measure(launch) returns milliseconds."""
+
+    def attempt(tile):
+        try:
+            return tile, *build(tile)
+        except Exception:  # whatever keeps a tile from compiling or loading, another one may do
+            return None
+
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        built = [found for found in pool.map(attempt, tiles) if found is not None]
+    if not built:
+        return None
+    limit = max(SPILLS_ALLOWED, min(spills for _, spills, _ in built))
+    times = [(measure(launch), tile) for tile, spills, launch in built if spills <= limit]
+    milliseconds, tile = min(times)
+    return tile, milliseconds
+
+
+def tuned_tile(description, gpu, tiles, build, measure):
+    """The fastest tile and its milliseconds: as found before, or found now and kept.
+
+    None where no tile can be built."""
+    path = _tuning_file(gpu)
+    if path not in _tuned:
+        _tuned[path] = _read_tuning(path)
+    known = _tuned[path]
+    if description not in known:
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            guard = _alone(path)
+            with guard:
+                known.update(_read_tuning(path))  # perhaps another process has just done it
+                if description not in known:
+                    _tune_now(description, gpu, path, known, tiles, build, measure)
+                    _write_tuning(path, known)
+        except OSError as error:
+            _say(f"tiles cannot be kept in {path} ({error}), so every process will tune again")
+            if description not in known:
+                _tune_now(description, gpu, path, known, tiles, build, measure)
+    *tile, milliseconds = known[description]
+    if milliseconds == 0:
+        return None
+    tile = Tile(*(int(n) for n in tile[:4]), *(bool(n) for n in tile[4:]))
+    return tile, milliseconds
+
+
+def _tune_now(description, gpu, path, known, tiles, build, measure):
+    _say(f"choosing tiles for {gpu} on first use: some seconds a kernel, kept in {path}")
+    found = _fastest(tiles, build, measure)
+    tile, milliseconds = (SMALL_TILE, 0) if found is None else found
+    known[description] = [*(int(n) for n in tile), milliseconds]
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. Launching
+
+
+class Call(NamedTuple):
+    """All that a launch depends on, except for addresses and sizes."""
+
+    name: str  # of the kernel, or of a pass of it, as in the tables of tiles
+    shape: tuple  # of the tensor whose blocks the programs take: Q, or K for the column kernel
+    steps: int  # rows that the loop of a program reads: Sk, or Sq for the column kernel
+    group: int  # heads of queries to a head of keys
+    dtype: torch.dtype
+    device: torch.device
+    given: tuple  # of the kernel's tensors, which exist
+    strides: tuple  # of the kernel's large tensors, in elements
+    masked: int  # 0, or one of the kinds of masks
+    mask_strides: tuple | None
+    causal: bool
+
+
+class Plan(NamedTuple):
+    """A Call cut into programs."""
+
+    grid: tuple
+    constants: dict
+    options: dict
+    strides: list  # in units, as the kernels take them
+    block: list | None  # of the tensor descriptors, where there are any
+
+
+@functools.cache
+def _plan(call, tile, streamed, tma, together):
+    """streamed: which of the large tensors the loop reads. tma: addresses allow for descriptors.
+    together: addresses allow for loads in pairs."""
+    B, H, S, D = call.shape
+    W = chunk_widths(D)
+    over_queries = call.name in ("forward", "row", "dq", "dtq")
+    own = tile.queries if over_queries else tile.keys
+    other = tile.keys if over_queries else tile.queries
+    unit = 8 if all(s % 8 == 0 for st in call.strides for s in st[:3]) else 1
+    looped = {call.strides[i] for i in streamed}
+    # Descriptors want strides in multiples of 16 bytes, rows that do not overlap, and one chunk.
+    tma = tma and tile.tma and unit == 8 and W[1] == 0 and not any(0 in st for st in looped)
+    tma = tma and B * H * S * call.steps >= TMA_FROM
+    flat = max(B, H) > MAX_GRID
+    constants = dict(
+        MASKED=call.masked,
+        CAUSAL=call.causal,
+        GROUP=call.group,
+        W=Widths(unit, D, *W),
+        BM=tile.queries,
+        BN=tile.keys,
+        EVEN=call.steps % other == 0,
+        TMA=tma,
+        SAME=len(looped) == 1,  # the compiler then keeps one set of offsets, not four
+        FLAT=flat,
+    )
+    if call.name == "forward":  # the others, short of registers, were slower with this
+        constants["FULL"] = S % own == 0
+    if not over_queries:
+        constants["PAIR"] = tile.pair and together
+    # enable_fp_fusion: Triton 3.10 has it off by default.
+    options = dict(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
+    strides = [tuple(s // unit for s in st[:3]) for st in call.strides]
+    strides.insert(6, call.mask_strides)
+    blocks = -(-S // own)
+    grid = (blocks * H * B, 1, 1) if flat else (blocks, H, B)
+    return Plan(grid, constants, options, strides, [1, 1, other, W[0]] if tma else None)
+
+
+def _precision():
+    """How products of float32 inputs are made."""
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "tf32x3"  # three TF32 products: float32 accuracy
+
+
+def _candidates(call):
+    """The tiles to time for a call on a GPU without a table."""
+    width = width_of(call.shape[3])
+    tiles = [Tile(*tile) for tile in CANDIDATES[call.name].get(width, ())]
+    if torch.cuda.get_device_capability(call.device)[0] >= 9:
+        # These GPUs have descriptors, so Hopper's own tiles are worth a try.
+        names = (call.name, "short") if call.name == "forward" else (call.name,)
+        tiles += [HOPPER[name][width] for name in names if width in HOPPER[name]]
+    return list(dict.fromkeys(tiles))
+
+
+def _describe(call):
+    """What a tuned tile is good for, as a line of text."""
+    words = [call.name, f"head size {call.shape[3]}", str(call.dtype).removeprefix("torch.")]
+    words.append("under 512 steps" if call.steps < 512 else "512 steps or more")
+    words += ["causal"] if call.causal else []
+    words += [("", "key mask", "dense mask")[call.masked]] if call.masked else []
+    words += ["grouped"] if call.group > 1 else []
+    words.append("tensors " + "".join("x" if x else "-" for x in call.given))
+    return ", ".join(words)
+
+
+def _choose_tile(call, build):
+    """-> tile, its milliseconds if it was tuned, and whether that is the last word."""
+    D = call.shape[3]
+    if call.dtype == torch.float32:
+        return TINY_TILE, None, True
+    if table_of(call.device) is not None:
+        short = call.name == "forward" and chunk_widths(D) == (64, 0) and call.steps < 512
+        return table_tile("short" if short else call.name, D, call.device), None, True
+    if not TUNE:
+        return SMALL_TILE, None, True
+    if torch.cuda.is_current_stream_capturing():
+        _say("captured in a CUDA graph before its tiles were tuned: run it once before the capture")
+        return SMALL_TILE, None, False
+    gpu = torch.cuda.get_device_name(call.device)
+    try:
+        found = tuned_tile(_describe(call), gpu, _candidates(call), build, _milliseconds)
+    except torch.OutOfMemoryError:
+        _say("too little memory to time tiles: this call takes small ones")
+        return SMALL_TILE, None, False
+    return (SMALL_TILE, None, True) if found is None else (*found, True)
+
+
+def _milliseconds(launch):
+    """Of one launch, with a cold L2 cache."""
+    return triton.testing.do_bench(launch, warmup=5, rep=20, return_mode="median")
+
+
+# Programs that are compiled already, by call. Triton's own launch sorts some sixty arguments, which
+# takes longer than a small call's work on the GPU.
+_ready = {}
+
+
+def _launch(kernel, call, tensors, streamed, sizes, pairs=()):
+    """Runs a kernel. tensors: in the order of its arguments, None where one does not exist.
+    streamed: which of them its loop reads. sizes: heads, Sq, Sk, scale. pairs: which tensors could
+    be loaded in pairs. Returns the milliseconds that tuning found, None without tuning."""
+    address = [None if t is None else t.data_ptr() for t in tensors]
+    aligned = not any(a is not None and a % 16 for a in address)
+    precision = _precision()
+    apart = 8 * call.dtype.itemsize
+    together = all((address[i] - address[j]) % apart == 0 for i, j in pairs) and len(pairs) > 0
+    key = call, sizes, precision, together
+    if aligned and key in _ready:
+        start, milliseconds = _ready[key]
+        start(tensors, address)
+        return milliseconds
+
+    # The large tensors' strides stand in the order of the tensors; the mask is not among them.
+    streamed_strides = tuple(i if i < 6 else i - 1 for i in streamed)
+
+    def arguments(tile, given):
+        plan = _plan(call, tile, streamed_strides, aligned, together)
+        given = _with_descriptors(given, tensors, streamed, plan.block)
+        constants = {**plan.constants, "PREC": precision}
+        return plan, [*given, *plan.strides, *sizes], constants
+
+    def build(tile):
+        plan, given, constants = arguments(tile, tensors)
+        with torch.cuda.device(call.device):  # another thread than the caller's
+            made = kernel.warmup(*given, **constants, **plan.options, grid=plan.grid)
+            made[plan.grid]  # loads it
+        launch = functools.partial(kernel[plan.grid], *given, **constants, **plan.options)
+        return made.n_spills, launch
+
+    tile, milliseconds, final = _choose_tile(call, build)
+    plan, given, constants = arguments(tile, tensors)
+    program = kernel[plan.grid](*given, **constants, **plan.options)
+    # Of its arguments' values a compiled program takes only their alignment for granted.
+    if aligned and final and not INTERPRET:
+        run = program[plan.grid]
+        fixed = [constants[name] for name in kernel.arg_names if name in constants]
+
+        def start(tensors, address):
+            # Triton asks the driver about every tensor's address, and takes a number as it is.
+            given = _with_descriptors(address, tensors, streamed, plan.block)
+            run(*given, *plan.strides, *sizes, *fixed)
+
+        _ready[key] = start, milliseconds
+    return milliseconds
+
+
+def _with_descriptors(given, tensors, streamed, block):
+    """The arguments with those that a loop reads replaced by descriptors, if block is not None."""
+    if block is None:
+        return given
+    given = list(given)
+    for i in streamed:
+        if tensors[i] is not None:
+            x = tensors[i]
+            given[i] = TensorDescriptor(x, x.shape, x.stride(), block)
+    return given
 
 
 def _rows(x):
-    """The kernels take any strides, but 1 in the last dimension and less than MAX_ROW in the one before."""
-    return x if x.stride(3) == 1 and x.stride(2) < MAX_ROW else x.contiguous()
+    """The kernels take any strides, but 1 in the last dimension and less than MAX_ROW before."""
+    if x is None or (x.stride(3) == 1 and x.stride(2) < MAX_ROW):
+        return x
+    return x.contiguous()
 
 
 def _order(x):
-    """Strides of a (B, H, S, D) tensor in the memory order (B, S, H, D): the reshape to (B, S, H D) to come is free."""
+    """Strides of a (B, H, S, D) tensor laid out as (B, S, H, D), so that the reshape to (B, S, H D)
+    that usually follows is free."""
     _, H, S, D = x.shape
-    return (S * H * D, D, H * D, 1) if H * D < MAX_ROW else (H * S * D, S * D, D, 1)
+    if H * D < MAX_ROW:
+        return (S * H * D, D, H * D, 1)
+    return (H * S * D, S * D, D, 1)
 
 
-def _like(x, dtype=None):
-    return torch.empty_strided(x.shape, _order(x), dtype=dtype or x.dtype, device=x.device)
-
-
-@functools.lru_cache(maxsize=None)
-def _plan(name, shape, dtype, device, streamed, other_S, strides):
-    """All that a launch over the blocks of a tensor of this shape needs but the addresses."""
-    B, H, S, D = shape
-    D0, D1 = _chunks(D)
-    short = name == "forward" and D0 == 64 and D1 == 0 and other_S < 512
-    BM, BN, num_warps, num_stages, tma, pair = _tiles("short" if short else name, D, dtype, device)
-    own, other = (BM, BN) if name in ("forward", "row") else (BN, BM)
-    U = 8 if all(s % 8 == 0 for st in strides for s in st[:3]) else 1
-    # Descriptors want strides in multiples of 16 bytes, and rows that do not overlap.
-    tma = bool(tma) and B * H * S * other_S >= TMA_FROM and U == 8 and D1 == 0 and all(0 not in strides[i] for i in streamed)
-    same = len({strides[i] for i in streamed}) == 1  # the compiler then keeps one set of offsets, not four
-    flat = max(B, H) > MAX_GRID
-    meta = dict(W=(U, D, D0, D1), BM=BM, BN=BN, EVEN=other_S % other == 0, SAME=same, FLAT=flat)
-    if name == "forward":  # the other kernels, short of registers, were slower without the masks
-        meta["FULL"] = S % own == 0
-    units = [tuple(s // U for s in st[:3]) for st in strides]
-    options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)  # of Triton 3.10 on no default
-    blocks = -(-S // own)
-    return (blocks * H * B, 1, 1) if flat else (blocks, H, B), meta, options, units, tma, bool(pair), [1, 1, other, D0]
-
-
-_compiled = {}  # Triton's own launch sorts some sixty arguments, which takes longer than a small call's work on the GPU
-
-
-def _launch(kernel, name, x, streamed, paired, tensors, strides, sizes, **flags):
-    """Runs a kernel over the blocks of x (Q or K). streamed: which of tensors it reads block by block; paired: which it
-    can load in pairs, None for a kernel that has no pairs."""
-    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"  # of float32 inputs
-    address = [t.data_ptr() for t in tensors]
-    aligned = not any(a % 16 for a in address)
-    plan = name, x.shape, x.dtype, x.device, streamed, tensors[streamed[0]].size(2), strides
-    grid, meta, options, units, tma, pair, block = _plan(*plan)
-    flags["TMA"] = tma = tma and aligned
-    if paired is not None:
-        unit = meta["W"][0] * x.element_size()
-        flags["PAIR"] = pair and len(paired) > 0 and all((address[i] - address[j]) % unit == 0 for i, j in paired)
-    key = plan, sizes, precision, *flags.values()
-    run = _compiled.get(key) if aligned else None
-    given = address if run else tensors  # Triton asks the driver about every tensor's address, and takes a number's as it is
-    if tma:
-        given = [TensorDescriptor(tensors[i], tensors[i].shape, tensors[i].stride(), block) if i in streamed else x
-                 for i, x in enumerate(given)]
-    if run:
-        run(*given, *units, *sizes)
-    else:
-        constants = {**meta, **flags, "PREC": precision}
-        program = kernel[grid](*given, *units, *sizes, **constants, **options)
-        if aligned and not INTERPRET:  # of the arguments' values, a compiled program takes only alignment for granted
-            constants = [constants[p] for p in kernel.arg_names if p in constants]
-            run = program[grid]
-            _compiled[key] = lambda *given: run(*given, *constants)
+def _like(x):
+    """An empty tensor of x's shape and dtype, in that layout."""
+    return torch.empty_strided(x.shape, _order(x), dtype=x.dtype, device=x.device)
 
 
 def _on(x):
-    """Triton launches on the current device: makes it that of x."""
-    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
-    return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
+    """Makes x's device the current one, where Triton launches."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
 
 
-def _forward_now(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor, tv: Tensor,
-                 scale: float, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> o, to; if save, four bits that rounding took from each element of to (eight in an int32, see low_bits; empty for
-    float32), else an empty tensor; logsumexp (base 2) and mu, both (B, H, Sq) in float32."""
-    x = [_rows(t) for t in (q, k, v, tq, tk, tv)]
-    o, to, lo, lse, mu = outputs = _empty_outputs(q, save)
+class Mask(NamedTuple):
+    """A mask as the kernels take it."""
+
+    tensor: Tensor | None  # uint8 or floating, (B, H, Sq, Sk) by strides of zero
+    kind: int
+    strides: tuple | None
+
+
+def _kernel_mask(mask, q, k):
+    if mask is None:
+        return Mask(None, 0, None)
+    B, H, Sq, _ = q.shape
+    by_key = mask.size(1) == 1 and mask.size(2) == 1
+    mask = mask.expand(B, H, Sq, k.size(2))
+    if mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    kind = KEY_MASK if by_key else DENSE_MASK
+    return Mask(mask, kind.value, mask.stride())
+
+
+def _forward_now(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tq: Tensor | None,
+    tk: Tensor | None,
+    tv: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> o, to, the low bits of to, logsumexp (base 2) and mu.
+
+    The last two are (B, H, Sq) in float32. The low bits are an empty tensor for float32, and where
+    not `save`. mask: (B or 1, H or 1, Sq or 1, Sk or 1)."""
+    q, k, v, tq, tk, tv = (_rows(x) for x in (q, k, v, tq, tk, tv))
+    outputs = _empty_outputs(q, save)
+    o, to, lo, lse, mu = outputs
+    lo = lo if lo.numel() > 0 else None
+    hidden = _kernel_mask(mask, q, k)
+    tensors = (q, k, v, tq, tk, tv, hidden.tensor, o, to, lo, lse, mu)
+    call = Call(
+        name="forward",
+        shape=q.shape,
+        steps=k.size(2),
+        group=q.size(1) // k.size(1),
+        dtype=q.dtype,
+        device=q.device,
+        given=tuple(x is not None for x in tensors),
+        strides=_strides(q, k, v, tq, tk, tv, o),
+        masked=hidden.kind,
+        mask_strides=hidden.strides,
+        causal=causal,
+    )
     with _on(q):
-        _launch(forward_kernel, "forward", q, (1, 2, 4, 5), None,
-                (*x, o, to, lo, lse, mu), tuple(t.stride() for t in (*x, o)),
-                (q.size(1), q.size(2), k.size(2), scale), HAS_LO=lo.numel() > 0)
+        sizes = (q.size(1), q.size(2), k.size(2), scale)
+        _launch(forward_kernel, call, tensors, (1, 2, 4, 5), sizes)
     return outputs
 
 
+def _strides(q, k, v, tq, tk, tv, *others):
+    """Strides of the large tensors. Those that do not exist take the ones of their value."""
+    tq = q if tq is None else tq
+    tk = k if tk is None else tk
+    tv = v if tv is None else tv
+    return tuple(x.stride() for x in (q, k, v, tq, tk, tv, *others))
+
+
 def _empty_outputs(q, save):
-    D0, D1 = _chunks(q.size(3))
-    words = low_words(D0) + low_words(D1) if save and q.dtype != torch.float32 else 0
-    return (_like(q), _like(q), q.new_empty((*q.shape[:3], words), dtype=(torch.int8, torch.int16, torch.int32)[min(D0, 64) // 32]),
-            *(q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2)))
+    first, second = chunk_widths(q.size(3))
+    words = 0
+    if save and q.dtype != torch.float32:
+        words = low_words(first) + low_words(second)
+    # Words of two columns in chunks of 16, of four in chunks of 32, of eight in wider ones.
+    word = {16: torch.int8, 32: torch.int16}.get(first, torch.int32)
+    low_bits_of_to = q.new_empty((*q.shape[:3], words), dtype=word)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    mu = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _like(q), _like(q), low_bits_of_to, lse, mu
 
 
 _forward = torch.library.custom_op("attention_jvp::forward", _forward_now, mutates_args=())
 
 
 @_forward.register_fake
-def _(q, k, v, tq, tk, tv, scale, save):
+def _(q, k, v, tq, tk, tv, mask, scale, causal, save):
     return _empty_outputs(q, save)
 
 
-def _backward_now(do: Tensor | None, dto: Tensor | None, q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor,
-                  tv: Tensor, o: Tensor, to: Tensor, lo: Tensor, lse: Tensor, mu: Tensor, scale: float,
-                  need: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> dq, dk, dv, dtq, dtk, dtv; need: is dq, (dk, dv), dtq, (dtk, dtv) wanted; an empty tensor where it is not.
-    do or dto may be missing, not both; without dto the last two cannot be needed."""
-    do = q.new_zeros(q.size(3)).expand_as(q) if do is None else do
-    has_lo, has_dto = dto is not None and lo.numel() > 0, dto is not None
-    x = [_rows(t) for t in (q, k, v, tq, tk, tv, do, dto if has_dto else do)]
-    grads = dq, dk, dv, dtq, dtk, dtv = _empty_grads(q, k, v, need)
-    s1, s2 = torch.empty_like(lse), torch.empty_like(lse)
-    like_q, like_k = _order(q), _order(k)
-    o, to = (t if t.stride() == like_q else _like(t).copy_(t) for t in (o, to))
-    strides, sizes = tuple(t.stride() for t in x), (q.size(1), q.size(2), k.size(2), scale)
+def _backward_now(
+    do: Tensor | None,
+    dto: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tq: Tensor | None,
+    tk: Tensor | None,
+    tv: Tensor | None,
+    mask: Tensor | None,
+    o: Tensor,
+    to: Tensor,
+    lo: Tensor,
+    lse: Tensor,
+    mu: Tensor,
+    scale: float,
+    causal: bool,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> dq, dk, dv, dtq, dtk, dtv; an empty tensor for each that is not wanted.
+
+    need: is dq wanted, are dk and dv, is dtq, are dtk and dtv. do or dto may be missing, not both;
+    without dto the last two cannot be wanted."""
+    if do is None:
+        do = q.new_zeros(q.size(3)).expand_as(q)
+    q, k, v, tq, tk, tv, do, dto = (_rows(x) for x in (q, k, v, tq, tk, tv, do, dto))
+    grads = _empty_grads(q, k, v, tq, tk, tv, need)
+    dq, dk, dv, dtq, dtk, dtv = (x if x.numel() > 0 else None for x in grads)
+    s1 = torch.empty_like(lse)
+    s2 = torch.empty_like(lse)
+    like_q = _order(q)
+    o, to = (x if x.stride() == like_q else _like(x).copy_(x) for x in (o, to))
+    lo = lo if dto is not None and lo.numel() > 0 else None
+    hidden = _kernel_mask(mask, q, k)
+    incoming = (do, do if dto is None else dto)
+
+    call = Call(
+        name="row",
+        shape=q.shape,
+        steps=k.size(2),
+        group=q.size(1) // k.size(1),
+        dtype=q.dtype,
+        device=q.device,
+        given=(),
+        strides=(*_strides(q, k, v, tq, tk, tv, *incoming), like_q),
+        masked=hidden.kind,
+        mask_strides=hidden.strides,
+        causal=causal,
+    )
+
+    def rows(name, dq, dtq):
+        """One pass of the row kernel."""
+        inputs = (q, k, v, tq, tk, tv, hidden.tensor, do, dto)
+        tensors = (*inputs, o, to, lo, lse, mu, s1, s2, dq, dtq, tk)
+        row_call = call._replace(name=name, given=tuple(x is not None for x in tensors))
+        sizes = (q.size(1), q.size(2), k.size(2), scale)
+        return _launch(row_kernel, row_call, tensors, (1, 2, 4, 5), sizes)
+
+    def columns(name, dk, dv, dtk, dtv):
+        """One pass of the column kernel."""
+        inputs = (q, k, v, tq, tk, tv, hidden.tensor, do, dto)
+        tensors = (*inputs, lse, mu, s1, s2, dk, dv, dtk, dtv)
+        column_call = call._replace(
+            name=name,
+            shape=k.shape,
+            steps=q.size(2),
+            given=tuple(x is not None for x in tensors),
+            strides=(*call.strides[:-1], _order(k)),
+        )
+        pairs = ()
+        if dk is not None and all(x is not None for x in (dto, tk, tv)):
+            pairs = ((1, 4), (2, 5))
+        sizes = (k.size(1), q.size(2), k.size(2), scale)
+        return _launch(column_kernel, column_call, tensors, (0, 3, 7, 8), sizes, pairs)
+
+    primal = dk is not None
+    tangent = dtk is not None or dtv is not None
     with _on(q):
-        _launch(row_kernel, "row", q, (1, 2, 4, 5), None, (*x, o, to, lo, lse, mu, s1, s2, dq, dtq, x[4]),
-                (*strides, like_q), sizes, HAS_LO=has_lo, HAS_DTO=has_dto, PRIMAL=need[0], TANGENT=need[2])
-        passes = [("primal", need[1], False), ("tangent", False, need[3])]
-        if need[1] and need[3] and _tiles("column", k.size(3), k.dtype, k.device):
-            passes = [("column", True, True)]
-        for name, primal, tangent in passes:
-            if primal or tangent:
-                _launch(column_kernel, name, k, (0, 3, 6, 7), ((1, 4), (2, 5)) if primal and has_dto else (),
-                        (*x, lse, mu, s1, s2, dk, dv, dtk, dtv), (*strides, like_k), sizes, HAS_DTO=has_dto,
-                        PRIMAL=primal, TANGENT=tangent)
+        if width_of(q.size(3)) > 128:  # the accumulators of two gradients do not fit
+            rows("dq", dq, None)
+            if dtq is not None:
+                rows("dtq", None, dtq)
+            if primal:
+                columns("dk", dk, None, None, None)
+                columns("dv", None, dv, None, None)
+            if tangent:
+                columns("tangent", None, None, dtk, dtv)
+            return grads
+
+        rows("row", dq, dtq)
+        one_pass = primal and tangent and _one_pass(call)
+        if one_pass is None:  # on first use tuning times both ways; their results are the same
+            one = columns("column", dk, dv, dtk, dtv)
+            two = columns("primal", dk, dv, None, None), columns("tangent", None, None, dtk, dtv)
+            if one is not None and None not in two:
+                _one_pass_is_faster[_describe(call)] = one <= sum(two)
+        elif one_pass:
+            columns("column", dk, dv, dtk, dtv)
+        else:
+            if primal:
+                columns("primal", dk, dv, None, None)
+            if tangent:
+                columns("tangent", None, None, dtk, dtv)
     return grads
 
 
-def _empty_grads(q, k, v, need):
-    return tuple(_like(x) if n else x.new_empty(0) for x, n in
-                 zip((q, k, v, q, k, v), (need[0], need[1], need[1], need[2], need[3], need[3])))
+_one_pass_is_faster = {}  # on tuned GPUs, by the description of the row kernel's call
+
+
+def _one_pass(call):
+    """Whether one pass makes all gradients of keys and values; None where this is to be timed."""
+    if call.dtype == torch.float32 or width_of(call.shape[3]) > 64:
+        return False
+    table = table_of(call.device)
+    if table is not None:
+        return width_of(call.shape[3]) in table["column"]
+    if not TUNE or torch.cuda.is_current_stream_capturing():
+        return _one_pass_is_faster.get(_describe(call), False)
+    return _one_pass_is_faster.get(_describe(call))
+
+
+def _empty_grads(q, k, v, tq, tk, tv, need):
+    wanted = (
+        (q, need[0]),
+        (k, need[1]),
+        (v, need[1]),
+        (q, need[2]),
+        (k, need[3] and tk is not None),
+        (v, need[3] and tv is not None),
+    )
+    return tuple(_like(x) if want else x.new_empty(0) for x, want in wanted)
 
 
 _backward = torch.library.custom_op("attention_jvp::backward", _backward_now, mutates_args=())
 
 
 @_backward.register_fake
-def _(do, dto, q, k, v, tq, tk, tv, o, to, lo, lse, mu, scale, need):
-    return _empty_grads(q, k, v, need)
+def _(do, dto, q, k, v, tq, tk, tv, mask, o, to, lo, lse, mu, scale, causal, need):
+    return _empty_grads(q, k, v, tq, tk, tv, need)
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:6], *output)
-    ctx.scale = inputs[6]
-    ctx.set_materialize_grads(False)  # a missing gradient stays None, and the work for it is not done
+    *tensors, scale, causal, _ = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.scale = scale
+    ctx.causal = causal
+    ctx.set_materialize_grads(False)  # a missing gradient stays None, and makes no work
 
 
 def _gradients(ctx, do, dto, *_):
+    """Of the ten inputs of the forward."""
     if do is None and dto is None:
-        return (None,) * 8
-    need = ctx.needs_input_grad
-    t = dto is not None
-    pairs = [need[0], need[1] or need[2], t and need[3], t and (need[4] or need[5])]
+        return (None,) * 10
+    need_q, need_k, need_v, need_tq, need_tk, need_tv = ctx.needs_input_grad[:6]
+    has_dto = dto is not None
+    wanted = (need_q, need_k, need_v, need_tq and has_dto, need_tk and has_dto, need_tv and has_dto)
+    need = [wanted[0], wanted[1] or wanted[2], wanted[3], wanted[4] or wanted[5]]
     saved = ctx.saved_tensors
-    backward = _backward_now if _plain((do, dto, *saved)) and not torch.is_grad_enabled() else _backward
-    grads = backward(do, dto, *saved, ctx.scale, pairs)
-    return (*(g if n and (i < 3 or t) else None for i, (g, n) in enumerate(zip(grads, need))), None, None)
+    direct = _plain((do, dto, *saved)) and not torch.is_grad_enabled()
+    backward = _backward_now if direct else _backward
+    grads = backward(do, dto, *saved, ctx.scale, ctx.causal, need)
+    return (*(g if want else None for g, want in zip(grads, wanted, strict=True)), *(None,) * 4)
 
 
 def _no_more(ctx, *_):
-    raise RuntimeError("attention_jvp: the fused backward has no derivative of its own; for gradients of gradients "
-                       "call attention_jvp_reference")
+    raise RuntimeError(
+        "attention_jvp: the fused backward has no derivative of its own; for gradients of "
+        "gradients call attention_jvp_reference"
+    )
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
@@ -711,7 +1603,8 @@ _backward.register_autograd(_no_more)
 
 
 class _Eager(torch.autograd.Function):
-    """The operators for plain tensors, without the dispatcher, which takes longer than a small call's work on the GPU."""
+    """The operators for plain tensors, without the dispatcher, which takes longer than a small
+    call's work on the GPU."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -724,26 +1617,24 @@ class _Eager(torch.autograd.Function):
         return _gradients(ctx, do, dto)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Public
+# ---------------------------------------------------------------------------------------------
+# 6. Public
 
 
-def _fused(x):
-    """Whether the kernels take a call with tensors like x; the PyTorch path takes the others."""
-    if triton is None or not 0 < x.size(-1) <= MAX_HEAD_DIM or x.numel() == 0:
+def _plain(tensors):
+    """Whether nothing but autograd watches: no compiler, transform, dispatch mode or subclass."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    if x.device.type == "cpu":
-        return INTERPRET and x.dtype == torch.float32  # the interpreter's low-precision products are wrong
-    return (FUSED and x.is_cuda and torch.version.hip is None and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-            and torch.cuda.get_device_properties(x.device).major >= 8)
-
-
-def _plain(x):
-    """Whether nothing but autograd watches these tensors: no compiler, transform, dispatch mode or subclass."""
-    return (not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-            and torch._C._len_torch_dispatch_stack() == 0
-            and all(t is None or type(t) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_legacy_batchedtensor(t)
-                    for t in x))
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    for x in tensors:
+        if x is None:
+            continue
+        if type(x) not in (Tensor, torch.nn.Parameter):
+            return False
+        if torch._C._functorch.is_legacy_batchedtensor(x):
+            return False
+    return True
 
 
 def _transforms():
@@ -753,55 +1644,268 @@ def _transforms():
     return [str(i.key()).split(".")[-1] for i in torch._C._functorch.get_interpreter_stack()]
 
 
-def _nested(x):
-    """Whether a transform is at work that the operators would not see through: a tangent of x itself, torch.func.grad,
-    or one torch.func.jvp inside another. (torch.func.jvp alone, vmap, and backward through either are seen.)"""
+def _tangent_of(x):
+    """The tangent that forward AD carries for a tensor, or None."""
+    if x is None or fwAD._current_level < 0:
+        return None
+    return fwAD.unpack_dual(x).tangent
+
+
+def why_not_nested(tensors):
+    """Why the operators would not see through the transforms at work, or None where they do:
+    torch.func.jvp alone, vmap outside it, and backward through either."""
     active = _transforms()
-    return ("Grad" in active or active.count("Jvp") > 1
-            or fwAD._current_level >= 0 and any(fwAD.unpack_dual(t).tangent is not None for t in x))
+    if "Grad" in active:
+        return "torch.func.grad or vjp is at work: take gradients by backward"
+    if active.count("Jvp") > 1:
+        return "a torch.func.jvp is inside another"
+    if any(_tangent_of(x) is not None for x in tensors):
+        return "attention_jvp itself is inside torch.func.jvp or forward AD"
+    return None
 
 
-def attention_jvp(q, k, v, tq, tk, tv, scale=None):
-    """softmax(scale q k^T) v and its derivative along (tq, tk, tv), differentiable in all six by backward.
+def why_not_fused(q, k, v):
+    """Why the kernels cannot take tensors like these, or None where they can."""
+    D = q.size(-1)
+    if triton is None:
+        return "Triton is not installed"
+    if D > MAX_HEAD_SIZE:
+        return f"the head size {D} is over {MAX_HEAD_SIZE}"
+    if v.size(-1) != D:
+        return f"values have head size {v.size(-1)} and queries {D}"
+    if q.device.type == "cpu" and INTERPRET:
+        if q.dtype != torch.float32:
+            return f"Triton's interpreter is wrong in {q.dtype}"
+        return None
+    if not q.is_cuda or torch.version.hip is not None:
+        name = "ROCm" if torch.version.hip is not None else q.device.type
+        return f"the kernels run on NVIDIA GPUs, not on {name}"
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"the kernels do not take {q.dtype}"
+    major, minor = torch.cuda.get_device_capability(q.device)
+    if major < 8:
+        return f"the GPU has compute capability {major}.{minor}, the kernels need 8.0"
+    if not FUSED:
+        return "FUSED is False"
+    return None
 
-    q, tq: (B, H, Sq, D); k, v, tk, tv: (B, H, Sk, D); one floating dtype, one device, any strides. scale > 0, default
-    D ** -0.5. Returns (o, to), both like q. The kernels take CUDA tensors (compute capability 8.0 or more) in bfloat16,
-    float16 or float32 with D <= 128; everything else takes `attention_jvp_reference`, whose memory is quadratic in S. So do
-    torch.func.grad, vjp and a jvp of a jvp: take gradients by backward.
-    Under autocast all six are cast as F.scaled_dot_product_attention casts its own. ValueError for other arguments.
-    """
-    x = (q, k, v, tq, tk, tv)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+
+def _required(reason):
+    """Stops a call that would take the quadratic path where FUSED is "require"."""
+    if FUSED == "require" and reason is not None:
+        raise RuntimeError(f'attention_jvp: FUSED is "require", but {reason}')
+
+
+class _Checked(NamedTuple):
+    """Arguments that have been checked and cast."""
+
+    tensors: tuple  # q, k, v, tq, tk, tv
+    mask: Tensor | None  # four-dimensional
+    scale: float
+
+
+# fmt: off
+def _checked(name, q, k, v, tq, tk, tv, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+    # fmt: on
+    """One set of checks for both functions, with and without tangents."""
+    _check_dtypes(name, [x for x in (q, k, v, tq, tk, tv) if x is not None], same=False)
+    if _autocast_at_work(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
-        x = q, k, v, tq, tk, tv = tuple(t.to(dtype) for t in x)
-    if not (q.dim() == k.dim() == 4 and q.shape == tq.shape and k.shape == v.shape == tk.shape == tv.shape
-            and q.shape[:2] == k.shape[:2] and q.size(3) == k.size(3)):
-        raise ValueError("attention_jvp wants q, tq (B, H, Sq, D) and k, v, tk, tv (B, H, Sk, D), got "
-                         + ", ".join(str(tuple(t.shape)) for t in x))
-    if any(t.dtype != q.dtype or t.device != q.device for t in x) or not q.is_floating_point():
-        raise ValueError("attention_jvp wants six tensors of one floating dtype on one device, got "
-                         + ", ".join(f"{t.dtype} on {t.device}" for t in x))
+        q, k, v, tq, tk, tv = (None if x is None else x.to(dtype) for x in (q, k, v, tq, tk, tv))
+    _check_dtypes(name, [x for x in (q, k, v, tq, tk, tv) if x is not None], same=True)
+    _check_shapes(name, q, k, v, tq, tk, tv, enable_gqa)
+    if dropout_p != 0:
+        raise ValueError(f"{name} has no dropout: dropout_p must be 0.0, got {dropout_p}")
     scale = q.size(3) ** -0.5 if scale is None else float(scale)
     if not scale > 0:
-        raise ValueError(f"attention_jvp wants scale > 0, got {scale}")
-    if not _fused(q) or k.numel() == 0 or _nested(x):
-        return attention_jvp_reference(*x, scale=scale)
-    save = torch.is_grad_enabled() and (any(t.requires_grad for t in x) or bool(_transforms()))
-    if not _plain(x):
-        return _forward(*x, scale, save)[:2]
-    return _Eager.apply(*x, scale, True) if save else _forward_now(*x, scale, False)[:2]
+        raise ValueError(f"{name} wants scale > 0, got {scale}")
+    if attn_mask is not None:
+        if is_causal:
+            raise ValueError(f"{name} takes attn_mask or is_causal, not both")
+        attn_mask = _checked_mask(name, attn_mask, q, k)
+    return _Checked((q, k, v, tq, tk, tv), attn_mask, scale)
 
 
-def attention(q, k, v, scale=None):
-    """F.scaled_dot_product_attention(q, k, v, scale=scale), (B, H, S, D); where torch.func.jvp or forward_ad asks for a
-    tangent, `attention_jvp` of values and tangents, which backward can follow."""
+def _autocast_at_work(device_type):
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def _check_dtypes(name, given, same):
+    """Floating tensors on one device, and of one dtype where `same`."""
+    first = given[0]
+    for x in given:
+        good = x.dtype.is_floating_point and x.device == first.device
+        if not good or (same and x.dtype != first.dtype):
+            kinds = ", ".join(f"{x.dtype} on {x.device}" for x in given)
+            raise ValueError(
+                f"{name} wants tensors of one floating dtype on one device, got {kinds}"
+            )
+
+
+def _check_shapes(name, q, k, v, tq, tk, tv, enable_gqa):
+    def wrong(text=""):
+        given = (q, k, v, tq, tk, tv)
+        shapes = ", ".join("None" if x is None else str(tuple(x.shape)) for x in given)
+        return ValueError(
+            f"{name} wants q, tq (B, H, Sq, D), k, tk (B, H, Sk, D) and v, tv (B, H, Sk, Dv)"
+            f"{text}, got {shapes}"
+        )
+
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise wrong()
+    for x, tangent in ((q, tq), (k, tk), (v, tv)):
+        if tangent is not None and tangent.shape != x.shape:
+            raise wrong(", and tangents shaped as their values")
+    if k.shape[:3] != v.shape[:3] or q.size(0) != k.size(0) or q.size(3) != k.size(3):
+        raise wrong()
+    if q.size(3) == 0 or v.size(3) == 0:
+        raise wrong(", with head sizes of at least 1")
+    if q.size(1) != k.size(1):
+        if not enable_gqa:
+            raise wrong(", or enable_gqa=True for fewer heads in k and v")
+        if k.size(1) == 0 or q.size(1) % k.size(1) != 0:
+            raise wrong(", the heads of q being a multiple of those of k and v")
+
+
+def _checked_mask(name, mask, q, k):
+    """The mask with four dimensions."""
+    if not torch.is_tensor(mask):
+        raise ValueError(f"{name} wants attn_mask to be a tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        raise ValueError(f"{name} wants attn_mask to be boolean or floating, got {mask.dtype}")
+    if mask.device != q.device:
+        raise ValueError(f"{name} wants attn_mask on {q.device}, got {mask.device}")
+    scores = (*q.shape[:3], k.size(2))
+    sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    if len(sizes) != 4 or any(n not in (1, m) for n, m in zip(sizes, scores, strict=True)):
+        raise ValueError(
+            f"{name} wants attn_mask to broadcast to (B, H, Sq, Sk) = {scores}, "
+            f"got {tuple(mask.shape)}"
+        )
+    if mask.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} gives attn_mask no gradient: detach it")
+    if _tangent_of(mask) is not None:
+        raise ValueError(f"{name} wants attn_mask without a tangent")
+    return mask.view(sizes)
+
+
+def attention_jvp(
+    q,
+    k,
+    v,
+    tq,
+    tk,
+    tv,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+):
+    """softmax(scale q k^T + mask) v and its derivative along (tq, tk, tv).
+
+    q, tq: (B, H, Sq, D); k, tk: (B, H, Sk, D); v, tv: (B, H, Sk, Dv); one floating dtype, one
+    device, any strides. Returns (o, to), both (B, H, Sq, Dv), differentiable in all six by
+    backward. A tangent that is None is zero and costs nothing; where all three are, to is None.
+
+    The other arguments are those of F.scaled_dot_product_attention:
+    attn_mask  broadcasts to (B, H, Sq, Sk). Boolean: True where a query sees a key. Floating: added
+               to the scores, and -1e6 or less hides a key. It has no tangent and gets no gradient.
+               A query that sees no key gets zeros, and so do its gradients.
+    dropout_p  0.0.
+    is_causal  query i sees the keys up to i (not together with attn_mask).
+    scale      above 0; D ** -0.5 where it is None.
+    enable_gqa allows k and v to have fewer heads: H / n consecutive heads of q share one of n.
+
+    The kernels take bfloat16, float16 and float32 on NVIDIA GPUs from compute capability 8.0 on,
+    with Dv = D <= 256. Everything else takes `attention_jvp_reference`, whose memory is quadratic
+    in S (or is an error, where FUSED = "require"). So do torch.func.grad, vjp and a jvp of a jvp:
+    take gradients by backward. Under autocast all six are cast as F.scaled_dot_product_attention
+    casts its own. Raises ValueError for other arguments.
+    """
+    checked = _checked(
+        "attention_jvp", q, k, v, tq, tk, tv, attn_mask, dropout_p, is_causal, scale, enable_gqa
+    )
+    return _attention_jvp(checked, is_causal)
+
+
+def _attention_jvp(checked, causal):
+    q, k, v, tq, tk, tv = checked.tensors
+    mask, scale = checked.mask, checked.scale
+    if tq is None and tk is None and tv is None:
+        return _plain_attention(q, k, v, mask, causal, scale), None
+    empty = q.numel() == 0 or k.numel() == 0
+    if not empty:
+        reason = why_not_fused(q, k, v) or why_not_nested(checked.tensors)
+        _required(reason)
+    if empty or reason is not None:
+        return _reference(*checked.tensors, mask, 0.0, causal, scale)
+    needs_grad = any(x is not None and x.requires_grad for x in checked.tensors)
+    save = torch.is_grad_enabled() and (needs_grad or len(_transforms()) > 0)
+    inputs = (*checked.tensors, mask, scale, causal)
+    if not _plain((*checked.tensors, mask)):
+        return _forward(*inputs, save)[:2]
+    if save:
+        return _Eager.apply(*inputs, True)
+    return _forward_now(*inputs, False)[:2]
+
+
+def attention(
+    q,
+    k,
+    v,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+):
+    """F.scaled_dot_product_attention, and under forward AD value and tangent by `attention_jvp`.
+
+    q: (B, H, Sq, D), k: (B, H, Sk, D), v: (B, H, Sk, Dv). Where torch.func.jvp or
+    torch.autograd.forward_ad carries tangents, the result has one too, and backward goes through
+    both. The arguments, the checks and the errors are those of `attention_jvp`, with and without
+    tangents; a query that sees no key gets zeros either way.
+    """
+    checked = _checked(
+        "attention", q, k, v, None, None, None, attn_mask, dropout_p, is_causal, scale, enable_gqa
+    )
+    q, k, v = checked.tensors[:3]
     if fwAD._current_level < 0:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    if _transforms()[-1:] == ["Vmap"]:  # vmap inside jvp: the tangents are out of reach
-        return attention_reference(q, k, v, scale)
+        return _plain_attention(q, k, v, checked.mask, is_causal, checked.scale)
+    if _transforms()[-1:] == ["Vmap"]:
+        _required("vmap inside torch.func.jvp hides the tangents: put vmap outside")
+        return _reference(*checked.tensors, checked.mask, 0.0, is_causal, checked.scale)[0]
     (q, tq), (k, tk), (v, tv) = (fwAD.unpack_dual(x) for x in (q, k, v))
-    if tq is None and tk is None and tv is None:  # no tangent here, but perhaps one of an outer transform
-        plain = attention_reference if _nested(()) else F.scaled_dot_product_attention
-        return plain(q, k, v, scale=scale)
-    tq, tk, tv = (x.new_zeros(x.size(-1)).expand_as(x) if t is None else t for x, t in ((q, tq), (k, tk), (v, tv)))
-    return fwAD.make_dual(*attention_jvp(q, k, v, tq, tk, tv, scale))
+    if tq is None and tk is None and tv is None:
+        reason = why_not_nested(())
+        if reason is not None:  # an outer transform may still have tangents
+            _required(reason)
+            return _reference(*checked.tensors, checked.mask, 0.0, is_causal, checked.scale)[0]
+        return _plain_attention(q, k, v, checked.mask, is_causal, checked.scale)
+    o, to = _attention_jvp(checked._replace(tensors=(q, k, v, tq, tk, tv)), is_causal)
+    return fwAD.make_dual(o, to)
+
+
+def _plain_attention(q, k, v, mask, causal, scale):
+    """F.scaled_dot_product_attention, with zeros for queries that see no key.
+
+    Its backends differ in what they give there, NaN among it. So such a query sees every key, and
+    its output is replaced."""
+    if q.numel() == 0 or k.numel() == 0:
+        return _reference(q, k, v, None, None, None, mask, 0.0, causal, scale)[0]
+    grouped = q.size(1) != k.size(1)
+    if mask is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+    hidden = ~mask if mask.dtype == torch.bool else mask <= MASKED_BELOW
+    empty = hidden.all(-1, keepdim=True)
+    if mask.dtype == torch.bool:
+        mask = mask | empty
+    else:
+        mask = mask.masked_fill(hidden, -math.inf).masked_fill(empty, 0).to(q.dtype)
+    if grouped:  # no backend with linear memory takes a mask and groups together
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return o.masked_fill(empty, 0)

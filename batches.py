@@ -8,6 +8,8 @@ The batches of a run: which images a step trains on, and their way to the device
 The order is an endless sequence of seeded permutations, one an epoch. It is a function of the seed
 and the step alone, so it does not depend on the ranks or on interruptions. To train on a stream of
 data write another `fetch`; to train on captions, other `conditions`.
+
+Before that, `misfit` tells what is wrong with training on a dataset with a run's constants.
 """
 
 import functools
@@ -21,6 +23,34 @@ import torch
 from vae import draw_latents
 
 AHEAD = 3  # batches that are read while the device computes
+
+
+def misfit(header, path, config):
+    """What keeps a run with these constants from training on these data, in one line, or None."""
+    if not header["count"]["train"]:
+        return f"{path} holds no training images"
+    vae = config["vae"]
+    if vae and vae != header.get("vae"):
+        holds = f"latents of {header['vae']!r}" if "vae" in header else "pixels"
+        return f"vae is {vae!r}, but {path} holds {holds}"
+    if config["vae_files"] and "vae" not in header:
+        return f"vae_files is for latents, and {path} holds pixels"
+    side = min(header["shape"][1:])
+    if config["classifier"] == "cnn" and side < 4:
+        return f'classifier "cnn" takes images of at least 4 pixels, not {side}'
+    w = config["w"]
+    if config["guidance"] == "constant":
+        guided = w != 1
+    else:
+        guided = (config["w_min"], config["w_max"]) != (1, 1)
+    if guided and not header["num_classes"]:
+        return f"{path} has no classes, so there is nothing to guide: --w=1, not {w:g}"
+    if guided and config["label_dropout"] == 0:
+        return (
+            "guidance needs a network that knows no class too: "
+            "label_dropout must be above 0 where w is not 1"
+        )
+    return None
 
 
 def conditions(labels, header):
@@ -44,7 +74,6 @@ class Batches:
         self.waited = 0.0  # seconds that `get` has waited for data; the log sets it back to 0
         self.pool = ThreadPoolExecutor(1)
         self.fetched = deque()  # of this step and the next ones
-        self.epoch_order = functools.lru_cache(maxsize=2)(self.epoch_order)
 
     def get(self, step, steps):
         """This rank's rows of a step's batch: images (n, C, H, W) and y (n, ...) on the host.
@@ -86,9 +115,12 @@ class Batches:
         epochs, places = np.divmod(places, count)
         parts = []
         for epoch in np.unique(epochs):
-            parts.append(self.epoch_order(epoch)[places[epochs == epoch]])
+            order = epoch_order(self.seed, int(epoch), count)
+            parts.append(order[places[epochs == epoch]])
         return np.concatenate(parts)
 
-    def epoch_order(self, epoch):
-        count = self.header["count"]["train"]
-        return np.random.default_rng([self.seed, epoch]).permutation(count)
+
+@functools.lru_cache(maxsize=2)  # a batch may begin in one epoch and end in the next
+def epoch_order(seed, epoch, count):
+    """The order of `count` images in an epoch, (count,)."""
+    return np.random.default_rng([seed, epoch]).permutation(count)

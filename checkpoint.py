@@ -94,7 +94,7 @@ def load_tensors(path, device="cpu", needs_about=True):
             tensors = {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint {path}") from None
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise Damaged(f"{path} is not a whole safetensors file: {error}") from None
     except OSError as error:
         if error.errno == errno.EIO:  # a bad sector stays bad; other errors may be gone tomorrow
@@ -156,12 +156,12 @@ def initialize_from(path, model, header, partly):
 
     It must be of the same network, and of data in the same units. partly: it may be of another
     network, or of another maker (any safetensors file): what fits by name and shape is taken.
-    Raises CheckpointError, RuntimeError, or what DiTConfig raises.
+    Raises CheckpointError, RuntimeError, or what the network's config raises for a wrong one.
     """
     device = next(model.parameters()).device
     tensors, was = load_checkpoint(path, device, needs_about=not partly)
     if partly:
-        return take_weights(model, tensors)
+        return take_weights(path, model, tensors)
     config = type(model.config)(**was["config"])
     now = {**vars(model.config), **units(header)}
     before = {**vars(config), **units(was["data"]), "time_init": now["time_init"]}
@@ -179,8 +179,11 @@ def units(header):
     return {key: header.get(key) for key in ("mean", "std", "vae")}
 
 
-def take_weights(model, tensors):
-    """Copy the tensors that fit into a model. Returns the names of those that do not, with why."""
+def take_weights(path, model, tensors):
+    """Copy the tensors that fit into a model. Returns the names of those that do not, with why.
+
+    Raises CheckpointError where none of them fits.
+    """
     own = model.state_dict()
     left_out = []
     for name, t in tensors.items():
@@ -191,6 +194,8 @@ def take_weights(model, tensors):
             left_out.append(f"{name} (the file's is {shapes})")
         else:
             own[name].copy_(t)
+    if len(left_out) == len(tensors):
+        raise CheckpointError(f"nothing in {path} fits this network: {', '.join(left_out[:3])}")
     for name in own:
         if name not in tensors:
             left_out.append(f"{name} (not in the file, stays as it was initialized)")
@@ -219,10 +224,10 @@ def save_state(folder, step, tensors, about, keep):
     save_tensors(path, tensors, {**about, "step": step})
     saved = states(folder)
     kept = [other for other in saved if other <= step][-keep:]
-    for other, path in saved.items():
+    for other, old_path in saved.items():
         if other not in kept:
             with contextlib.suppress(OSError):  # the new one is whole, which is what counts
-                os.remove(path)
+                os.remove(old_path)
 
 
 def load_newest(folder, device="cpu", quiet=False):

@@ -1,4 +1,5 @@
-"""..."""
+"""Fixtures of all tests: a folder of one's own, train.py in fast processes, images for latents."""
+
 import multiprocessing
 import os
 
@@ -10,23 +11,30 @@ from PIL import Image
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
+    """An empty folder, in which the test runs."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def start(folder, monkeypatch):
-    """Starts train.py in a process of its own, forked from a server that has imported everything already, which saves
-    seconds each time. (Not from this process: a fork of one with threads can hang.)"""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([HERE, os.path.join(HERE, "tests")]))                                    # where the server finds this file
+    """start("--steps=3", ...) runs train.py in a process of its own, and returns the process.
+
+    It is forked from a server that has imported everything already, which saves seconds each time.
+    (It is not forked from this process, because a fork of a process with threads can hang.)
+    """
+    # The server must find conftest.py and helpers.py.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([HERE, os.path.join(HERE, "tests")]))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["helpers", "torch._dynamo", "matplotlib.figure"])
     processes = []
 
     def start(*arguments):
-        processes.append(context.Process(target=train_here, args=(str(folder), arguments)))
-        processes[-1].start()
-        return processes[-1]
+        process = context.Process(target=train_here, args=(str(folder), arguments))
+        process.start()
+        processes.append(process)
+        return process
+
     yield start
     for process in processes:
         process.kill()
@@ -35,13 +43,18 @@ def start(folder, monkeypatch):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """200 small JPEGs in four class folders, the 75th of them broken, and a VAE with random weights."""
-    at, rng = tmp_path_factory.mktemp("source"), np.random.default_rng(0)
+    """200 small JPEGs in four class folders, and a VAE with random weights.
+
+    The JPEG of row 75 is cut off.
+    """
+    at = tmp_path_factory.mktemp("source")
+    rng = np.random.default_rng(0)
     tiny_vae(at / "vae")
     for i in range(200):
         path = at / "src" / f"n0{i // 50}" / f"{i % 50:02}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize((50, 40), Image.BICUBIC).save(path, quality=90)
+        pixels = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((50, 40), Image.BICUBIC).save(path, quality=90)
         if i == 75:
             path.write_bytes(path.read_bytes()[:300])
     return at

@@ -1,6 +1,18 @@
 """
-The format of data/NAME.
+The format of data/NAME: how it is read, and how it is written.
+
+    header, data = load_dataset("data/digits")
+    images, labels = data["train_images"], data["train_labels"]
+
+    writer = Writer("data/mine", (3, 64, 64), {"train": 900, "test": 100})
+    writer.set(0, image, label)              # ... and so on, for 1,000 images
+    writer.finish("mine", ["cats", "dogs"])  # only now is there a folder data/mine
+
+A folder of data holds header.json and four arrays: {train,test}_images.npy (N, C, H, W) and
+{train,test}_labels.npy (N,) int64. The top of prepare.py says more. While it is written it is
+called data/mine.partial, which one process holds from before its first byte.
 """
+
 import json
 import os
 import shutil
@@ -8,111 +20,347 @@ import shutil
 import numpy as np
 from numpy.lib.format import open_memmap
 
+from files import UserError, hold, sync_folder, written
+from images import printable
+
 FORMAT = "tvm-data-1"
+SPLITS = ("train", "test")
 
 
-KEYS = ("format", "name", "shape", "dtype", "count", "num_classes", "class_counts", "mean", "std")   # of a header, at least
-
-
-class DataError(Exception):
+class DataError(UserError):
     """Something about the data, in one line for the user."""
 
 
-def load_dataset(path):
-    """The folder that this file wrote -> (header, {"train_images": ..., ...}), images memory-mapped.
-    Raises DataError where the folder is missing, incomplete or not what its header says."""
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def is_numbers(value, length, least=-np.inf, kinds=(int, float)):
+    """Whether a header's value is a list of so many finite numbers, none smaller than `least`."""
+    if not isinstance(value, list) or len(value) != length:
+        return False
+    return all(type(number) in kinds and least <= number < np.inf for number in value)
+
+
+def right_shape(header):
+    return is_numbers(header["shape"], 3, least=1, kinds=(int,))
+
+
+def right_dtype(header):
     try:
-        with open(os.path.join(path, "header.json")) as f:
+        return np.dtype(header["dtype"]).kind in "uif"
+    except TypeError:
+        return False
+
+
+def right_count(header):
+    count = header["count"]
+    if not isinstance(count, dict):
+        return False
+    return is_numbers([count.get(split) for split in SPLITS], 2, least=0, kinds=(int,))
+
+
+def right_num_classes(header):
+    return type(header["num_classes"]) is int and header["num_classes"] >= 0
+
+
+def right_class_counts(header):
+    return is_numbers(header["class_counts"], header["num_classes"], least=0, kinds=(int,))
+
+
+def right_mean(header):
+    return is_numbers(header["mean"], header["shape"][0])
+
+
+def right_std(header):
+    return is_numbers(header["std"], header["shape"][0], least=1e-30)
+
+
+# What a header holds at least, and how each value is checked, in this order.
+CHECKS = {
+    "name": None,
+    "shape": right_shape,  # [C, H, W]
+    "dtype": right_dtype,
+    "count": right_count,  # {"train": N, "test": M}
+    "num_classes": right_num_classes,
+    "class_counts": right_class_counts,  # of the train split
+    "mean": right_mean,  # one a channel
+    "std": right_std,
+}
+
+
+def load_header(path):
+    """The header of a folder of data. Raises DataError where it cannot be."""
+    file = f"{path}/header.json"
+    try:
+        with open(file) as f:
             header = json.load(f)
     except FileNotFoundError:
-        raise DataError(f"no data in {path}: python prepare.py makes it (see the top of prepare.py)") from None
+        raise DataError(
+            f"no data in {path}: python prepare.py makes it (see the top of prepare.py)"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"cannot read {path}/header.json: {error}") from None
-    missing = [key for key in KEYS if not isinstance(header, dict) or key not in header]
-    if missing or header["format"] != FORMAT:
-        raise DataError(f"{path}/header.json is not a {FORMAT} header" + f": no {', '.join(missing)}" * bool(missing))
-    numbers = lambda a, n, least: isinstance(a, list) and len(a) == n and all(type(x) in (int, float) and least <= x < np.inf for x in a)
-    channels = header["shape"][0] if numbers(header["shape"], 3, 1) else None
-    for key, right in (("shape", channels), ("mean", numbers(header["mean"], channels, -np.inf)), ("std", numbers(header["std"], channels, 1e-30)),
-                       ("count", isinstance(header["count"], dict) and numbers([header["count"].get(split) for split in ("train", "test")], 2, 0)),
-                       ("class_counts", numbers(header["class_counts"], header["num_classes"], 0))):
-        if not right:
-            raise DataError(f"{path}/header.json: {key} {header[key]!r} does not belong to {FORMAT} data")
+        raise DataError(f"cannot read {file}: {error}") from None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise DataError(f"{file} is not a {FORMAT} header")
+    missing = [key for key in CHECKS if key not in header]
+    if missing:
+        raise DataError(f"{file} is not a {FORMAT} header: no {', '.join(missing)}")
+    for key, is_right in CHECKS.items():
+        if is_right and not is_right(header):
+            raise DataError(f"{file}: {key} {header[key]!r} does not belong to {FORMAT} data")
+    return header
+
+
+def load_dataset(path):
+    """A folder of data -> (header, {"train_images": ..., "train_labels": ..., "test_...": ...}).
+
+    Images are memory-mapped, (N, C, H, W); posteriors of latents have 2C channels. Labels are
+    (N,) int64. Raises DataError where the folder is missing or not what its header says.
+    """
+    header = load_header(path)
+    is_latent = "vae" in header
+    channels, height, width = header["shape"]
+    stored_channels = 2 * channels if is_latent else channels
+    num_labels = max(1, header["num_classes"])
     arrays = {}
-    for split in ("train", "test"):
-        n = header["count"][split]
-        rows = n + header.get("skipped", 0) * ("vae" in header and split == "train")     # the skipped ones' are at the end
-        expected = {"images": (rows, channels * (1 + ("vae" in header)), *header["shape"][1:]), "labels": (rows,)}
-        for kind, shape in expected.items():
-            name = f"{split}_{kind}"
-            file = os.path.join(path, name + ".npy")
-            try:
-                a = np.load(file, mmap_mode="r" if kind == "images" else None, allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                raise DataError(f"cannot read {file}: {error}") from None
-            dtype = header["dtype"] if kind == "images" else "int64"
-            if a.shape != shape or a.dtype != dtype:
-                raise DataError(f"{file} holds {a.dtype} {a.shape}, but its header says {dtype} {shape}")
-            arrays[name] = a[:n]
-        labels, top = arrays[f"{split}_labels"], max(1, header["num_classes"])
-        if len(labels) and not 0 <= labels.min() <= labels.max() < top:
-            raise DataError(f"{path}/{split}_labels.npy: a label outside 0 to {top - 1}")
+    for split in SPLITS:
+        count = header["count"][split]
+        rows = count
+        if is_latent and split == "train":
+            rows += header.get("skipped", 0)  # their rows are at the end
+        image_shape = (rows, stored_channels, height, width)
+        images = load_array(path, f"{split}_images", image_shape, header["dtype"], mmap_mode="r")
+        labels = load_array(path, f"{split}_labels", (rows,), "int64")
+        arrays[f"{split}_images"] = images[:count]
+        arrays[f"{split}_labels"] = labels = labels[:count]
+        if count and not 0 <= labels.min() <= labels.max() < num_labels:
+            raise DataError(f"{path}/{split}_labels.npy: a label outside 0 to {num_labels - 1}")
     return header, arrays
 
 
+def load_array(path, name, shape, dtype, mmap_mode=None):
+    """One of the arrays of a folder of data, of this shape and dtype or a DataError."""
+    file = os.path.join(path, name + ".npy")
+    try:
+        array = np.load(file, mmap_mode=mmap_mode, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"cannot read {file}: {error}") from None
+    if array.shape != shape or array.dtype != dtype:
+        raise DataError(
+            f"{file} holds {array.dtype} {array.shape}, but its header says {dtype} {shape}"
+        )
+    return array
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
 def need_room(path, count, shape, dtype=np.uint8):
-    """Raises DataError where the disk lacks room for so many arrays: a memory map would end the process, without a word."""
-    need, free = count * int(np.prod(shape)) * np.dtype(dtype).itemsize, shutil.disk_usage(os.path.dirname(path) or ".").free
+    """Raise DataError where the disk has no room for `count` arrays of this shape.
+
+    A memory map that finds none would end the process without a word.
+    """
+    need = count * int(np.prod(shape)) * np.dtype(dtype).itemsize
+    free = shutil.disk_usage(os.path.dirname(path) or ".").free
     if need > free:
-        raise DataError(f"{path} takes {need / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left")
+        raise DataError(
+            f"{path} takes {need / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left"
+        )
+
+
+def claim(path, overwrite=False, keep=False, seconds=0):
+    """Make the name of a dataset this process's own, before anything is written.
+
+    Holds path.partial and returns its lock, for Writer. Waits `seconds` for another process that
+    writes there; raises OSError where it goes on, and DataError where `path` is there already,
+    unless it is a dataset and to be overwritten. What a killed run has left in path.partial is
+    removed, or kept for the caller to go on with.
+    """
+    refuse_existing(path, overwrite)
+    partial = path + ".partial"
+    lock = hold(partial, seconds)
+    leftovers = set(os.listdir(partial)) - {"lock"}
+    put_back(path)
+    if os.path.exists(path) and not overwrite:
+        if leftovers:
+            lock.close()
+        else:
+            abandon(path, lock)  # hold has made it
+        raise DataError(f"{path} is there already: another run made it")
+    if not keep:
+        if "plan.json" in leftovers:
+            raise DataError(
+                f"{partial} is of an imagenet run that was interrupted: "
+                "give that command again, or delete it"
+            )
+        clear(path)
+    return lock
+
+
+def clear(path):
+    """Remove what path.partial holds, all but its lock."""
+    partial = path + ".partial"
+    for name in os.listdir(partial):
+        if name != "lock":
+            os.remove(os.path.join(partial, name))
+
+
+def abandon(path, lock):
+    """Remove path.partial, whose lock the caller holds."""
+    if os.name != "posix":
+        lock.close()  # Windows does not remove an open file
+    shutil.rmtree(path + ".partial")
+    lock.close()
+
+
+def refuse_existing(path, overwrite):
+    """Raise DataError where `path` is there and must not be replaced."""
+    if not os.path.lexists(path):
+        return
+    if not os.path.exists(os.path.join(path, "header.json")):
+        raise DataError(
+            f"{path} exists and is not a dataset of prepare.py: "
+            "move it away, or choose another --name"
+        )
+    if not overwrite:
+        raise DataError(f"{path} is there already: --overwrite replaces it")
+
+
+def put_back(path):
+    """Undo a replacement that a kill has cut in two. See Writer.finish."""
+    replaced = path + ".replaced"
+    if os.path.exists(replaced):
+        if os.path.exists(path):
+            shutil.rmtree(replaced)
+        else:
+            os.rename(replaced, path)
 
 
 class Writer:
-    """Arrays of a known count into NAME.partial, which becomes NAME when all of them are there."""
+    """Arrays of a known size, written in NAME.partial, which becomes NAME when they are whole."""
 
-    def __init__(self, path, shape, count, dtype=np.uint8, begun=False, lock=None):
-        """shape: (C, H, W) of an image as it is stored. count: {"train": N, "test": M}. begun: go on with NAME.partial. lock: that
-        of NAME.partial, where the caller holds it."""
-        from files import hold
-        self.path, self.partial, self.count, self.shape, self.dtype = path, path + ".partial", count, shape, np.dtype(dtype)
-        if os.path.exists(path) and not os.path.exists(os.path.join(path, "header.json")):
-            raise DataError(f"{path} exists and is not a dataset of prepare.py: move it away, or choose another --name")
-        self.lock = lock or hold(self.partial, 0)
+    def __init__(self, path, shape, count, dtype=np.uint8, begun=False, lock=None, overwrite=False):
+        """path: data/NAME. shape: (C, H, W) of an image as it is stored. count: {"train": N,
+        "test": M}. begun: go on with the arrays in NAME.partial. lock: of `claim`, where the caller
+        has called it. overwrite: a dataset of this name is replaced, when the new one is whole.
+        Raises DataError and OSError, and ValueError where begun arrays are not whole.
+        """
+        self.path = path
+        self.partial = path + ".partial"
+        self.shape = shape
+        self.count = count
+        self.dtype = np.dtype(dtype)
+        self.overwrite = overwrite
+        self.lock = lock or claim(path, overwrite, keep=begun)
         if not begun:
-            for name in set(os.listdir(self.partial)) - {"lock"}:          # what an interrupted run left
-                os.remove(os.path.join(self.partial, name))
-            need_room(path, sum(count.values()), shape, dtype)
+            try:
+                need_room(path, sum(count.values()), shape, dtype)
+            except DataError:
+                abandon(path, self.lock)
+                raise
         self.arrays = {}
-        for split, n in count.items():
-            for kind, kind_dtype, item in (("images", dtype, shape), ("labels", np.int64, ())):
-                file = os.path.join(self.partial, f"{split}_{kind}.npy")
-                if n:
-                    if begun:                                              # raises where the file was cut off, which "r+" would fill up
-                        np.load(file, mmap_mode="r")
-                    self.arrays[f"{split}_{kind}"] = open_memmap(file, "r+" if begun else "w+", kind_dtype, (n, *item))
-                else:                                                      # a memory map cannot be empty
-                    np.save(file, np.zeros((0, *item), kind_dtype))
+        for split, rows in count.items():
+            self.arrays[f"{split}_images"] = self.open_array(
+                f"{split}_images", (rows, *shape), dtype, begun
+            )
+            self.arrays[f"{split}_labels"] = self.open_array(
+                f"{split}_labels", (rows,), np.int64, begun
+            )
+
+    def open_array(self, name, shape, dtype, begun):
+        """A memory map of NAME.partial/name.npy, which is made unless it is begun."""
+        file = os.path.join(self.partial, name + ".npy")
+        if not shape[0]:  # a memory map cannot be empty
+            array = np.zeros(shape, dtype)
+            np.save(file, array)
+            return array
+        if not begun:
+            return open_memmap(file, "w+", dtype, shape)
+        np.load(file, mmap_mode="r")  # raises where the file was cut off, which "r+" would fill up
+        return open_memmap(file, "r+", dtype, shape)
 
     def set(self, i, image, label):
-        """Image i (C, H, W) of the whole set: the train split first, then the test split."""
-        split, i = ("train", i) if i < self.count["train"] else ("test", i - self.count["train"])
-        self.arrays[f"{split}_images"][i], self.arrays[f"{split}_labels"][i] = image, label
+        """Set image i (C, H, W) of the whole set: the train split first, then the test split."""
+        split = "train"
+        if i >= self.count["train"]:
+            split = "test"
+            i -= self.count["train"]
+        self.arrays[f"{split}_images"][i] = image
+        self.arrays[f"{split}_labels"][i] = label
 
     def finish(self, name, class_names, **about):
+        """Write the header, rename NAME.partial to NAME, and say what it holds.
+
+        about: more of the header. It may replace what is set here, as latents do.
+        """
+        class_names = [printable(class_name) for class_name in class_names]
         num_classes = len(class_names)
-        counts = np.bincount(self.arrays["train_labels"][:self.count["train"]], minlength=num_classes)[:num_classes]
-        header = dict(format=FORMAT, name=name, kind="images", shape=list(self.shape), dtype=self.dtype.name, count=self.count,
-                      num_classes=num_classes, class_names=list(class_names), class_counts=counts.tolist(),
-                      mean=[127.5] * self.shape[0], std=[127.5] * self.shape[0]) | about
+        labels = self.arrays["train_labels"][: self.count["train"]]
+        class_counts = np.bincount(labels, minlength=num_classes)[:num_classes]
+        channels = self.shape[0]
+        header = dict(
+            format=FORMAT,
+            name=name,
+            kind="images",
+            shape=list(self.shape),
+            dtype=self.dtype.name,
+            count=self.count,
+            num_classes=num_classes,
+            class_names=class_names,
+            class_counts=class_counts.tolist(),
+            mean=[127.5] * channels,
+            std=[127.5] * channels,
+        )
+        header.update(about)
+        self.close_arrays()
+        with written(os.path.join(self.partial, "header.json")) as f:
+            f.write(json.dumps(header, indent=1).encode())
+        self.rename()
+        print(describe(self.path, header))
+        skipped = header.get("skipped")
+        if skipped:
+            seen = sum(self.count.values()) + skipped
+            print(f"{skipped} of {seen} images could not be read and were skipped")
+
+    def close_arrays(self):
         for name in list(self.arrays):
-            self.arrays.pop(name).flush()                                  # and closed, or Windows would not rename
-        with open(os.path.join(self.partial, "header.json"), "w") as f:
-            json.dump(header, f, indent=1)
+            array = self.arrays.pop(name)  # closed with its last name, or Windows would not rename
+            if isinstance(array, np.memmap):
+                array.flush()
+
+    def rename(self):
+        """NAME.partial becomes NAME. The lock is held until then, so that no other run comes
+        between; its file goes last. A dataset that is replaced waits in NAME.replaced."""
+        refuse_existing(self.path, self.overwrite)
+        if os.name != "posix":
+            self.lock.close()  # Windows does not rename a folder with an open file
+        replaced = self.path + ".replaced"
         if os.path.exists(self.path):
-            shutil.rmtree(self.path)
-        self.lock.close(), os.remove(self.lock.name)
+            os.rename(self.path, replaced)
         os.rename(self.partial, self.path)
-        print(f"{self.path}: {self.count['train']} training and {self.count['test']} held-out {header['kind']}, "
-              f"{'x'.join(map(str, header['shape']))}, {num_classes or 'no'} classes")
-        if skipped := header.get("skipped"):
-            print(f"{skipped} of {sum(self.count.values()) + skipped} images could not be read and were skipped")
+        os.remove(os.path.join(self.path, "lock"))
+        self.lock.close()
+        if os.path.exists(replaced):
+            shutil.rmtree(replaced)
+        if os.name == "posix":
+            sync_folder(os.path.dirname(self.path) or ".")
+
+
+def describe(path, header):
+    """One line on what a dataset holds."""
+    count = header["count"]
+    shape = "x".join(map(str, header["shape"]))
+    return (
+        f"{path}: {count['train']} training and {count['test']} held-out {header['kind']}, "
+        f"{shape}, {describe_classes(header['class_names'])}"
+    )
+
+
+def describe_classes(names, most=8):
+    """ "3 classes: cats, dogs, mice", or "no classes"."""
+    if not names:
+        return "no classes"
+    shown = ", ".join(names[:most])
+    if len(names) > most:
+        shown += ", ..."
+    return f"{len(names)} {'class' if len(names) == 1 else 'classes'}: {shown}"

@@ -60,8 +60,10 @@ def ranks_of_torchrun():
     ranks = whole_number("WORLD_SIZE", 1)
     rank = whole_number("RANK", 0)
     local_rank = whole_number("LOCAL_RANK", 0)
-    if ranks < 1 or not 0 <= rank < ranks or local_rank < 0:
+    if ranks < 1 or not 0 <= rank < ranks:
         raise UserError(f"the environment has RANK {rank} and WORLD_SIZE {ranks}, which cannot be")
+    if local_rank < 0:
+        raise UserError(f"the environment's LOCAL_RANK must be at least 0, not {local_rank}")
     if ranks > 1:
         for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
@@ -88,6 +90,7 @@ def join_ranks(backend, patience):
 
     patience: a timedelta after which a rank that falls silent ends the others. Restarts by
     torchrun --max_restarts work on one machine, and on several where torchrun's own store is off.
+    Raises UserError where that is not so, or where the ranks do not find each other.
     """
     rank, ranks, _ = ranks_of_torchrun()
     if ranks == 1:
@@ -104,9 +107,13 @@ def join_ranks(backend, patience):
             "in the environment of every torchrun"
         )
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
-    store = next(dist.rendezvous("env://", timeout=patience))[0]
-    store = dist.PrefixStore(restart, store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience)
+    try:
+        store = next(dist.rendezvous("env://", timeout=patience))[0]
+        store = dist.PrefixStore(restart, store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"rank {rank} cannot join the {ranks} ranks: {reason}") from None
 
 
 def from_rank_0(value):
@@ -116,6 +123,15 @@ def from_rank_0(value):
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def from_all_ranks(value):
+    """The values of all ranks, in their order, on all ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def all_reduce(tensors, limit=2**26):

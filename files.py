@@ -44,9 +44,7 @@ def written(path):
             file.close()  # Windows does not rename an open file
         os.replace(aside, path)
     except BaseException:
-        file.close()
-        with contextlib.suppress(OSError):
-            os.remove(aside)  # it takes room that others need
+        remove_locked(file, aside)  # it takes room that others need
         raise
     file.close()
     if os.name == "posix":
@@ -67,7 +65,8 @@ def hold(folder, seconds=0):
 
     Returns the locked file folder/lock, which must be kept: closing it gives the folder back.
     Waits `seconds` for a process that is about to end. Raises OSError, with the holder's name,
-    where it does not. Files *.partial in the folder are of a save that was cut off: they go.
+    where it does not. Files *.partial in the folder that nobody is writing are of a save that was
+    cut off: they are removed.
     """
     path = os.path.join(folder, "lock")
     try:
@@ -80,8 +79,24 @@ def hold(folder, seconds=0):
     for name in os.listdir(folder):
         leftover = os.path.join(folder, name)
         if name.endswith(".partial") and os.path.isfile(leftover):
-            os.remove(leftover)
+            remove_unless_locked(leftover)
     return lock
+
+
+def remove_unless_locked(path):
+    file = open(path, "r+b")
+    if take_lock(file):
+        remove_locked(file, path)
+    file.close()
+
+
+def remove_locked(file, path):
+    """Remove a file and then let go of its lock. Before that nobody else can begin to write it."""
+    if os.name != "posix":
+        file.close()  # Windows does not remove an open file
+    with contextlib.suppress(OSError):
+        os.remove(path)
+    file.close()
 
 
 def holder_of(path):

@@ -1,72 +1,537 @@
 """
-Which files are images, and how one is read.
+Which files are images, and how one is read. prepare.py and fid.py both go by this file.
+
+    found = find_images("photos")            # all images below a folder or in a .zip, sorted
+    pixels = open_image(found.files[0])      # uint8 (H, W, 3), upright, on white
+    labelled = find_labelled("photos")       # the same with a label for each image
+    pixels = read_image(file, 64)            # cropped and resized, uint8 (3, 64, 64)
+
+In this order: what counts, finding, labels, reading, cropping, all cores at work.
+
+An image is a file with one of the SUFFIXES, in any case, at any depth. Links to files and folders
+are followed. Hidden entries (a leading dot) and those of operating systems never count. Whatever is
+left out is returned by name, with the reason. The order is that of the paths, compared folder by
+folder, by the numbers of their letters: "Z" comes before "a", and "a/b" before "a.b".
 """
+
+import contextlib
 import ctypes
+import functools
+import io
+import json
 import os
 import signal
 import sys
+import unicodedata
+import zipfile
 from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
-from dataset import DataError
+from files import UserError
+
+# ---- what counts ---------------------------------------------------------------------------------
+
+SUFFIXES = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".jpe": "JPEG",
+    ".jfif": "JPEG",
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # no other: PostScript, say, is a program
+OF_SYSTEMS = {"__macosx", "thumbs.db", "desktop.ini"}
+LABELS = "dataset.json"  # of EDM and StyleGAN, at the top of a folder or a .zip
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+MAX_LABEL = 10**6
+MAX_MEMBER = 2**30  # bytes of an image in a .zip, which is read into memory
 
 
-def end_with_parent(_):
-    """In a loader's worker: what kills a rank kills its workers, which would else block on what they cannot hand over."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)                         # PR_SET_PDEATHSIG
+class ImageError(UserError, ValueError):
+    """Why an image, or a folder of them, is not read, in one line."""
 
 
-def parallel(f, items, what):
-    """f over items in all cores, in order, with a progress bar."""
-    workers = min(61, os.cpu_count() or 1)                                 # as many as Windows takes
-    chunk = max(1, min(256, len(items) // (4 * workers)))
-    with ProcessPoolExecutor(workers, initializer=end_with_parent, initargs=(0,)) as pool:
-        yield from tqdm(pool.map(f, items, chunksize=chunk), total=len(items), desc=what, unit="img")
+def suffix_of(name):
+    return os.path.splitext(name)[1].lower()
 
 
-def list_images(src):
-    """The images in a folder -> (class names, [(file, label)]), both sorted; no class names where the folder is flat."""
-    if not os.path.isdir(src):
-        raise DataError(f"no folder {src}")
-    is_image = lambda file: file.lower().endswith((".jpg", ".jpeg", ".png"))
-    below = lambda folder: [os.path.join(at, file) for at, _, names in sorted(os.walk(folder)) for file in sorted(names) if is_image(file)]
-    classes = {d.name: files for d in sorted(os.scandir(src), key=lambda d: d.name) if d.is_dir() and (files := below(d.path))}
-    files = [(file, label) for label, files in enumerate(classes.values()) for file in files]
-    flat = [os.path.join(src, file) for file in sorted(os.listdir(src)) if is_image(file)]
-    if files and flat:
-        raise DataError(f"{src} holds images beside its class folders: which label should they have?")
-    if not files and not flat:
-        raise DataError(f"no .jpg, .jpeg or .png file in {src}")
-    return list(classes), files or [(file, 0) for file in flat]
+def never_counts(name):
+    """Why an entry of this name never counts, whatever it is; or None."""
+    if name.startswith("."):
+        return "hidden"
+    if name.lower() in OF_SYSTEMS:
+        return "of the operating system"
+    return None
 
 
-def read_image(file, size):
-    """The middle of an image, (3, size, size) uint8; or, where it cannot be read, the reason as a string."""
+def printable(text):
+    """The text with escapes for what no terminal shows: line ends and bytes that are no UTF-8."""
+    letters = []
+    for letter in text:
+        if unicodedata.category(letter) in ("Cc", "Cs"):
+            letter = letter.encode("unicode_escape").decode()
+        letters.append(letter)
+    return "".join(letters)
+
+
+# ---- finding -------------------------------------------------------------------------------------
+
+
+class Member(NamedTuple):
+    """An image in a .zip, which is read without extracting it."""
+
+    archive: str
+    name: str
+
+    def __str__(self):
+        return f"{self.archive}/{self.name}"
+
+
+class Found(NamedTuple):
+    names: list  # paths of the images below the folder, with "/", sorted
+    files: list  # what open_image and read_image take, one for each name
+    left_out: list  # (name, reason), sorted; of a folder that never counts the folder alone
+    folders: list  # the folders directly in it that count, sorted
+
+
+def find_images(path):
+    """All images below a folder, or in a .zip, as Found.
+
+    Raises ImageError where there is no such folder or .zip. The file of labels counts neither as
+    an image nor as left out.
+    """
+    if os.path.isdir(path):
+        images, left_out, folders = walk_folder(path)
+    elif os.path.isfile(path) and suffix_of(path) == ".zip":
+        images, left_out, folders = walk_zip(path)
+    else:
+        raise ImageError(f"no folder and no .zip {printable(path)}")
+    images.sort()
+    left_out.sort()
+    names = ["/".join(parts) for parts in images]
+    return Found(
+        names=names,
+        files=files_at(path, names),
+        left_out=[("/".join(parts), reason) for parts, reason in left_out if parts != (LABELS,)],
+        folders=sorted(folders),
+    )
+
+
+def files_at(path, names):
+    """The images of these names below a folder or in a .zip, as open_image and read_image take
+    them."""
+    if os.path.isdir(path):
+        return [os.path.join(path, name.replace("/", os.sep)) for name in names]
+    return [Member(path, name) for name in names]
+
+
+def walk_folder(top):
+    """Returns images [parts], what is left out [(parts, reason)], and the folders at the top.
+
+    parts: a path as the tuple of its names.
+    """
+    images, left_out, folders = [], [], []
+    waiting = [((), [identity(top)])]  # folders to enter, each with the identities of those above
+    while waiting:
+        parts, above = waiting.pop()
+        try:
+            with os.scandir(os.path.join(top, *parts)) as entries:
+                entries = list(entries)
+        except OSError as error:
+            left_out.append((parts, f"a folder that cannot be opened: {error.strerror}"))
+            continue
+        if parts and not entries:
+            left_out.append((parts, "an empty folder"))
+        for entry in entries:
+            path = (*parts, entry.name)
+            reason = why_left_out(entry, above)
+            if reason:
+                left_out.append((path, reason))
+            elif entry.is_dir():
+                waiting.append((path, [*above, identity(entry.path)]))
+                if not parts:
+                    folders.append(entry.name)
+            else:
+                images.append(path)
+    return images, left_out, folders
+
+
+def identity(folder):
+    """What two paths of one folder have in common."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def why_left_out(entry, above):
+    """Why an entry of a folder is neither an image nor a folder to enter; or None."""
+    reason = never_counts(entry.name)
+    if reason:
+        return reason
     try:
-        with Image.open(file, formats=("JPEG", "PNG")) as image:           # of others, PostScript is a program, which would run
-            if max(image.size) > 100 * min(image.size):                    # which the crop would first make gigabytes long
-                return f"{image.width}x{image.height} is too long and thin"
-            if image.mode.startswith("I"):                                 # 16-bit gray, which Pillow would clip
-                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-            return np.asarray(centre_crop(image.convert("RGB"), size)).transpose(2, 0, 1)
-    except Exception as error:                                             # Pillow raises many kinds
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        if entry.is_dir():
+            is_loop = identity(entry.path) in above
+            return "a link to a folder that it lies in" if is_loop else None
+        if entry.is_symlink():
+            os.stat(entry.path)  # raises where the link leads to nothing
+        if not entry.is_file():
+            return "not a file"
+    except FileNotFoundError:
+        return "a link to nothing"
+    except OSError as error:  # a link to itself, a folder that may not be entered
+        return f"cannot be opened: {error.strerror}"
+    return why_no_image(entry.name)
+
+
+def why_no_image(name):
+    if suffix_of(name) not in SUFFIXES:
+        return "its name is not that of an image"
+    return None
+
+
+def walk_zip(path):
+    """As walk_folder, of the members of a .zip."""
+    try:
+        members = open_zip(path).namelist()
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise ImageError(f"cannot read {printable(path)}: {error}") from None
+    images, left_out, folders = set(), {}, set()
+    for member in members:
+        parts = tuple(member.rstrip("/").split("/"))
+        reasons = [never_counts(part) for part in parts]
+        if any(part in ("", ".", "..") for part in parts):
+            left_out[parts] = "its path is not a plain one"
+            continue
+        if any(reasons):
+            first = next(place for place, reason in enumerate(reasons) if reason)
+            left_out[parts[: first + 1]] = reasons[first]
+            continue
+        is_folder = member.endswith("/")
+        if is_folder or len(parts) > 1:
+            folders.add(parts[0])
+        if not is_folder:
+            reason = why_no_image(parts[-1])
+            if reason:
+                left_out[parts] = reason
+            else:
+                images.add(parts)
+    return list(images), list(left_out.items()), list(folders)
+
+
+def open_zip(path):
+    """A .zip to read from, which stays open until another one is asked for."""
+    status = os.stat(path)
+    return open_zip_once(path, status.st_ino, status.st_mtime_ns, os.getpid())
+
+
+@functools.lru_cache(maxsize=1)
+def open_zip_once(path, file_number, time, process):
+    """Each process needs one of its own: two would share one place in the file."""
+    return zipfile.ZipFile(path)
+
+
+# ---- labels --------------------------------------------------------------------------------------
+
+
+class Labelled(NamedTuple):
+    classes: list  # their names; empty where there are no labels
+    names: list  # paths of the images below the folder, with "/", sorted
+    files: list  # what read_image takes, one for each name
+    labels: list  # whole numbers, one for each name; all 0 where there are no labels
+    left_out: list  # (name, reason)
+
+
+def find_labelled(src):
+    """The images of a folder or a .zip, with their labels.
+
+    The labels are those of its dataset.json where it has one: {"labels": [["a/0.png", 3], ...]} or
+    {"labels": null}, as EDM and StyleGAN write it. Else each folder in it is a class, in sorted
+    order. Images that lie in it side by side have no labels. Raises ImageError where that cannot be
+    told, and where a class has no image.
+    """
+    found = find_images(src)
+    content = read_labels_file(src)
+    if content is None:
+        return label_by_folders(src, found)
+    return label_by_table(src, found, content)
+
+
+def label_by_folders(src, found):
+    """Each folder in src is a class."""
+    tops = [name.partition("/")[0] for name in found.names if "/" in name]
+    if len(tops) < len(found.names) and tops:
+        raise ImageError(f"{src} holds images beside its class folders: which label have they?")
+    if not found.names:
+        raise ImageError(f"no {', '.join(SUFFIXES)} file in {src}{example(found)}")
+    if not tops:
+        labels = [0] * len(found.names)
+        return Labelled([], found.names, found.files, labels, found.left_out)
+    refuse_splits(src, found, tops)
+    barren = [folder for folder in found.folders if folder not in set(tops)]
+    if barren:
+        raise ImageError(
+            f"{src}/{barren[0]} looks like a class and holds no image{example(found, barren[0])}. "
+            "Move it away, or give its name a leading dot"
+        )
+    number = {name: place for place, name in enumerate(found.folders)}
+    labels = [number[top] for top in tops]
+    return Labelled(found.folders, found.names, found.files, labels, found.left_out)
+
+
+def example(found, folder=""):
+    """ " (a.gif: its name ...)" where something in the folder is left out, else nothing."""
+    for name, reason in found.left_out:
+        if not folder or name == folder or name.startswith(folder + "/"):
+            return f" ({name}: {reason})"
+    return ""
+
+
+def refuse_splits(src, found, tops):
+    """Raise ImageError where the folders in src are parts of a data set, and not classes.
+
+    One folder `train` with images in it, among other folders, is a class: CIFAR-100 has it.
+    """
+    splits = [folder for folder in found.folders if folder.lower() in SPLITS]
+    if not splits:
+        return
+    is_deep = any(name.startswith(splits[0] + "/") and name.count("/") > 1 for name in found.names)
+    if len(splits) == 1 and len(set(tops)) > 2 and not is_deep:
+        return
+    wanted = next((folder for folder in splits if folder.lower().startswith("train")), splits[0])
+    raise ImageError(
+        f"{' and '.join(splits)} in {src} are parts of a data set, not classes: "
+        f"give {os.path.join(src, wanted)}"
+    )
+
+
+def read_labels_file(src):
+    """The text of src's dataset.json, as bytes; None where it has none."""
+    try:
+        if not os.path.isdir(src):
+            return open_zip(src).read(LABELS)
+        with open(os.path.join(src, LABELS), "rb") as file:
+            return file.read()
+    except (FileNotFoundError, KeyError):
+        return None
+    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        raise ImageError(f"cannot read {src}/{LABELS}: {error}") from None
+
+
+def label_by_table(src, found, content):
+    """The labels are those of a dataset.json. Only images that were found are ever opened."""
+    label_of = parse_labels(src, content)
+    if label_of is None:
+        labels = [0] * len(found.names)
+        return Labelled([], found.names, found.files, labels, found.left_out)
+    left_out = list(found.left_out)
+    names = []
+    for name in found.names:
+        if name in label_of:
+            names.append(name)
+        else:
+            left_out.append((name, f"it has no label in {LABELS}"))
+    for name in sorted(set(label_of) - set(names)):
+        left_out.append((name, f"it is in {LABELS}, and not an image that is there"))
+    if not names:
+        raise ImageError(f"no image in {src} has a label in its {LABELS}")
+    labels = [label_of[name] for name in names]
+    classes = [str(label) for label in range(max(labels) + 1)]
+    return Labelled(classes, names, files_at(src, names), labels, left_out)
+
+
+def parse_labels(src, content):
+    """{name: label} of a dataset.json; None where it says that there are no labels."""
+    try:
+        table = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ImageError(f"{src}/{LABELS} is not JSON: {error}") from None
+    wanted = f'{src}/{LABELS} must be {{"labels": [["NAME", LABEL], ...]}} or {{"labels": null}}'
+    if not isinstance(table, dict) or "labels" not in table:
+        raise ImageError(f"{wanted}; move it away if it is not about labels")
+    if table["labels"] is None:
+        return None
+    if not isinstance(table["labels"], list):
+        raise ImageError(wanted)
+    label_of = {}
+    for row in table["labels"]:
+        is_pair = isinstance(row, list) and len(row) == 2 and isinstance(row[0], str)
+        if not is_pair or type(row[1]) is not int or not 0 <= row[1] < MAX_LABEL:
+            raise ImageError(f"{wanted}, with whole numbers from 0; not {str(row)[:100]}")
+        label_of[row[0].replace("\\", "/")] = row[1]
+    return label_of
+
+
+def tell_left_out(left_out, most=10):
+    """Print what was left out, (name, reason) each, to stderr: the first few by name."""
+    if not left_out:
+        return
+    print(f"left out: {len(left_out)}", file=sys.stderr)
+    for name, reason in left_out[:most]:
+        print(f"    {printable(name)}: {printable(reason)}", file=sys.stderr)
+    if len(left_out) > most:
+        print(f"    and {len(left_out) - most} more", file=sys.stderr)
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+class Picture(NamedTuple):
+    pixels: np.ndarray  # uint8
+    kind: str  # what it is, one of FORMATS
+
+
+def open_image(file):
+    """An image as it is, uint8 (H, W, 3): upright, and on white where it is transparent.
+
+    file: a path, or one of Found.files. Raises ImageError.
+    """
+    return open_picture(file).pixels
+
+
+def open_picture(file):
+    """open_image's pixels, with what kind of image it is."""
+    with as_image_errors():
+        image, kind = decode(file, upright=True)
+        return Picture(np.asarray(image), kind)
+
+
+def read_image(file, size, upright=True, gray=False):
+    """The middle of an image, uint8 (3, size, size); or, where it cannot be read, a string that
+    says why. gray: (1, size, size). upright: turned as its EXIF orientation says."""
+    picture = read_picture(file, size, upright, gray)
+    return picture if isinstance(picture, str) else picture.pixels
+
+
+def read_picture(file, size, upright=True, gray=False):
+    """read_image's pixels, with what kind of image it is; or a string that says why not."""
+    try:
+        with as_image_errors():
+            image, kind = decode(file, upright)
+            if max(image.size) > 100 * min(image.size):  # the crop would make it gigabytes long
+                raise ImageError(f"{image.width}x{image.height} is too long and thin")
+            pixels = np.asarray(centre_crop(image.convert("L") if gray else image, size))
+            pixels = pixels.reshape(size, size, -1).transpose(2, 0, 1)
+            return Picture(pixels, kind)
+    except ImageError as error:
+        return str(error)
+
+
+def read_batch(files, size, upright=True):
+    return [read_image(file, size, upright) for file in files]
+
+
+@contextlib.contextmanager
+def as_image_errors():
+    """Whatever Pillow raises about a file becomes an ImageError. It raises many kinds."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except Exception as error:
+        first_line = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ImageError(printable(first_line)) from None
+
+
+def is_misnamed(name, kind):
+    """Whether an image is of another format than its name says."""
+    return SUFFIXES.get(suffix_of(name), kind) != kind
+
+
+def open_bytes(file):
+    """An image's file, or member of a .zip, as a binary file."""
+    if isinstance(file, Member):
+        archive = open_zip(file.archive)
+        if archive.getinfo(file.name).file_size > MAX_MEMBER:
+            raise ImageError(f"it takes more than {MAX_MEMBER >> 20} MB")
+        return io.BytesIO(archive.read(file.name))
+    return open(file, "rb")
+
+
+def decode(file, upright):
+    """An image of Pillow's, in RGB, and its format. Of several frames the first."""
+    with open_bytes(file) as content:
+        if not content.read(1):
+            raise ImageError("the file is empty")
+        content.seek(0)
+        with Image.open(content, formats=FORMATS) as image:
+            kind = image.format
+            image.load()
+            if upright:
+                image = turn_upright(image)
+            return to_rgb(image), kind
+
+
+def turn_upright(image):
+    """Turn an image as its EXIF orientation says. EXIF that cannot be read says nothing."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return image if orientation == 1 else ImageOps.exif_transpose(image)
+    except Exception:
+        return image
+
+
+def to_rgb(image):
+    """Any mode of Pillow's to 8-bit RGB; what is transparent shows white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray(eight_bits(np.asarray(image)))
+    elif image.mode == "F":
+        raise ImageError("its pixels are floating-point numbers, whose range nobody knows")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def eight_bits(values):
+    """16-bit gray to 8 bits. Pillow would clip it."""
+    if values.min() < 0 or values.max() > 65535:
+        raise ImageError("its pixels are 32-bit numbers, whose range nobody knows")
+    return (values / 257).round().astype(np.uint8)
+
+
+# ---- cropping ------------------------------------------------------------------------------------
 
 
 def centre_crop(image, size):
-    """The usual crop for ImageNet (ADM's): halve with a box filter while twice too large, resize the
-    short side to `size` with a bicubic one, and take the middle."""
+    """The usual crop for ImageNet (ADM's): (size, size) of an image of Pillow's.
+
+    Halve with a box filter while the image is twice too large, resize its short side to `size` with
+    a bicubic filter, and take the middle.
+    """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+    width, height = round(image.width * scale), round(image.height * scale)
+    image = image.resize((width, height), Image.BICUBIC)
+    left = (image.width - size) // 2
+    top = (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
-def read_batch(files, size):
-    return [read_image(file, size) for file in files]
+# ---- all cores at work ---------------------------------------------------------------------------
+
+
+def parallel(function, items, what):
+    """Yield function(item) for each item, in order, computed on all cores. what: for the bar."""
+    workers = min(61, os.cpu_count() or 1)  # Windows takes no more than 61
+    chunk = max(1, min(256, len(items) // (4 * workers)))
+    with ProcessPoolExecutor(workers, initializer=end_with_parent, initargs=(0,)) as pool:
+        results = pool.map(function, items, chunksize=chunk)
+        yield from tqdm(results, total=len(items), desc=what, unit="img")
+
+
+def end_with_parent(_):
+    """Let the system end this worker when its parent ends, however it ends (Linux).
+
+    Else the workers of a killed process would wait for ever to hand over what they have read.
+    """
+    if sys.platform == "linux":
+        parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)

@@ -1,150 +1,344 @@
 """
-Images -> latents of a VAE.
+Images -> latents of a VAE (prepare.py imagenet), and a look at a folder of data (prepare.py check).
+
+`imagenet` can be killed and given again, and several ranks of one machine can share the work. The
+result is the same, because the plan is: file i, in sorted order, becomes row i of the arrays in
+NAME.partial, and batches are always the same files. There done.npy says which rows are there (1)
+and which never can be (2), and plan.json says what was begun. The steps:
+
+    make_plan      what is to be done; on every rank
+    begin          claim the name; make the arrays, or go on with those that are there; rank 0
+    encode_rows    each rank its own batches
+    finish         drop the rows that cannot be, write the header, rename; rank 0
 """
+
 import json
 import os
-import shutil
 import sys
 import zlib
 from datetime import timedelta
 from functools import partial
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from PIL import Image
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset import DataError, Writer, load_dataset
-from images import end_with_parent, list_images, read_batch
+from dataset import DataError, Writer, claim, clear, describe_classes, load_dataset
+from device import from_rank_0, join_ranks, ranks_of_torchrun
+from files import written
+from images import (
+    ImageError,
+    end_with_parent,
+    files_at,
+    find_labelled,
+    printable,
+    read_batch,
+    tell_left_out,
+)
+from vae import PUBLISHED, decode, encode, latent_moments, load_vae
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 
+ENCODED = 1  # the values of done.npy; 0 is still to do
+UNREADABLE = 2
 
-def imagenet(args):
-    """File i of SRC, in sorted order, becomes row i of the arrays in DST.partial; done.npy says which rows are there
-    (1) or cannot be (2). So ranks share the work, and a killed run goes on. Batches are always the same, hence the result."""
-    import torch.distributed as dist
-    from torch.cuda import is_available
-    from torch.utils.data import DataLoader
 
-    from files import hold, written
-    from vae import PUBLISHED, encode, latent_moments, load_vae
-    rank, ranks, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+def imagenet(src, path, name, size, vae_files, vae_name, batch=0):
+    """Encode the images of `src` into the folder of data `path`. Raises DataError and OSError.
+
+    size: of the square images. vae_files: a folder, or a name on the hub. vae_name: what the header
+    calls it. batch: images that are encoded at a time; 0: as many as fill 64 images of 256 x 256.
+    """
+    rank, ranks, local_rank = ranks_of_torchrun()
     if ranks != int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        raise DataError("imagenet takes the GPUs of one machine: its ranks write into one memory map")
-    if os.path.exists(args.path):
-        raise DataError(f"{args.path} is there already: move it away to make it again")
-    vae = load_vae(args.vae, f"cuda:{local}" if is_available() else "cpu")
-    if args.size < 1 or args.size % vae.shrinks or args.batch < 0:
-        raise DataError(f"--size must be a multiple of {vae.shrinks}, as this VAE shrinks, and --batch at least 1, not {args.size} and {args.batch}")
-    C, side, batch = vae.config.latent_channels, args.size // vae.shrinks, args.batch or max(1, 2 ** 22 // args.size ** 2)
-    classes, files = list_images(args.src)
-    names = [file[len(args.src):].lstrip(os.sep) for file, _ in files]
-    plan = dict(image_size=args.size, batch=batch, vae=args.vae_name or args.vae, vae_crc32=vae.crc32, class_names=classes,
-                files_crc32=f"{zlib.crc32(os.fsencode(chr(10).join(names))):08x}")
-    at = lambda file: os.path.join(args.path + ".partial", file)
-    barrier = dist.barrier if ranks > 1 else lambda: None
-    if ranks > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))         # torchrun ends all ranks when one of them ends
-    complaint = [None]
+        raise DataError("imagenet takes the GPUs of one machine: its ranks write one memory map")
+    if os.path.exists(path):
+        raise DataError(f"{path} is there already: move it away to make it again")
+    vae = load_vae(vae_files, f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
+    if size < 1 or size % vae.shrinks:
+        raise DataError(f"--size must be a multiple of {vae.shrinks} (this VAE's), not {size}")
+    if batch < 0:
+        raise DataError(f"--batch must be at least 1, not {batch}")
+    batch = batch or max(1, 2**22 // size**2)
+    labelled = find_labelled(src)
+    plan = make_plan(labelled, size, batch, vae_name, vae.crc32)
+    side = size // vae.shrinks
+    shape = (vae.config.latent_channels, side, side)
+
+    join_ranks("gloo", timedelta(days=7))  # torchrun ends all ranks when one of them ends
+    writer = None
+    complaint = None
     if rank == 0:
+        tell_left_out(labelled.left_out)
+        print("EXIF orientation is not applied, as in ADM's ImageNet", file=sys.stderr)
         try:
-            lock, begun = hold(at(""), 10), json.load(open(at("plan.json"))) if os.path.exists(at("plan.json")) else {}
-            if os.path.exists(args.path):                                  # since the look above
-                if not begun:
-                    shutil.rmtree(at(""))                                  # hold made it
-                raise DataError(f"{args.path} is there already: another run made it")
-            if differ := [key for key in plan if begun.get(key, plan[key]) != plan[key]]:
-                raise DataError(f"{at('')} was begun with another {' and another '.join(differ)}: delete it to start over")
-            writer = Writer(args.path, (2 * C, side, side), {"train": len(files), "test": 0}, np.float16, bool(begun), lock)
-            if not begun:
-                writer.arrays["train_labels"][:] = [label for _, label in files]
-                writer.arrays["train_labels"].flush()
-                with written(at("done.npy")) as f:
-                    np.save(f, np.zeros(len(files), np.uint8))
-                with written(at("plan.json")) as f:                        # last: with it, all of them are there
-                    f.write(json.dumps(plan).encode())
-        except (DataError, OSError, ValueError, AttributeError) as error:
-            complaint = [str(error) if isinstance(error, DataError) else f"cannot write {args.path}: {error}"]
+            writer = begin(path, plan, labelled, shape)
+        except DataError as error:
+            complaint = str(error)
+        except (OSError, ValueError, AttributeError) as error:
+            complaint = f"cannot write {path}: {error}"
+    complaint = from_rank_0(complaint)
+    if complaint:
+        raise DataError(complaint)
+    if from_rank_0(plan) != plan:
+        raise DataError(f"rank {rank} finds other files in {src} than rank 0")
+    encode_rows(path, plan, labelled, vae, rank, ranks)
     if ranks > 1:
-        dist.broadcast_object_list(complaint)
-    if complaint[0]:
-        raise DataError(complaint[0])
-    stored, done = (np.load(at(file), mmap_mode="r+") for file in ("train_images.npy", "done.npy"))
-    mine = [np.arange(first, min(first + batch, len(files))) for first in range(rank * batch, len(files), ranks * batch)]
-    mine = [rows for rows in mine if not done[rows].all()]
-    loader = DataLoader([file for file, _ in files], batch_sampler=mine, collate_fn=partial(read_batch, size=args.size),
-                        num_workers=max(1, (os.cpu_count() or 1) // ranks), worker_init_fn=end_with_parent)
-    with tqdm(total=len(files), initial=np.count_nonzero(done), desc="encoding", unit="img", disable=rank > 0) as bar:
-        for rows, images in zip(mine, loader):
-            whole = np.array([not isinstance(image, str) for image in images])
-            for i in np.flatnonzero(~whole):
-                tqdm.write(f"skipped {names[rows[i]]}: {images[i]}", file=sys.stderr)
-            if whole.any():
-                stored[rows[whole]] = encode(vae, np.stack([images[i] for i in np.flatnonzero(whole)]))
+        dist.barrier()
+    if rank == 0:
+        finish(writer, plan, labelled, src, name, shape)
+
+
+def make_plan(labelled, size, batch, vae_name, vae_crc32):
+    """What must be the same for a run to go on where another was interrupted."""
+    names = "\n".join(labelled.names)
+    return dict(
+        image_size=size,
+        batch=batch,
+        vae=vae_name,
+        vae_crc32=vae_crc32,
+        class_names=[printable(name) for name in labelled.classes],
+        files_crc32=f"{zlib.crc32(os.fsencode(names)):08x}",
+    )
+
+
+def begin(path, plan, labelled, shape):
+    """Claim the name, and make the arrays in path.partial or go on with those that are there.
+
+    Returns their Writer. Raises DataError where the name is taken or another plan was begun.
+    """
+    lock = claim(path, keep=True, seconds=10)
+
+    def at(file):
+        return os.path.join(path + ".partial", file)
+
+    begun = {}
+    if os.path.exists(at("plan.json")):
+        with open(at("plan.json")) as f:
+            begun = json.load(f)
+    differing = [key for key in plan if begun.get(key, plan[key]) != plan[key]]
+    if differing:
+        raise DataError(
+            f"{path}.partial was begun with another {' and another '.join(differing)}: "
+            "delete it to start over"
+        )
+    if not begun:
+        clear(path)
+    channels, height, width = shape
+    rows = len(labelled.files)
+    stored_shape = (2 * channels, height, width)
+    count = {"train": rows, "test": 0}
+    writer = Writer(path, stored_shape, count, np.float16, begun=bool(begun), lock=lock)
+    if not begun:
+        writer.arrays["train_labels"][:] = labelled.labels
+        writer.arrays["train_labels"].flush()
+        with written(at("done.npy")) as f:
+            np.save(f, np.zeros(rows, np.uint8))
+        with written(at("plan.json")) as f:  # last: where it is, all the others are
+            f.write(json.dumps(plan).encode())
+    return writer
+
+
+def encode_rows(path, plan, labelled, vae, rank, ranks):
+    """Encode this rank's share of the rows that are not done yet."""
+    stored = np.load(os.path.join(path + ".partial", "train_images.npy"), mmap_mode="r+")
+    done = np.load(os.path.join(path + ".partial", "done.npy"), mmap_mode="r+")
+    batches = batches_to_do(done, plan["batch"], rank, ranks)
+    loader = DataLoader(
+        labelled.files,
+        batch_sampler=batches,
+        collate_fn=partial(read_batch, size=plan["image_size"], upright=False),
+        num_workers=max(1, (os.cpu_count() or 1) // ranks),
+        worker_init_fn=end_with_parent,
+    )
+    skipped = []
+    bar = tqdm(
+        total=len(done),
+        initial=np.count_nonzero(done),
+        desc="encoding",
+        unit="img",
+        disable=rank > 0,
+    )
+    with bar:
+        for rows, images in zip(batches, loader):
+            is_whole = np.array([not isinstance(image, str) for image in images])
+            for row in np.flatnonzero(~is_whole):
+                skipped.append((labelled.names[rows[row]], images[row]))
+            if is_whole.any():
+                whole = np.stack([images[i] for i in np.flatnonzero(is_whole)])
+                stored[rows[is_whole]] = encode(vae, whole)
                 stored.flush()
-            done[rows] = np.where(whole, 1, 2)
-            bar.update(np.count_nonzero(done) - bar.n)
-    barrier()
-    if rank > 0:
-        return
-
-    # Rows from the end take the places of those that cannot be: again with the same result, should it end here.
-    n = writer.count["train"] = int(np.count_nonzero(done == 1))
-    if not n:
-        raise DataError(f"none of the {len(files)} images in {args.src} can be read")
-    to, source, names = np.flatnonzero(done[:n] == 2), n + np.flatnonzero(done[n:] == 1), np.array(names, object)
-    for a in (stored, writer.arrays["train_labels"], names):
-        a[to] = a[source]
-    with open(at("train_files.txt"), "w", encoding="utf-8", errors="surrogateescape") as f:
-        f.writelines(f"{name}\n" for name in names[:n])
-    known = plan["vae"] == SD_VAE and args.size in PUBLISHED
-    mean, std = PUBLISHED[args.size] if known else latent_moments(stored[:n])
-    del stored, done, a                                                    # or Windows would not rename
-    writer.finish(args.name, **plan, kind="latents", shape=[C, side, side], mean=mean, std=std, skipped=len(files) - n,
-                  normalization="published" if known else "measured", license="yours", source="a folder of images",
-                  made_by=f"prepare.py imagenet --size {args.size} --batch {batch}")
-    for name in ("done.npy", "plan.json"):
-        os.remove(os.path.join(args.path, name))
+            done[rows] = np.where(is_whole, ENCODED, UNREADABLE)
+            bar.update(np.count_nonzero(done) - bar.n)  # of all ranks
+    tell_left_out(skipped)
 
 
-def check(args):
-    """Prints what a folder of data holds and draws eight of its images; raises DataError where something is wrong."""
-    from torch import from_numpy
+def batches_to_do(done, batch, rank, ranks):
+    """This rank's batches of rows, each an array of row numbers, without those that are done."""
+    batches = []
+    for first in range(rank * batch, len(done), ranks * batch):
+        rows = np.arange(first, min(first + batch, len(done)))
+        if not done[rows].all():
+            batches.append(rows)
+    return batches
 
-    from vae import decode, latent_moments, load_vae
-    header, data = load_dataset(args.path)
-    stored, latent, classes, wrong = data["train_images"], "vae" in header, header["num_classes"], []
-    counts = np.bincount(data["train_labels"], minlength=classes)[:classes]
-    print(f"{args.path}: {len(stored)} {header.get('kind', 'images')}, {'x'.join(map(str, header['shape']))}, "
-          + (f"{classes} classes of {counts.min()} to {counts.max()}" if classes else "no classes"))
-    if counts.tolist() != header["class_counts"] or 0 in counts:
-        wrong.append("a class is empty, or the header's class_counts are not those of the labels")
-    rows = np.random.default_rng(args.seed).permutation(len(stored))[:max(8, 2 ** 27 // stored[0].size)]
-    x = np.float32(stored[np.sort(rows)])
-    if flat := np.count_nonzero(np.ptp(x.reshape(len(x), -1), axis=1) == 0):
-        wrong.append(f"{flat} of {len(x)} images have one value everywhere")
-    moments = latent_moments(x) if latent else [f(x, axis=(0, 2, 3), dtype=np.float64) for f in (np.mean, np.std)]
-    for c, (mean, std, m, sd) in enumerate(zip(*moments, header["mean"], header["std"])):
-        mean, std = (mean - m) / sd, std / sd
-        print(f"channel {c}, normalized: mean {mean:.3f}, std {std:.3f}")
-        if not (abs(mean) < 0.1 and abs(std - 1) < 0.1 if latent else std > 0.01):
-            wrong.append(f"channel {c} has mean {mean:.3g} and std {std:.3g}" + ", not about 0 and 1" * latent)
-    sheet = [stored[rows[:8]].transpose(0, 2, 3, 1)]
-    if latent:
-        vae = load_vae(args.vae or header["vae"], crc32=header.get("vae_crc32"))
-        sheet = [decode(vae, from_numpy(stored[rows[:8], :header["shape"][0]]))]
-    if latent and args.src:
-        with open(os.path.join(args.path, "train_files.txt"), encoding="utf-8", errors="surrogateescape") as f:
-            files = f.read().split("\n")
-        if len(files) != len(stored) + 1 or "image_size" not in header:
-            raise DataError(f"{args.path}/train_files.txt is not whole, or header.json lacks its image_size")
-        originals = read_batch([os.path.join(args.src, files[row]) for row in rows[:8]], header["image_size"])
-        if lost := [image for image in originals if isinstance(image, str)]:
-            raise DataError(f"an original in {args.src} cannot be read: {lost[0]}")
-        sheet.insert(0, np.stack(originals).transpose(0, 2, 3, 1))
-        print(f"decoded images differ from their originals by {np.abs(np.float32(sheet[0]) - sheet[1]).mean():.1f} of 255 levels in the mean")
-    sheet = np.concatenate([np.concatenate(images, axis=1) for images in sheet])
-    Image.fromarray(np.broadcast_to(sheet, (*sheet.shape[:2], 3))).save(os.path.join(args.path, "check.png"))
-    print(f"{args.path}/check.png: {'originals over ' * bool(latent and args.src)}{'decoded ' * latent}examples")
+
+def finish(writer, plan, labelled, src, name, shape):
+    """Drop the rows that cannot be, write the header, and rename path.partial to path."""
+    stored = writer.arrays["train_images"]
+    labels = writer.arrays["train_labels"]
+    done = np.load(os.path.join(writer.partial, "done.npy"), mmap_mode="r+")
+    refuse_empty_classes(done, labels, labelled, src)
+
+    # Rows from the end take the places of those that cannot be. Should this end here, it can be
+    # done again with the same result.
+    count = int(np.count_nonzero(done == ENCODED))
+    empty_rows = np.flatnonzero(done[:count] == UNREADABLE)
+    last_rows = count + np.flatnonzero(done[count:] == ENCODED)
+    names = np.array(labelled.names, object)
+    for array in (stored, labels, names):
+        array[empty_rows] = array[last_rows]
+    file = os.path.join(writer.partial, "train_files.txt")
+    with open(file, "w", encoding="utf-8", errors="surrogateescape") as f:
+        f.writelines(f"{name}\n" for name in names[:count])
+
+    is_published = plan["vae"] == SD_VAE and plan["image_size"] in PUBLISHED
+    if is_published:
+        mean, std = PUBLISHED[plan["image_size"]]
+    else:
+        mean, std = latent_moments(stored[:count])
+    writer.count["train"] = count
+    about = dict(
+        kind="latents",
+        shape=list(shape),
+        mean=mean,
+        std=std,
+        skipped=len(done) - count,
+        normalization="published" if is_published else "measured",
+        license="yours",
+        source="a folder of images",
+        made_by=f"prepare.py imagenet --size {plan['image_size']} --batch {plan['batch']}",
+    )
+    del stored, labels, done, array  # or Windows would not rename
+    writer.finish(name, **plan, **about)
+    for file in ("done.npy", "plan.json"):
+        os.remove(os.path.join(writer.path, file))
+
+
+def refuse_empty_classes(done, labels, labelled, src):
+    """Raise DataError where no image of a class can be read, and let the next run read them again.
+
+    So the user can mend those files, under the same names, and lose nothing of the other work.
+    """
+    if not np.count_nonzero(done == ENCODED):
+        raise DataError(f"none of the {len(done)} images in {src} can be read")
+    lost = sorted(set(labels.tolist()) - set(labels[done == ENCODED].tolist()))
+    if lost:
+        done[np.isin(labels, lost)] = 0
+        done.flush()
+        raise DataError(
+            f"no image of class {printable(labelled.classes[lost[0]])!r} in {src} can be read: "
+            "mend its files under the same names, and give the command again"
+        )
+
+
+# ---- a look at what is there ---------------------------------------------------------------------
+
+
+def check(path, src=None, vae_files=None, seed=0):
+    """Print what a folder of data holds, and draw eight of its images into path/check.png.
+
+    src: where the images were that became latents, which are then drawn above them. Raises
+    DataError where something is wrong.
+    """
+    header, data = load_dataset(path)
+    stored = data["train_images"]
+    is_latent = "vae" in header
+    wrong = check_counts(path, header, data["train_labels"])
+    rows = np.random.default_rng(seed).permutation(len(stored))
+    rows = rows[: max(8, 2**27 // stored[0].size)]
+    wrong += check_values(header, np.float32(stored[np.sort(rows)]))
+
+    rows = rows[:8]
+    lines = [stored[rows].transpose(0, 2, 3, 1)]  # of the picture: (8, H, W, C) each
+    if is_latent:
+        vae = load_vae(vae_files or header["vae"], crc32=header.get("vae_crc32"))
+        means = stored[rows, : header["shape"][0]]
+        lines = [decode(vae, torch.from_numpy(means))]
+    shown = "decoded examples" if is_latent else "examples"
+    if is_latent and src:
+        originals = read_originals(path, header, src, rows, len(stored))
+        lines.insert(0, originals)
+        difference = np.abs(np.float32(originals) - lines[1]).mean()
+        print(f"decoded images differ from their originals by {difference:.1f} of 255 levels")
+        shown = "originals over decoded examples"
+    draw(lines, os.path.join(path, "check.png"))
+    print(f"{path}/check.png: {shown}")
     if wrong:
-        raise DataError(f"{args.path}: {'; '.join(wrong)}")
+        raise DataError(f"{path}: {'; '.join(wrong)}")
+
+
+def check_counts(path, header, labels):
+    """Say how many images and classes there are. Returns what is wrong, as a list of text."""
+    num_classes = header["num_classes"]
+    counts = np.bincount(labels, minlength=num_classes)[:num_classes]
+    names = header.get("class_names") or [str(label) for label in range(num_classes)]
+    about = describe_classes(names)
+    if num_classes:
+        about = about.replace(":", f" of {counts.min()} to {counts.max()}:", 1)
+    shape = "x".join(map(str, header["shape"]))
+    print(f"{path}: {len(labels)} {header.get('kind', 'images')}, {shape}, {about}")
+    if counts.tolist() != header["class_counts"] or 0 in counts:
+        return ["a class is empty, or the header's class_counts are not those of the labels"]
+    return []
+
+
+def check_values(header, x):
+    """Print each channel's moments. x: (n, C, H, W) as stored. Returns what is wrong."""
+    wrong = []
+    is_latent = "vae" in header
+    flat = np.count_nonzero(np.ptp(x.reshape(len(x), -1), axis=1) == 0)
+    if flat:
+        wrong.append(f"{flat} of {len(x)} images have one value everywhere")
+    if is_latent:
+        means, stds = latent_moments(x)
+    else:
+        means = np.mean(x, axis=(0, 2, 3), dtype=np.float64)
+        stds = np.std(x, axis=(0, 2, 3), dtype=np.float64)
+    for channel in range(len(header["mean"])):
+        mean = (means[channel] - header["mean"][channel]) / header["std"][channel]
+        std = stds[channel] / header["std"][channel]
+        print(f"channel {channel}, normalized: mean {mean:.3f}, std {std:.3f}")
+        found = f"channel {channel} has mean {mean:.3g} and std {std:.3g}"
+        if is_latent and not (abs(mean) < 0.1 and abs(std - 1) < 0.1):
+            wrong.append(f"{found}, not about 0 and 1")
+        elif not std > 0.01:
+            wrong.append(found)
+    return wrong
+
+
+def read_originals(path, header, src, rows, count):
+    """The images that became these rows, (n, size, size, 3) uint8."""
+    with open(f"{path}/train_files.txt", encoding="utf-8", errors="surrogateescape") as f:
+        names = f.read().split("\n")
+    if len(names) != count + 1 or "image_size" not in header:
+        raise DataError(f"{path}/train_files.txt is not whole, or header.json lacks its image_size")
+    files = files_at(src, [names[row] for row in rows])
+    originals = read_batch(files, header["image_size"], upright=False)
+    for original in originals:
+        if isinstance(original, str):
+            raise ImageError(f"an original in {src} cannot be read: {original}")
+    return np.stack(originals).transpose(0, 2, 3, 1)
+
+
+def draw(lines, path):
+    """Save lines of images, (n, H, W, C) uint8 each, as one picture. Of other numbers of channels
+    than 1 and 3 it shows the first three, or the first."""
+    picture = np.concatenate([np.concatenate(images, axis=1) for images in lines])
+    channels = picture.shape[2]
+    picture = picture[:, :, : 3 if channels >= 3 else 1]
+    picture = np.broadcast_to(picture, (*picture.shape[:2], 3))
+    Image.fromarray(picture).save(path)

@@ -4,8 +4,9 @@ Options: the table of constants at the top of train.py, and the parser of the ot
     steps  = option(1900, "optimizer steps", least=1, later=True)      # one line a constant
     config = configure(options_of(globals()), PRESETS, __doc__)             # {name: value}
 
-A value is the edited default, else the preset's, else that of a flag --name=value; the last one
-wins. A default that is a whole number takes whole numbers only; one with a point takes any number.
+A value is the default, as edited in the file, unless the preset has another; a flag --name=value
+beats both. A constant whose default is a whole number takes whole numbers only. One whose default
+has a point or an exponent (0.0, 1e-8) takes any number.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def configure(options, presets, doc, arguments=None):
     if preset:
         if preset not in presets:
             fail(f"there is no preset {preset!r}{did_you_mean(preset, presets, list(presets))}")
-        config.update(presets[preset])
+        config.update(checked_preset(preset, presets[preset], options))
     config.update(flags)
     if wants_help:
         print(doc)
@@ -65,33 +66,51 @@ def configure(options, presets, doc, arguments=None):
     return config
 
 
+def checked_preset(preset, values, options):
+    """The values of a preset, each of the type of its option."""
+    checked = {}
+    for name, value in values.items():
+        if name not in options:
+            fail(f"preset {preset}: there is no option {name!r}{did_you_mean(name, options, [])}")
+        kind = type(options[name].default)
+        text = value if isinstance(value, str) else repr(value)
+        checked[name] = parse_value(f"preset {preset}: {name}", text, kind)
+    return checked
+
+
 def parse_flag(argument, options):
-    """ "--lr=0.1" -> ("lr", 0.1)."""
+    """The text "--lr=0.1" -> ("lr", 0.1)."""
     name, equals, text = argument.removeprefix("--").partition("=")
     if name not in options:
         fail(f"there is no option {name!r}{did_you_mean(name, options, [])}")
     if not argument.startswith("--") or not equals:
         fail(f"write --{name}=VALUE, not {argument!r}")
-    return name, parse_value(name, text, type(options[name].default))
+    return name, parse_value(f"--{name}", text, type(options[name].default))
 
 
-def parse_value(name, text, kind):
+def parse_value(what, text, kind):
+    """Text -> a value of a type: str, int, float or bool. `what` stands in the complaint."""
     if kind is str:
         return text
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = None
     if kind is float and type(value) is int and abs(value) < 1e300:
         value = float(value)
     is_finite = kind is not float or (type(value) is float and math.isfinite(value))
     if type(value) is not kind or not is_finite:
-        takes = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
-        fail(f"--{name} takes {takes}, not {text!r}")
+        takes = {
+            int: "a whole number, as its default is",
+            float: "a number",
+            bool: "True or False",
+        }
+        fail(f"{what} takes {takes[kind]}, not {text!r}")
     return value
 
 
 def did_you_mean(name, names, otherwise):
+    """The end of a complaint about a name: the names that are like it, or else `otherwise`."""
     near = difflib.get_close_matches(name, names) or otherwise
     if near:
         return f"; did you mean {' or '.join(near)}?"
@@ -132,11 +151,12 @@ def differences(old, config, options, changed=""):
 
 
 def print_options(options, config):
-    """The options with the values that they would have."""
-    width = max(len(f"--{name}={config[name]!r}") for name in options)
+    """The options with the values that they would have, and what each is."""
+    flags = {name: f"--{name}={config[name]!r}" for name in options}
+    width = max(len(flag) for flag in flags.values())
     width = min(width, 32)
     for name, o in options.items():
-        print(f"    {f'--{name}={config[name]!r}':<{width}}  {o.about}")
+        print(f"    {flags[name]:<{width}}  {o.about}")
         if o.choices:
             print(f"    {'':<{width}}  one of {', '.join(map(str, o.choices))}")
 

@@ -1,45 +1,207 @@
 """
 Pickles, read without running them.
+
+A pickle is a program: it names functions and calls them. Here none of those functions is imported.
+A name is answered with a stand-in of this house, or the pickle is refused.
+
+    with mapped(path) as content:
+        found = load_arrays(content)          # dicts, lists, text, numbers and numpy arrays
+    batch = load_arrays(raw, encoding="bytes")    # of bytes in memory; text of Python 2 stays bytes
+
+convert.py reads larger things, with stand-ins of its own: a RestrictedUnpickler. Every reader calls
+check_pickle first, because a pickle of a few bytes can also ask for terabytes of memory.
 """
+
+import contextlib
+import io
 import mmap
 import pickle
 import pickletools
-from contextlib import contextmanager
+
+import numpy as np
+
+from files import UserError
+
+# What modules were called in Python 2, and in numpy 2.
+OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+NEW_NUMPY = ("numpy._core.", "numpy.core.")
+
+# The arrays that are made: of plain numbers, in the names of numpy's dtypes.
+DTYPES = {"b1", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8"}
+BYTE_ORDERS = {"<", ">", "=", "|"}
 
 
-class FidError(ValueError):
-    """Something about images, statistics or weights, in one line for the user."""
+class RefusedPickle(UserError):
+    """A pickle that is not read, with the reason in one line."""
 
 
-@contextmanager
-def reading(path):
-    """Whatever goes wrong with a file becomes one line."""
-    try:
-        yield
-    except Exception as error:                  # zipfile, zlib, numpy, Pillow, pickle and torch raise many kinds
-        text = str(error) if isinstance(error, FidError) else f"cannot read {path}: {type(error).__name__}: {error}"
-        raise FidError("".join(filter(str.isprintable, text.strip().splitlines()[0]))[:500]) from None    # with words of a stranger's
+def one_line(error, longest=500):
+    """An error's text as one printable line: a stranger's file may have put anything into it."""
+    lines = str(error).strip().splitlines() or [""]
+    return "".join(filter(str.isprintable, lines[0]))[:longest]
 
 
-class Held(list):
-    """Stands in a pickle for an array, its type or their makers: keeps what it is given, and does nothing."""
-    __init__, __setstate__ = lambda self, *args: list.__init__(self, args), list.extend
+@contextlib.contextmanager
+def mapped(path):
+    """A file's content as an mmap, which takes no memory. Raises OSError; ValueError if empty."""
+    with (
+        open(path, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        yield content
 
 
-class Unpickler(pickle.Unpickler):
+def check_pickle(content):
+    """Raise an error where a pickle asks for much more memory than it fills itself.
+
+    content: bytes or an mmap. Three kinds of numbers in a pickle ask for memory. The length of a
+    text is checked by genops, which reads it. Places to remember things in are counted from 0, so
+    a place beyond the count of opcodes is never needed. A frame is no longer than the file.
+    """
+    for count, (opcode, number, _) in enumerate(pickletools.genops(content)):
+        far_place = "PUT" in opcode.name and number > count
+        long_frame = opcode.name == "FRAME" and number > len(content)
+        if far_place or long_frame:
+            raise pickle.UnpicklingError(
+                f"{opcode.name} of {number}, after {count} opcodes in {len(content)} bytes"
+            )
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    """An unpickler that imports nothing. Subclasses define `stand_in`."""
+
     def find_class(self, module, name):
-        known = f"{module}.{name}".replace("._core.", ".core.")
-        if known == "numpy.core.numeric._frombuffer":                  # protocol 5's: the same parts in another order
-            return lambda raw, dtype, shape, order: Held(shape, dtype, order == "F", raw)
-        if known not in ("numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar"):
-            raise FidError(f"a pickle that asks for {module}.{name}, which no statistics need, is refused")
-        return Held
+        module = OLD_MODULES.get(module, module)
+        found = self.stand_in(module, name)
+        if found is None:
+            raise RefusedPickle(f"it calls for {module}.{name}, which is not on the list of names")
+        return found
+
+    def stand_in(self, module, name):
+        """What the pickle gets when it asks for module.name; None refuses the pickle."""
+        raise NotImplementedError
 
 
-def check_pickle(file):
-    """Raises, in one of many kinds, where a number in a pickle would have its reader ask for much more memory than the file fills:
-    a size, which the end of a map cuts, or a place to remember something in, which are counted from 0."""
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        for n, (opcode, number, _) in enumerate(pickletools.genops(mapped)):
-            if "PUT" in opcode.name and number > n or opcode.name == "FRAME" and number > len(mapped):
-                raise pickle.UnpicklingError(f"{opcode.name} of {number}, after {n} opcodes in {len(mapped)} bytes")
+# ---- numpy arrays --------------------------------------------------------------------------------
+
+
+def load_arrays(content, encoding="latin1"):
+    """What a pickle holds: dicts, lists, tuples, text, bytes, numbers and numpy arrays.
+
+    content: bytes or an mmap. encoding: of text that Python 2 has written; "bytes" leaves it as
+    bytes. Arrays are of the DTYPES above and read-only. Everything else raises RefusedPickle.
+    """
+    file = io.BytesIO(content) if isinstance(content, bytes) else content
+    try:
+        check_pickle(content)
+        file.seek(0)
+        return with_arrays(ArrayUnpickler(file, encoding=encoding).load(), {})
+    except RefusedPickle as error:
+        raise RefusedPickle(one_line(error)) from None
+    except Exception as error:  # pickle, pickletools and numpy raise many kinds
+        kind = type(error).__name__
+        raise RefusedPickle(f"not a whole pickle of arrays: {kind}: {one_line(error)}") from None
+
+
+class HeldDtype:
+    """A dtype as a pickle describes it: numpy.dtype("f8", False, True), then a state."""
+
+    def __init__(self, name, *_):
+        self.name = as_text(name)
+        self.byte_order = "="
+
+    def __setstate__(self, state):
+        self.byte_order = as_text(state[1])  # (version, byte order, ...)
+
+    def dtype(self):
+        if self.name not in DTYPES or self.byte_order not in BYTE_ORDERS:
+            raise RefusedPickle(f"an array of {self.name!r}, which is not one of plain numbers")
+        return np.dtype(self.byte_order + self.name)
+
+
+class HeldArray:
+    """An array as a pickle describes it: made empty, then a state with all that it is."""
+
+    __hash__ = None  # so it is no key of a dict and in no set, where with_arrays does not look
+
+    def __init__(self, *_):
+        self.state = None
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def array(self):
+        _, shape, held_dtype, by_columns, raw = self.state
+        flat = np.frombuffer(as_bytes(raw), held_dtype.dtype())
+        return flat.reshape(shape, order="F" if by_columns else "C")
+
+
+def array_from_buffer(raw, dtype, shape, order):
+    """How protocol 5 makes an array: the same parts in another order."""
+    held = HeldArray()
+    held.state = (1, shape, dtype, order == "F", raw)
+    return held
+
+
+def number_from_bytes(held_dtype, raw):
+    """A numpy number, as one of Python."""
+    return np.frombuffer(as_bytes(raw), held_dtype.dtype()).reshape(()).item()
+
+
+def bytes_from_text(text, encoding):
+    """How protocols 0 to 2 of Python 3 write bytes."""
+    if encoding != "latin1":
+        raise RefusedPickle(f"bytes that are encoded as {encoding!r}")
+    return text.encode("latin1")
+
+
+def empty_bytes():
+    """How they write no bytes at all. (The real `bytes` takes a size, which asks for memory.)"""
+    return b""
+
+
+class ArrayUnpickler(RestrictedUnpickler):
+    STAND_INS = {
+        "numpy.ndarray": HeldArray,
+        "numpy.dtype": HeldDtype,
+        "numpy.core.multiarray._reconstruct": HeldArray,
+        "numpy.core.multiarray.scalar": number_from_bytes,
+        "numpy.core.numeric._frombuffer": array_from_buffer,
+        "_codecs.encode": bytes_from_text,
+        "builtins.bytes": empty_bytes,
+    }
+
+    def stand_in(self, module, name):
+        return self.STAND_INS.get(f"{module}.{name}".replace(*NEW_NUMPY))
+
+
+def with_arrays(thing, done):
+    """The thing with numpy arrays where HeldArrays were. Dicts and lists are changed in place.
+
+    done: what was returned for each thing, by its id. A pickle may hold one list in many places,
+    and even in itself.
+    """
+    if not isinstance(thing, (HeldArray, dict, list, tuple)):
+        if isinstance(thing, HeldDtype) or callable(thing):
+            raise RefusedPickle("it holds a part of an array, or a function, by itself")
+        return thing
+    if id(thing) in done:
+        return done[id(thing)]
+    if isinstance(thing, HeldArray):
+        done[id(thing)] = thing.array()
+    elif isinstance(thing, tuple):
+        done[id(thing)] = tuple([with_arrays(part, done) for part in thing])
+    else:
+        done[id(thing)] = thing
+        keys = list(thing) if isinstance(thing, dict) else range(len(thing))
+        for key in keys:
+            thing[key] = with_arrays(thing[key], done)
+    return done[id(thing)]
+
+
+def as_text(text):
+    return text.decode("latin1") if isinstance(text, bytes) else text
+
+
+def as_bytes(text):
+    return text.encode("latin1") if isinstance(text, str) else text

@@ -2,21 +2,32 @@
 Raw images -> data/NAME/, the memory-mapped arrays that train.py reads.
 
     python prepare.py digits                          # 1,797 real 8x8 scans, in this repository
-    python prepare.py shapes [--size 32] [--n 60000]  # drawn here: 10 classes of coloured shapes
-    python prepare.py folder SRC --size 64            # JPEG or PNG, one folder a class (or flat: no labels)
-    python prepare.py cifar10 cifar-10-binary.tar.gz  # the binary version, from its authors' page
-    python prepare.py imagenet SRC [DST] --size 256   # a folder of class folders -> latents of a VAE, in data/im256
-    torchrun --nproc_per_node=8 prepare.py imagenet SRC --size 512   # the same command again goes on where it was
-    python prepare.py check NAME [--src SRC]          # is data/NAME, or the folder NAME, what it should be? with a picture
+    python prepare.py shapes --size 32 --n 60000      # drawn here: 10 classes of coloured shapes
+    python prepare.py folder SRC --size 64            # images of your own: one folder a class
+    python prepare.py cifar10 cifar-10-python.tar.gz  # from its authors' page; or the binary one
+    python prepare.py imagenet SRC --size 256         # images -> latents of a VAE, in data/im256
+    torchrun --nproc_per_node=8 prepare.py imagenet SRC --size 512
+    python prepare.py check NAME [--src SRC]          # is data/NAME what it should be? a picture
 
-Common options: --name NAME (data/NAME), --seed N. A folder of data holds
+`python prepare.py folder --help` lists the options of `folder`, and so on. SRC is a folder or a
+.zip. What counts as an image, and how one is read, is in images.py; so are labels from a
+dataset.json. Folders without class folders give data without labels. An imagenet command that was
+interrupted goes on where it was when it is given again.
+
+A folder of data holds
     header.json                             what it is and how it was made
     train_images.npy, test_images.npy       (N, C, H, W) uint8
     train_labels.npy, test_labels.npy       (N,) int64; all 0 where there are no classes
-and a network's input is (image - mean) / std with the header's mean and std, one a channel. Latents (kind "latents",
-with the VAE's name) are stored as posteriors, (N, 2C, h, w) float16, C means and C standard deviations, with
-train_files.txt, the file of each row; the image in that formula is then mean + standard deviation * noise.
+and a network's input is (image - mean) / std with the header's mean and std, one a channel.
+
+Latents (kind "latents", with the VAE's name) are stored as posteriors, (N, 2C, h, w) float16:
+C means and C standard deviations. The image in that formula is then mean + standard deviation *
+noise. train_files.txt holds the file of each row.
+
+Each command is one function below, with its options above it. A dataset of your own is one more.
 """
+
+import argparse
 import os
 import sys
 import tarfile
@@ -25,172 +36,402 @@ from functools import partial
 
 import numpy as np
 from numpy.lib.format import open_memmap
-from tqdm import tqdm
 
-from dataset import DataError, Writer, need_room
-from files import HERE
-from images import list_images, parallel, read_image
-from latents import SD_VAE, check, imagenet
+from dataset import DataError, Writer, abandon, claim, need_room
+from files import HERE, UserError
+from images import (
+    find_labelled,
+    is_misnamed,
+    parallel,
+    printable,
+    read_picture,
+    tell_left_out,
+)
 from options import Parser
+from pickles import RefusedPickle, load_arrays
 from shapes import SHAPES, draw_shape
 
-# ---- the format ----------------------------------------------------------------------------------
+# ---- commands ------------------------------------------------------------------------------------
+
+COMMANDS = {}
 
 
+def command(function):
+    """Decorator: a function of args becomes a command of this script."""
+    COMMANDS[function.__name__] = function
+    return function
 
 
+def argument(*names, **about):
+    """Decorator: an argument of a command, as argparse's add_argument takes it."""
+
+    def declare(function):
+        declared = getattr(function, "arguments", [])
+        function.arguments = [(names, about), *declared]  # decorators are applied from below
+        return function
+
+    return declare
 
 
+def new_dataset(function):
+    """Decorator: a command that makes args.path, which is data/NAME, and has the usual options."""
+    name = argument("--name", default=function.__name__, help="what it makes is data/NAME")
+    overwrite = argument("--overwrite", action="store_true", help="replace a dataset of this name")
+    return command(name(overwrite(function)))
 
 
+def seed(text):
+    if text.isdecimal() and int(text) < 2**63:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"must be a whole number from 0, below 2**63, not {text}")
 
-# ---- the datasets --------------------------------------------------------------------------------
 
+with_seed = argument("--seed", type=seed, default=0, help="of all that is drawn at random")
+
+
+def data_path(name):
+    """data/NAME. Raises DataError where the name is a path."""
+    if name != os.path.basename(name) or name in ("", ".", ".."):
+        raise DataError(f"--name names a folder in data/, which {name!r} does not")
+    return os.path.join("data", name)
+
+
+# ---- digits and shapes ---------------------------------------------------------------------------
+
+
+@new_dataset
+@with_seed
 def digits(args):
+    """The digits of this repository, 8x8 gray."""
     with np.load(os.path.join(HERE, "assets", "digits.npz"), allow_pickle=False) as f:
-        images, labels = f["images"], f["labels"].astype(np.int64)
-    images = np.round(images[:, None] * (255 / 16)).astype(np.uint8)       # 17 levels of ink
-    writer = Writer(args.path, (1, 8, 8), {"train": 1437, "test": 360})
-    for place, i in enumerate(np.random.default_rng(args.seed).permutation(len(images))):
+        ink = f["images"]  # (1797, 8, 8), 0 to 16
+        labels = f["labels"].astype(np.int64)
+    images = np.round(ink[:, None] * (255 / 16)).astype(np.uint8)
+    writer = Writer(args.path, (1, 8, 8), {"train": 1437, "test": 360}, overwrite=args.overwrite)
+    order = np.random.default_rng(args.seed).permutation(len(images))
+    for place, i in enumerate(order):
         writer.set(place, images[i], labels[i])
-    writer.finish(args.name, [str(c) for c in range(10)], license="CC BY 4.0",
-                  source="UCI Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak), test set",
-                  made_by=f"prepare.py digits --seed {args.seed}")
+    writer.finish(
+        args.name,
+        [str(digit) for digit in range(10)],
+        license="CC BY 4.0",
+        source="UCI Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak), test set",
+        made_by=f"prepare.py digits --seed {args.seed}",
+    )
 
 
+@new_dataset
+@with_seed
+@argument("--size", type=int, default=32, help="pixels of a side")
+@argument("--n", type=int, default=60000, help="training images; a sixth as many are held out")
 def shapes(args):
+    """Ten classes of coloured shapes, drawn here."""
     if args.n < 10 or args.size < 8:
-        raise DataError(f"shapes: at least 10 images of at least 8 pixels, not {args.n} of {args.size}")
-    held_out = min(10000, args.n // 6)
-    writer = Writer(args.path, (3, args.size, args.size), {"train": args.n, "test": held_out})
-    for i, image in enumerate(parallel(partial(draw_shape, size=args.size, seed=args.seed), range(args.n + held_out), "shapes")):
+        raise DataError(
+            f"shapes: at least 10 images of at least 8 pixels, not {args.n} of {args.size}"
+        )
+    count = {"train": args.n, "test": min(10000, args.n // 6)}
+    shape = (3, args.size, args.size)
+    writer = Writer(args.path, shape, count, overwrite=args.overwrite)
+    draw = partial(draw_shape, size=args.size, seed=args.seed)
+    for i, image in enumerate(parallel(draw, range(sum(count.values())), "shapes")):
         writer.set(i, image, i % 10)
-    writer.finish(args.name, SHAPES, license="none needed", source="drawn by prepare.py",
-                  made_by=f"prepare.py shapes --size {args.size} --n {args.n} --seed {args.seed}")
+    writer.finish(
+        args.name,
+        SHAPES,
+        license="none needed",
+        source="drawn by prepare.py",
+        made_by=f"prepare.py shapes --size {args.size} --n {args.n} --seed {args.seed}",
+    )
 
 
+# ---- a folder of images --------------------------------------------------------------------------
 
 
-
-
-
-
-def cifar10(args):
-    images, labels, count = [], [], {"train": 0, "test": 0}
-    try:
-        with tarfile.open(args.file) as tar:
-            members = {os.path.basename(m.name): m for m in tar if m.isfile() and m.size < 2 ** 28}
-            names = tar.extractfile(members["batches.meta.txt"]).read().decode().split()
-            for batch in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
-                raw = np.frombuffer(tar.extractfile(members[batch]).read(), np.uint8)
-                if not len(raw) or len(raw) % 3073:
-                    raise DataError(f"{args.file}: {batch} holds {len(raw)} bytes, not a multiple of 3,073")
-                raw = raw.reshape(-1, 3073)
-                count["test" if batch == "test_batch.bin" else "train"] += len(raw)
-                labels.append(raw[:, 0]), images.append(raw[:, 1:].reshape(-1, 3, 32, 32))
-    except KeyError as error:
-        raise DataError(f"{args.file}: no {error.args[0]} in it; is it the binary version?") from None
-    except (OSError, tarfile.TarError, zlib.error, EOFError, ValueError) as error:
-        raise DataError(f"cannot read {args.file}: {error}") from None
-    writer = Writer(args.path, (3, 32, 32), count)
-    for i, (image, label) in enumerate(zip(np.concatenate(images), np.concatenate(labels))):
-        writer.set(i, image, label)
-    writer.finish(args.name, names, license="see the source", made_by="prepare.py cifar10",
-                  source="CIFAR-10 (A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009)")
-
-
-
-
+@new_dataset
+@with_seed
+@argument("src", help="a folder or a .zip; one folder in it is one class")
+@argument("--size", type=int, required=True, help="pixels of a side; images are cut square")
+@argument("--held-out", type=float, default=0.1, help="the share of images that is held out")
+@argument("--gray", action="store_true", help="one channel instead of three")
 def folder(args):
-    if not 0 <= args.held_out < 1 or args.size < 1:
-        raise DataError(f"--size must be at least 1 and --held-out in [0, 1), not {args.size} and {args.held_out:g}")
-    classes, files = list_images(args.src)
-    files = [files[i] for i in np.random.default_rng(args.seed).permutation(len(files))]
-
-    # Which files are whole is known only once they are read: they go into one array, then into the two splits.
-    os.makedirs(os.path.dirname(args.path) or ".", exist_ok=True)
-    raw = args.path + ".raw.npy"
-    need_room(raw, 2 * len(files), (3, args.size, args.size))              # and as much again for the splits
-    everything = open_memmap(raw, "w+", np.uint8, (len(files), 3, args.size, args.size))
-    labels = []
+    """Images of your own, cropped and resized."""
+    if args.size < 1:
+        raise DataError(f"--size must be at least 1, not {args.size}")
+    if not 0 <= args.held_out < 1:
+        raise DataError(f"--held-out must be in [0, 1), not {args.held_out:g}")
+    labelled = find_labelled(args.src)
+    lock = claim(args.path, args.overwrite)
     try:
-        for image, (file, label) in zip(parallel(partial(read_image, size=args.size), [f for f, _ in files], "images"), files):
-            if isinstance(image, str):
-                tqdm.write(f"skipped {file}: {image}", file=sys.stderr)
+        writer, skipped = write_folder(args, labelled, lock)
+    except BaseException:
+        abandon(args.path, lock)
+        raise
+    how = f"--size {args.size} --held-out {args.held_out} --seed {args.seed}"
+    if args.gray:
+        how += " --gray"
+    writer.finish(
+        args.name,
+        labelled.classes,
+        license="yours",
+        source="a folder of images",
+        skipped=skipped,
+        made_by=f"prepare.py folder {how}",
+    )
+
+
+def write_folder(args, labelled, lock):
+    """Read the images, split them, and write both parts. Returns the Writer, and how many images
+    could not be read.
+
+    Which images can be read is known only once they are, and how many a part has must be known
+    before it is written. So they go into one array first, in a seeded order.
+    """
+    channels = 1 if args.gray else 3
+    shape = (channels, args.size, args.size)
+    total = len(labelled.files)
+    scratch = os.path.join(args.path + ".partial", "scratch.npy")
+    need_room(args.path, 2 * total, shape)
+    images = open_memmap(scratch, "w+", np.uint8, (total, *shape))
+    rng = np.random.default_rng(args.seed)
+    order = rng.permutation(total)
+    labels, unreadable = read_into(images, args, labelled, order)
+    tell_left_out(labelled.left_out + unreadable)
+    refuse_empty_classes(args.src, labelled, labels, unreadable)
+
+    held_out = choose_held_out(labels, args.held_out, rng)
+    count = {"train": int((~held_out).sum()), "test": int(held_out.sum())}
+    writer = Writer(args.path, shape, count, lock=lock, overwrite=args.overwrite)
+    rows = np.concatenate([np.flatnonzero(~held_out), np.flatnonzero(held_out)])
+    for place, row in enumerate(rows):
+        writer.set(place, images[row], labels[row])
+    del images  # or Windows would not remove its file
+    os.remove(scratch)
+    return writer, len(unreadable)
+
+
+def read_into(images, args, labelled, order):
+    """Read the files in this order into the first rows of `images`.
+
+    Returns the labels of those rows, an array, and what cannot be read, [(name, reason)]. Says what
+    a user may not expect: names that lie about the format, colour images that are gray.
+    """
+    read = partial(read_picture, size=args.size, gray=args.gray)
+    files = [labelled.files[i] for i in order]
+    labels, unreadable, misnamed = [], [], []
+    all_gray = True
+    for i, picture in zip(order, parallel(read, files, "images")):
+        name = labelled.names[i]
+        if isinstance(picture, str):
+            unreadable.append((name, picture))
+            continue
+        if is_misnamed(name, picture.kind):
+            misnamed.append(f"{printable(name)} is {picture.kind}")
+        all_gray = all_gray and (picture.pixels == picture.pixels[:1]).all()
+        images[len(labels)] = picture.pixels
+        labels.append(labelled.labels[i])
+    if misnamed:
+        print(
+            f"{len(misnamed)} of another format than the name says, read as what they are: "
+            f"{min(misnamed)}",
+            file=sys.stderr,
+        )
+    if labels and all_gray and not args.gray:
+        print("all images are gray: --gray keeps one channel instead of three", file=sys.stderr)
+    return np.array(labels, np.int64), sorted(unreadable)
+
+
+def refuse_empty_classes(src, labelled, labels, unreadable):
+    """Raise DataError where all images of a class cannot be read."""
+    if not len(labels):
+        raise DataError(f"none of the {len(unreadable)} images in {src} can be read")
+    lost = sorted(set(labelled.labels) - set(labels.tolist()))
+    if lost:
+        name = labelled.classes[lost[0]]
+        raise DataError(f"no image of class {printable(name)!r} in {src} can be read")
+
+
+def choose_held_out(labels, share, rng):
+    """Which images are held out: a bool (N,).
+
+    Each class (labels: (N,)) gives its share, rounded down or up so that together they are
+    int(N * share), but keeps at least one image to train on. The last images of a class go.
+    """
+    total = int(len(labels) * share)
+    classes, sizes = np.unique(labels, return_counts=True)
+    wanted = sizes * share
+    counts = np.minimum(np.floor(wanted).astype(int), sizes - 1)
+    # What is missing to the total goes to the classes that lack most, one each; ties are drawn.
+    lacking = wanted - counts
+    by_need = sorted(rng.permutation(len(classes)), key=lambda place: -lacking[place])
+    for place in by_need:
+        if counts.sum() < total and counts[place] < sizes[place] - 1:
+            counts[place] += 1
+    held_out = np.zeros(len(labels), bool)
+    for label, count in zip(classes, counts):
+        rows = np.flatnonzero(labels == label)
+        held_out[rows[len(rows) - count :]] = True
+    return held_out
+
+
+# ---- CIFAR-10 ------------------------------------------------------------------------------------
+
+
+@new_dataset
+@argument("file", help="cifar-10-python.tar.gz or cifar-10-binary.tar.gz")
+def cifar10(args):
+    """CIFAR-10, from its authors' archive."""
+    names, batches = read_cifar10(args.file)
+    count = {"train": sum(len(labels) for _, labels in batches[:5]), "test": len(batches[5][1])}
+    writer = Writer(args.path, (3, 32, 32), count, overwrite=args.overwrite)
+    images = np.concatenate([images for images, _ in batches])
+    labels = np.concatenate([labels for _, labels in batches])
+    for i, (image, label) in enumerate(zip(images, labels)):
+        writer.set(i, image, label)
+    writer.finish(
+        args.name,
+        names,
+        license="see the source",
+        source="CIFAR-10 (A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, "
+        "2009)",
+        made_by="prepare.py cifar10",
+    )
+
+
+def read_cifar10(file):
+    """The class names, and six batches (images (n, 3, 32, 32) uint8, labels (n,)): five to train
+    on, then the test batch. Raises DataError."""
+    try:
+        with tarfile.open(file) as tar:
+            members = {}
+            for member in tar:
+                if member.isfile() and member.size < 2**28:
+                    members[os.path.basename(member.name)] = member
+            is_python = "batches.meta" in members
+            suffix = "" if is_python else ".bin"
+            batch_names = [f"data_batch_{number}{suffix}" for number in range(1, 6)]
+            batch_names.append(f"test_batch{suffix}")
+
+            def content(name):
+                return tar.extractfile(members[name]).read()
+
+            if is_python:
+                names = parse_python_names(content("batches.meta"))
+                batches = [parse_python_batch(name, content(name)) for name in batch_names]
             else:
-                everything[len(labels)] = image
-                labels.append(label)
-        if not labels:
-            raise DataError(f"none of the {len(files)} images in {args.src} can be read")
-        test = int(len(labels) * args.held_out)
-        writer = Writer(args.path, (3, args.size, args.size), {"train": len(labels) - test, "test": test})
-        for i, label in enumerate(labels):
-            writer.set(i, everything[i], label)
-    finally:
-        del everything
-        os.remove(raw)
-    writer.finish(args.name, classes, license="yours", source="a folder of images", skipped=len(files) - len(labels),
-                  made_by=f"prepare.py folder --size {args.size} --held-out {args.held_out} --seed {args.seed}")
+                names = content("batches.meta.txt").decode().split()
+                batches = [parse_binary_batch(name, content(name)) for name in batch_names]
+    except KeyError as error:
+        raise DataError(
+            f"{file}: no {error.args[0]} in it; is it cifar-10-python.tar.gz or "
+            "cifar-10-binary.tar.gz?"
+        ) from None
+    except (DataError, RefusedPickle) as error:
+        raise DataError(f"{file}: {error}") from None
+    except (OSError, tarfile.TarError, zlib.error, EOFError, ValueError) as error:
+        raise DataError(f"cannot read {file}: {error}") from None
+    for batch_name, (_, labels) in zip(batch_names, batches):
+        if labels.max() >= len(names):
+            raise DataError(f"{file}: {batch_name} has a label {labels.max()} of {len(names)}")
+    return names, batches
 
 
+def parse_binary_batch(name, content):
+    """Each image is one byte of label, then 3,072 bytes of pixels."""
+    raw = np.frombuffer(content, np.uint8)
+    if not len(raw) or len(raw) % 3073:
+        raise DataError(f"{name} holds {len(raw)} bytes, not a multiple of 3,073")
+    raw = raw.reshape(-1, 3073)
+    return raw[:, 1:].reshape(-1, 3, 32, 32), raw[:, 0].astype(np.int64)
 
 
+def parse_python_batch(name, content):
+    """A pickle of Python 2, read without running it: a dict of pixels (n, 3072) and labels."""
+    batch = load_arrays(content, encoding="bytes")
+    is_batch = isinstance(batch, dict) and isinstance(batch.get(b"labels"), list)
+    images = batch.get(b"data") if is_batch else None
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 2:
+        raise DataError(f"{name} is not a batch of CIFAR-10")
+    labels = batch[b"labels"]
+    if images.shape[1] != 3072 or len(labels) != len(images) or not labels:
+        raise DataError(f"{name} holds pixels {images.shape} and {len(labels)} labels")
+    if not all(type(label) is int and 0 <= label < 256 for label in labels):
+        raise DataError(f"{name} holds labels that are not whole numbers from 0")
+    return images.reshape(-1, 3, 32, 32), np.array(labels, np.int64)
 
 
-# ---- latents -------------------------------------------------------------------------------------
+def parse_python_names(content):
+    meta = load_arrays(content, encoding="bytes")
+    names = meta.get(b"label_names") if isinstance(meta, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, bytes) for name in names):
+        raise DataError("batches.meta holds no label_names")
+    return [name.decode(errors="replace") for name in names]
 
 
+# ---- latents, and a look at what is there --------------------------------------------------------
 
 
+@command
+@argument("src", help="a folder or a .zip; one folder in it is one class")
+@argument("dst", nargs="?", help="where to write (default: data/im256 for --size 256)")
+@argument("--size", type=int, required=True, help="pixels of a side; images are cut square")
+@argument("--name", help="what it is called (default: as the folder)")
+@argument("--vae", help="a name on the Hugging Face hub, or a folder of that VAE's files")
+@argument("--vae-name", help="what the header calls it (default: as --vae does)")
+@argument(
+    "--batch",
+    type=int,
+    default=0,
+    help="of the VAE (default: 64 images of 256 x 256, fewer larger ones)",
+)
+def imagenet(args):
+    """Images -> latents of a VAE, on the GPUs of one machine."""
+    import latents  # with torch, which takes seconds to import
+
+    path = args.dst or data_path(args.name or f"im{args.size}")
+    path = os.path.normpath(path)  # FOLDER/ is FOLDER
+    name = args.name or os.path.basename(path)
+    data_path(name)  # raises where it is no name
+    vae = args.vae or latents.SD_VAE
+    latents.imagenet(args.src, path, name, args.size, vae, args.vae_name or vae, args.batch)
 
 
+@command
+@argument("name", help="data/NAME, or a folder of data")
+@argument("--src", help="where the images were that became latents, for a look at both")
+@argument("--vae", help="where the VAE is (default: where the header says)")
+@with_seed
+def check(args):
+    """Print what a folder of data holds, and draw some of it."""
+    import latents  # with torch, which takes seconds to import
 
+    is_path = os.sep in args.name or os.path.exists(os.path.join(args.name, "header.json"))
+    path = os.path.normpath(args.name) if is_path else data_path(args.name)
+    latents.check(path, args.src, args.vae, args.seed)
 
 
 def main():
     parser = Parser(description=__doc__)
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    for make in (digits, shapes, folder, cifar10, imagenet, check):
-        p = kinds.add_parser(make.__name__)
-        p.set_defaults(make=make)
-        p.add_argument("name" if make is check else "--name", default=None if make is imagenet else make.__name__,
-                       help="data/NAME" + ", or a folder of data" * (make is check))
-        p.add_argument("--seed", type=int, default=0)
-        if make is shapes:
-            p.add_argument("--size", type=int, default=32)
-            p.add_argument("--n", type=int, default=60000, help="training images; a sixth as many are held out")
-        if make in (folder, imagenet):
-            p.add_argument("src")
-            p.add_argument("--size", type=int, required=True)
-        if make is folder:
-            p.add_argument("--held-out", type=float, default=0.1, help="the share of images that is held out")
-        if make is cifar10:
-            p.add_argument("file")
-        if make is imagenet:
-            p.add_argument("dst", nargs="?", help="where to write (default: data/im256 for --size 256)")
-            p.add_argument("--vae-name", help="what the header calls it (default: as --vae does)")
-            p.add_argument("--batch", type=int, default=0, help="of the VAE (default: 64 images of 256 x 256, fewer larger ones)")
-        if make in (imagenet, check):
-            p.add_argument("--vae", help="a name on the Hugging Face hub, or a folder of that VAE's files", default=SD_VAE if make is imagenet else None)
-        if make is check:
-            p.add_argument("--src", help="where the images were that became latents, for a look at both")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, function in COMMANDS.items():
+        about = (function.__doc__ or name).splitlines()[0]
+        command_parser = commands.add_parser(name, help=about, description=about)
+        for names, options in getattr(function, "arguments", []):
+            command_parser.add_argument(*names, **options)
     args = parser.parse_args()
-    if args.make is imagenet:
-        args.dst = args.dst or os.path.join("data", args.name or f"im{args.size}")
-        args.name = args.name or os.path.basename(os.path.normpath(args.dst))
-    if args.make is check and (os.sep in args.name or os.path.exists(os.path.join(args.name, "header.json"))):      # made with a DST
-        args.dst, args.name = args.name, os.path.basename(os.path.normpath(args.name))
-    if args.name != os.path.basename(args.name) or args.name in ("", ".", ".."):
-        parser.error(f"--name names a folder in data/, which {args.name!r} does not")
-    if not 0 <= args.seed < 2 ** 63:
-        parser.error(f"--seed must be at least 0 and below 2**63, not {args.seed}")
-    args.path = os.path.normpath(getattr(args, "dst", None) or os.path.join("data", args.name))          # FOLDER/ is FOLDER
+    function = COMMANDS[args.command]
     try:
-        args.make(args)
+        if function is not imagenet and os.environ.get("RANK", "0") != "0":
+            raise DataError(f"{args.command} takes one process: run it without torchrun")
+        if hasattr(args, "overwrite"):
+            args.path = data_path(args.name)
+        function(args)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (DataError, OSError, RuntimeError, ValueError) as error:         # the last two: of torch, of a damaged .npy
-        sys.exit(f"prepare.py: {' '.join(str(error).split())}")
+    except (UserError, OSError, RuntimeError, ValueError) as error:
+        # RuntimeError is of torch, ValueError of a damaged .npy.
+        one_line = " ".join(str(error).split())
+        sys.exit(f"prepare.py: {printable(one_line)}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """
 What a run tells: log.jsonl, pictures of samples, the loss curve, scores, FID.
 
-Each of these is worth less than the run. One that fails is said once, and training goes on.
-`Report.log` is the one place through which every number goes: send them elsewhere from there.
+Each of these is worth less than the run: where one fails, that is said once, and training goes on.
+Every number goes through `Report.log`. To send them elsewhere too, add that there.
+
+In this file: the sums of the loss, then Report: its log, its pictures, its FID, its scores.
 """
 
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -20,8 +23,11 @@ from tqdm import tqdm
 
 import fid
 from batches import conditions
+from device import from_rank_0
 from files import HERE, written
-from sample import draw, find_vae, grid, sample, to_images
+from options import one_line
+from pictures import find_vae, grid, to_images
+from sample import draw, sample
 from scores import classify, small_data_scores, train_classifier
 
 BATCH = 250  # images of one network call
@@ -38,7 +44,7 @@ class Losses:
         self.clear()
 
     def clear(self):
-        self.sums = {}  # {term: (4, 2)}: sum of errors and number of samples, by quarter of time
+        self.sums = {}  # {term: (4, 2)}: a row for each quarter of time: sum of errors, samples
         self.norms = []  # of gradients
         self.since = time.perf_counter()
 
@@ -46,7 +52,7 @@ class Losses:
         self.step_sums = {}
 
     def add(self, terms):
-        """terms: {name: loss.Term}"""
+        """Add the terms of a micro-batch, {name: loss.Term}."""
         for term in terms.values():
             quarter = (term.time * 4).long().clamp(max=3)
             pairs = torch.stack([term.error, torch.ones_like(term.error)], dim=1)
@@ -92,34 +98,69 @@ class Report:
         try:
             function(*arguments)
         except errors as error:
-            kind = what.split()[0]
-            if kind not in self.failed:
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
-                message = f"train.py: could not write {what}, and go on without it: {reason}"
-                tqdm.write(message, file=sys.stderr)
-            if not isinstance(error, OSError):  # a disk may have room again
-                self.failed.add(kind)
+            self.say_failure(what, error)
             return False
         return True
 
+    def say_failure(self, what, error):
+        """Say that something could not be made. The same thing of a later step is not said again.
+
+        Errors of the disk are said each time, for it may have had room in between.
+        """
+        kind = re.sub(r"\d+", "", what)  # without the step
+        if kind not in self.failed:
+            reason = one_line(f"{type(error).__name__}: {error}")
+            message = f"train.py: could not write {what}, and go on without it: {reason}"
+            tqdm.write(message, file=sys.stderr)
+        if not isinstance(error, OSError):
+            self.failed.add(kind)
+
     # ---- the log ---------------------------------------------------------------------------------
+
+    def begin(self, step, about, precision):
+        """Print and log what this run is: its constants, network, data, device and commit.
+
+        about: what its checkpoints say of it. precision: "bfloat16, compiled", for people.
+        """
+        if self.rank == 0:
+            numbers = sum(p.numel() for p in self.network.parameters())
+            images = self.header["count"]["train"]
+            print(*(f"{key}={value!r}" for key, value in self.config.items()))
+            print(
+                f"{numbers:,} parameters, {images:,} images, {self.ranks} x {self.device.type}, "
+                f"{precision}, commit {about['commit']}, from step {step}"
+            )
+        is_gpu = self.device.type == "cuda"
+        self.log(
+            step=step,
+            config=self.config,
+            model=about["config"],
+            data=self.header["name"],
+            commit=about["commit"],
+            torch=torch.__version__,
+            ranks=self.ranks,
+            device=torch.cuda.get_device_name() if is_gpu else self.device.type,
+        )
 
     def log(self, **line):
         """Append a line to log.jsonl."""
         self.attempt("a line of log.jsonl", self.append, line)
 
     def append(self, line):
+        """Append a line to log.jsonl, after the end of one that a crash has cut off."""
         with open(os.path.join(self.out, "log.jsonl"), "a+b") as f:
             if f.tell() > 0:
                 f.seek(-1, os.SEEK_END)
                 last = f.read()
-                if last != b"\n":  # a crash has cut off the line
+                if last != b"\n":
                     f.write(b"\n")
             f.write(json.dumps(line, allow_nan=False).encode() + b"\n")
 
     def losses(self, step, losses, batches, skipped):
         """Log the means since the last line. Returns them as text. All ranks call this."""
         if not losses.norms:  # every step was skipped
+            losses.clear()
+            batches.waited = 0.0
             return f"{skipped} skipped"
         names = list(losses.sums)
         bins = torch.stack([losses.sums[name] for name in names])  # (terms, 4, 2)
@@ -191,7 +232,7 @@ class Report:
                     by_step[line["step"]] = line
         return by_step
 
-    # ---- pictures and scores ---------------------------------------------------------------------
+    # ---- pictures --------------------------------------------------------------------------------
 
     def images_of(self, indices, nfe, classes=None):
         """Images `indices` of the evaluation network, uint8 (n, H, W, C), and their labels (n,).
@@ -218,6 +259,11 @@ class Report:
     def picture_path(self, step):
         return os.path.join(self.out, f"samples_{step}.png")
 
+    def lacks_samples(self, step, steps):
+        """Whether a stop has come between the state of a step and its picture. On all ranks."""
+        due = step % self.config["sample_every"] == 0 or step == steps
+        return from_rank_0(due and not os.path.exists(self.picture_path(step)))
+
     def samples(self, step):
         """The picture of a step, and where there is a reference its FID. All ranks call this."""
         self.attempt(f"samples_{step}.png", self.draw_samples, step)
@@ -234,38 +280,58 @@ class Report:
         with written(self.picture_path(step)) as f:
             grid(np.concatenate(rows), len(classes)).save(f, "PNG")
 
+    # ---- FID -------------------------------------------------------------------------------------
+
     def load_fid(self):
-        """Load Inception and the reference now. Raises fid.FidError, vae.VAEError."""
+        """Load Inception and the reference. Raises FidError and VAEError: ValueError, OSError."""
         if not self.config["fid_reference"]:
             return
         channels = 3 if "vae" in self.header else self.header["shape"][0]
         if channels not in (1, 3):
-            raise fid.FidError(f"FID takes images of 1 or 3 channels, not {channels}")
+            raise ValueError(f"FID takes images of 1 or 3 channels, not {channels}")
         self.inception = fid.load_inception(self.config["inception"] or None, self.device)
         self.reference = fid.read_reference(self.config["fid_reference"], self.inception)
         find_vae(self.header, self.device, self.config["vae_files"])
 
     def log_fid(self, step):
-        """FID of one-step samples, made by all ranks together."""
+        """Log the FID of one-step samples, made by all ranks together."""
+        moments = None
+        try:
+            moments = self.moments_of_samples()
+        except Exception as error:
+            self.say_failure(f"the FID of step {step}", error)
+        failures = torch.tensor(float(moments is None), device=self.device)
+        if self.ranks > 1:
+            dist.all_reduce(failures)
+        if failures > 0:
+            return
+        if self.ranks > 1:
+            moments.all_reduce()
+        self.attempt(f"the FID of step {step}", self.finish_fid, step, moments)
+
+    def moments_of_samples(self):
+        """fid.Moments of the Inception features of this rank's share of the samples."""
         n = self.config["fid_images"]
         mine = range(n * self.rank // self.ranks, n * (self.rank + 1) // self.ranks)
-        all_ranks = self.ranks > 1
-        score = fid.fid_of(
-            self.fid_batches(mine), self.inception, self.reference, all_ranks=all_ranks
-        )
-        self.log(step=step, nfe=1, fid=score, images=n, reference=self.config["fid_reference"])
-        if self.rank == 0:
-            tqdm.write(f"step {step}: FID {score:.3f} of {n} one-step samples")
+        moments = fid.Moments(fid.FEATURES)
+        for first in range(0, len(mine), BATCH):
+            images, _ = self.images_of(mine[first : first + BATCH], 1)
+            images = torch.from_numpy(images.transpose(0, 3, 1, 2)).to(self.device)
+            moments.add(self.inception(images.expand(-1, 3, -1, -1)))
+        return moments
 
-    def fid_batches(self, indices):
-        """One-step samples, uint8 (n, 3, H, W) at a time."""
-        for first in range(0, len(indices), BATCH):
-            images, _ = self.images_of(indices[first : first + BATCH], 1)
-            yield torch.from_numpy(images.transpose(0, 3, 1, 2)).expand(-1, 3, -1, -1)
+    def finish_fid(self, step, moments):
+        mean, covariance = moments.mean_and_covariance()
+        score = fid.frechet_distance(mean, covariance, *self.reference)
+        n = self.config["fid_images"]
+        self.log(step=step, nfe=1, fid=score, images=n, reference=self.config["fid_reference"])
+        tqdm.write(f"step {step}: FID {score:.3f} of {n} one-step samples")
+
+    # ---- scores ----------------------------------------------------------------------------------
 
     def scores(self, step):
         """Print and log the scores of 1, 2 and 4 steps against held-out images."""
-        self.attempt("scores", self.log_scores, step)
+        self.attempt("the scores", self.log_scores, step)
 
     def log_scores(self, step):
         count = self.header["count"]
@@ -276,10 +342,8 @@ class Report:
         real = self.choose(count["train"], n, 0)
         chosen = self.choose(count["test"], n, 1)
         train, labels = self.data["train_images"], self.data["train_labels"]
-        held_out, held_out_labels = (
-            self.data["test_images"][chosen],
-            self.data["test_labels"][chosen],
-        )
+        held_out = self.data["test_images"][chosen]
+        held_out_labels = self.data["test_labels"][chosen]
         judge = None
         if self.config["classifier"] == "cnn" and self.header["num_classes"]:
             others = np.setdiff1d(np.arange(len(train)), real)
@@ -297,8 +361,9 @@ class Report:
         for nfe in ("real", 1, 2, 4):
             leave_out = None
             if nfe == "real":
-                images, y = train[real], torch.from_numpy(labels[real])
-                leave_out = torch.from_numpy(real)
+                images = train[real]
+                y = torch.from_numpy(labels[real])
+                leave_out = torch.from_numpy(real)  # no image is its own nearest neighbour
             else:
                 images, y = self.images_of(range(n), nfe)
                 images = images.transpose(0, 3, 1, 2)

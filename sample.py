@@ -1,58 +1,88 @@
 """
 A checkpoint -> images.
 
-    python sample.py assets/digits.safetensors                     # one step; a grid with every class, samples.png
-    python sample.py ckpt.safetensors --nfe 4 --classes 3,7 --n 64 # four steps, 64 images of classes 3 and 7
-    python sample.py ckpt.safetensors --n 50000 --out samples.npz  # arr_0, uint8 NHWC, labels by the training histogram
-    python sample.py ckpt.safetensors --nfe 4 --fid ref.npz        # the FID of 50,000 images, which are not kept
-    torchrun --nproc_per_node=8 -- sample.py ckpt.safetensors --n 50000 --out samples.npz   # its --n needs the --
+    python sample.py assets/digits.safetensors                       # samples.png: a grid, one step
+    python sample.py ckpt.safetensors --nfe 4 --classes cat,dog      # four steps, two classes
+    python sample.py ckpt.safetensors --n 50000 --out samples.npz    # uint8 NHWC, and its labels
+    python sample.py ckpt.safetensors --nfe 4 --fid reference.npz    # the FID of 50,000 images
+    torchrun --nproc_per_node=8 -- sample.py ckpt.safetensors --n 50000 --out samples.npz
 
-A checkpoint that was trained on latents names its VAE, which decodes them (--vae FOLDER: where it lies).
-The noise and the label of image i depend on the seed and i alone: not on the batch size, the ranks or
-the other images. Finished batches wait in OUT.parts/: after a kill the same command goes on from them, on any number
-of ranks if each has a whole --batch to make, and ends with the same images. OUT appears whole or not at all.
+(torchrun has an --n of its own; the -- before sample.py ends its options.)
+
+The sampler stands first: `sample`. Then come the noise, and the command: its options, the classes,
+what is drawn (`Plan`), the score, and `main`, which has all steps in their order.
+
+The noise and the label of image i depend on the seed and i alone: not on the batch size, the ranks
+or the other images. Finished batches wait in OUT.parts/. After a kill the same command goes on from
+them, on any number of ranks if each has a whole --batch to make, and ends with the same images.
+OUT appears whole or not at all. A state of a run (state_STEP.safetensors) is sampled as its
+ckpt.safetensors is: by its evaluation network.
 """
+
+import dataclasses
+import difflib
 import hashlib
 import itertools
 import json
 import os
-import shutil
 import sys
 import time
 from datetime import timedelta
-from zipfile import ZipFile
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from einops import rearrange
-from PIL import Image
 from tqdm import tqdm
 
+import fid
+from batches import conditions
 from checkpoint import raw_bytes
-from device import abilities, find_device
-from dual import widest
-from files import CheckpointError, hold, written
+from device import abilities, find_device, join_ranks, ranks_of_torchrun
+from dual import column, widest
+from files import CheckpointError, UserError
 from model import Block, compile_blocks, load_model
 from options import Parser
-from vae import VAEError, decode, load_vae
+from parts import Parts
+from pictures import (
+    find_vae,
+    grid,  # noqa: F401  (for those who import it from here)
+    rgb,
+    to_images,
+    write_images,
+)
 
-COMPILE_FROM = 1000      # images: for fewer, up to a minute of torch.compile does not pay
+COMPILE_FROM = 1000  # images; for fewer, up to a minute of torch.compile does not pay
+SHOWN = 10  # class names that are printed
+
+# Suffixes of files that are not written here. Other names with a dot may be folders.
+OTHER_FILES = (
+    *(".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg", ".pdf", ".mp4"),
+    *(".npy", ".h5", ".hdf5", ".zip", ".tar", ".gz", ".pkl", ".pt", ".pth", ".safetensors"),
+)
+
+
+# ---- the sampler ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def sample(model, x1, y, w, nfe, euler=False):
-    """Noise x1 (B, C, H, W) -> x0, in nfe steps of one network call each: x += (t_next - t) k F(x, t, t_next);
-    with euler, for a network that was trained by flow matching, F(x, t, t).
+    """Noise x1 (B, C, H, W) -> x0 (B, C, H, W), in nfe steps of one network call each.
 
-    y (B,) int64, w (B,) the guidance weight. The state is float64 between steps (float32 where the
-    device has no float64), the network is fed in its parameters' dtype."""
+    A step goes from time t to the next one: x += (t_next - t) k F(x, t, t_next), where k is w or 1.
+    With euler, for a network that was trained by flow matching, it takes F(x, t, t).
+
+    y: the network's conditions, here classes (B,) int64. w (B,): guidance weights. The network
+    works in its parameters' dtype. Between steps x is float64, so that rounding does not add up
+    (float32 where the device has no float64), and so is the result.
+    """
     if nfe < 1:
         raise ValueError(f"nfe must be at least 1, not {nfe}")
-    dtype, wide = next(model.parameters()).dtype, widest(x1.device)
+    dtype = next(model.parameters()).dtype
+    wide = widest(x1.device)
     times = torch.linspace(1, 0, nfe + 1, dtype=wide, device=x1.device)
-    k = w.to(wide).view(-1, 1, 1, 1) if model.config.scaled else 1
-    x, w = x1.to(wide), w.to(dtype)
+    k = column(w.to(wide), x1) if model.config.scaled else 1
+    w = w.to(dtype)
+    x = x1.to(wide)
     for t, t_next in itertools.pairwise(times):
         s = t if euler else t_next
         F = model(x.to(dtype), t.to(dtype).expand(len(x)), s.to(dtype).expand(len(x)), y, w)
@@ -60,23 +90,30 @@ def sample(model, x1, y, w, nfe, euler=False):
     return x
 
 
-
-
 def fast(model, half=True, compiled=True):
-    """Make a model sample as it trains, as far as its device is able to: its blocks compiled, once for each shape of a
-    batch; and returns the context to call `sample` in, bfloat16 autocast. (The state between steps stays wide.)"""
-    can_half, can_compile = abilities(model.pos_embed.device)
+    """Make a model sample as fast as its device can: in bfloat16, and with compiled blocks.
+
+    Returns the context to call `sample` in. The blocks compile at the first call.
+    """
+    device = model.pos_embed.device
+    has_bfloat16, can_compile = abilities(device)
     model.run_block = Block.forward
     if compiled and can_compile:
-        compile_blocks(model)
-    return torch.autocast(model.pos_embed.device.type, torch.bfloat16, enabled=half and can_half)
+        compile_blocks(model, dynamic=True)
+    return torch.autocast(device.type, torch.bfloat16, enabled=half and has_bfloat16)
 
 
 def draw(seed, indices, shape, class_counts=None):
-    """The noise (n, *shape) float32 and the labels (n,) int64 of images `indices`. Labels follow
-    class_counts; without them all are 0, which is "no class" where there are no classes."""
-    share = np.cumsum(class_counts, dtype=np.float64) / np.sum(class_counts) if class_counts else np.ones(1)
-    noise, labels = np.empty((len(indices), *shape), np.float32), np.empty(len(indices), np.int64)
+    """The noise (n, *shape) float32 and the labels (n,) int64 of images `indices`.
+
+    Labels come as often as in class_counts. Without these all are 0, which is "no class" of a
+    network without classes.
+    """
+    share = np.ones(1)
+    if class_counts:
+        share = np.cumsum(class_counts, dtype=np.float64) / np.sum(class_counts)
+    noise = np.empty((len(indices), *shape), np.float32)
+    labels = np.empty(len(indices), np.int64)
     for row, i in enumerate(indices):
         rng = np.random.Generator(np.random.Philox(key=[seed, i]))
         labels[row] = np.searchsorted(share, rng.random(), side="right")
@@ -84,191 +121,353 @@ def draw(seed, indices, shape, class_counts=None):
     return torch.from_numpy(noise), torch.from_numpy(labels)
 
 
-def find_vae(header, device, where=None):
-    """The VAE that a data header names, from `where` or from the hub: in float16 on a GPU, as published. None for pixels."""
-    if "vae" in header:
-        half = torch.float16 if device.type == "cuda" else torch.float32
-        return load_vae(where or header["vae"], device, half, header.get("vae_crc32"))
-    if where:
-        raise VAEError("this model makes pixels: it has no VAE that could lie elsewhere")
-
-
-def to_images(x0, header, vae=None):
-    """Network units (B, C, H, W) -> uint8 (B, H, W, C), by the mean and std of the data's header and, of latents, by its VAE."""
-    per_channel = lambda name: torch.tensor(header[name], dtype=x0.dtype, device=x0.device).view(-1, 1, 1)
-    x0 = x0 * per_channel("std") + per_channel("mean")
-    if "vae" in header:
-        return decode(vae or find_vae(header, x0.device), x0)
-    return x0.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def grid(images, columns, least=800):
-    """uint8 (N, H, W, C) -> one PIL image, row by row, enlarged by whole pixels to about `least` wide."""
-    zoom, gap = max(1, least // (columns * images.shape[2])), 2
-    images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
-    images = np.pad(images, ((0, -len(images) % columns), (0, gap), (0, gap), (0, 0)), constant_values=255)
-    return as_pil(rearrange(images, "(row column) h w c -> (row h) (column w) c", column=columns)[:-gap, :-gap])
-
-
-def as_pil(image):
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-
-
-def write_images(out, batches, n, columns):
-    """n images, uint8 (B, H, W, C) at a time. A .png: one grid. A .npz: arr_0. Else: a folder of PNGs. Whole or not at all."""
-    if out.endswith(".png"):
-        with written(out) as f:
-            grid(np.concatenate([*batches]), columns).save(f, "PNG")
-    elif out.endswith(".npz"):
-        first = next(batches)
-        with written(out) as f, ZipFile(f, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
-            np.lib.format.write_array_header_1_0(array, dict(descr="|u1", fortran_order=False, shape=(n, *first.shape[1:])))
-            for images in itertools.chain([first], batches):
-                array.write(images.tobytes())
-    else:
-        shutil.rmtree(out + ".partial", ignore_errors=True)              # of a run that was cut off
-        os.makedirs(out + ".partial")
-        for i, image in enumerate(itertools.chain.from_iterable(batches)):
-            as_pil(image).save(os.path.join(out + ".partial", f"{i:06d}.png"))
-        if os.path.isdir(out):
-            os.rmdir(out)                                                # an empty one, as parse has seen
-        os.replace(out + ".partial", out)
-
-
-def guidance_weight(asked, trained):
-    """The w to sample with: the one asked for, where the model was trained with it, or the trained one."""
-    low, high = (trained["w"], trained["w"]) if trained["sampler"] == "constant" else (trained["w_min"], trained["w_max"])
-    if asked is not None and not low <= asked <= high:
-        span = f"from {low:g} to {high:g}" if low < high else f"{low:g} only"
-        raise CheckpointError(f"this model was trained with guidance {span}, not {asked:g}")
-    return asked if asked is not None else low if low == high else (low * high) ** 0.5
+# ---- options -------------------------------------------------------------------------------------
 
 
 def parse(argv=None):
     parser = Parser(description=__doc__)
-    parser.add_argument("checkpoint")
-    parser.add_argument("--nfe", type=int, default=1, help="steps, one network call each (default 1)")
-    parser.add_argument("--n", type=int, help="how many images (default: a grid that shows every class; with --fid, 50000)")
-    parser.add_argument("--classes", help="comma-separated class numbers, taken in turn (default: every class in a "
-                                          "grid; with --n, drawn from the training histogram)")
-    parser.add_argument("--guidance", type=float, help="the weight w (default: the trained one)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="a .png grid (default: samples.png), an .npz, or a folder for PNGs")
-    parser.add_argument("--fid", metavar="REF", help="no images, but their FID against these statistics, by fid.py")
-    parser.add_argument("--inception", metavar="PATH", help="the Inception weights for --fid, where fid.py is to find them")
-    parser.add_argument("--vae", help="where the checkpoint's VAE lies (default: on the Hugging Face hub, under its name)")
-    parser.add_argument("--batch", type=int, default=250, help="images of one network call (default 250)")
-    parser.add_argument("--precision", choices=("bfloat16", "float32"), help="of the network (default: bfloat16 on a CUDA device that has "
-                        f"it, else float32); bfloat16 compiles too, up to a minute, from {COMPILE_FROM} images on")
-    parser.add_argument("--device", help="default: a GPU where there is one")
+    add = parser.add_argument
+    add("checkpoint")
+    add("--nfe", type=int, default=1, help="steps, one network call each (default 1)")
+    add("--n", type=int, help="images (default: a grid that shows every class; with --fid 50000)")
+    add(
+        "--classes",
+        help="names or numbers of classes, separated by commas, taken in turn; a name that is "
+        "a number, too, is the name (default: every class in a grid; with --n or --fid as often "
+        "as in the training data)",
+    )
+    add("--guidance", type=float, help="the weight w (default: the trained one)")
+    add("--seed", type=int, default=0)
+    add("--out", help="a .png for a grid (default: samples.png), an .npz, or a folder for PNGs")
+    add("--fid", metavar="REF", help="keep no images; print their FID against these statistics")
+    add("--inception", metavar="PATH", help="where the Inception weights for --fid lie")
+    add("--vae", help="where the VAE of latents lies (default: on the Hugging Face hub)")
+    add("--batch", type=int, default=250, help="images of one network call (default 250)")
+    add(
+        "--precision",
+        choices=("bfloat16", "float32"),
+        help="of the network (default: bfloat16 on a CUDA device that has it, else float32); "
+        f"from {COMPILE_FROM} images on bfloat16 is compiled, too, which takes up to a minute",
+    )
+    add("--device", help="default: a GPU where there is one")
     args = parser.parse_args(argv)
-    if args.fid and args.out or args.inception and not args.fid:
-        raise CheckpointError("--fid keeps no images, so it goes without --out; --inception goes with --fid only")
-    name = f"{args.checkpoint.replace(os.sep, '-')}-nfe{args.nfe}-fid" if args.fid else "samples.png"
-    args.out = os.path.normpath(args.out or name)                         # FOLDER/ is FOLDER
-    args.n = 50_000 if args.fid and args.n is None else args.n
-    if min(args.nfe, args.batch, 1 if args.n is None else args.n) < 1 or not 0 <= args.seed < 2 ** 63:
-        raise CheckpointError("--nfe, --n and --batch must be at least 1, --seed at least 0 and below 2**63")
-    if not args.fid and os.path.splitext(args.out)[1] not in (".png", ".npz", ""):
-        raise CheckpointError(f"--out takes a .png, an .npz or a folder, not {args.out!r}")
-    if os.path.isdir(args.out) and os.listdir(args.out):
-        raise CheckpointError(f"--out: {args.out} is a folder with files in it already")
-    if os.path.exists(args.out) and os.path.isdir(args.out) == bool(os.path.splitext(args.out)[1]) and not args.fid:
-        raise CheckpointError(f"--out: {args.out} is there already, as a {'folder' if os.path.isdir(args.out) else 'file'}")
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)          # complain before the work, not after it
+    check_numbers(args)
+    if args.fid:
+        prepare_fid(args)
+    else:
+        prepare_out(args)
     return args
 
 
-def chosen_classes(args, num_classes):
-    """The classes that --classes asks for, or that a grid shows; None: by the training histogram."""
+def check_numbers(args):
+    for name in ("nfe", "n", "batch"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise CheckpointError(f"--{name} must be at least 1, not {value}")
+    if not 0 <= args.seed < 2**63:
+        raise CheckpointError(f"--seed must be at least 0 and below 2**63, not {args.seed}")
+    if args.inception and not args.fid:
+        raise CheckpointError("--inception goes with --fid only")
+
+
+def prepare_fid(args):
+    """With --fid nothing is kept. OUT then names the folder of finished batches alone."""
+    if args.out:
+        raise CheckpointError("--fid keeps no images, so it goes without --out")
+    if args.n is None:
+        args.n = 50_000
+    name = os.path.basename(args.checkpoint)
+    digest = hashlib.sha256(os.path.abspath(args.checkpoint).encode()).hexdigest()
+    args.out = f"{name}-{digest[:8]}-nfe{args.nfe}-fid"
+
+
+def prepare_out(args):
+    """Find out which kind of output --out names, and complain now rather than after the work."""
+    out = args.out or "samples.png"
+    suffix = os.path.splitext(out)[1].lower()  # none where a / stands at the end
+    is_folder = os.path.isdir(out)
+    args.out = os.path.normpath(out)
+    if suffix in (".png", ".npz"):
+        args.kind = suffix[1:]
+    elif suffix in OTHER_FILES and not is_folder:
+        raise CheckpointError(f"--out takes a .png, an .npz or a folder, not {args.out!r}")
+    else:
+        args.kind = "folder"
+
+    if os.path.basename(args.out) in (".", ".."):
+        raise CheckpointError(
+            f"--out: {args.out} cannot be made, as it is there; name a new folder"
+        )
+    if is_folder and os.listdir(out):
+        raise CheckpointError(f"--out: {args.out} is a folder with files in it already")
+    if is_folder and args.kind != "folder":
+        raise CheckpointError(f"--out: {args.out} is there already, as a folder")
+    if os.path.exists(args.out) and not is_folder and args.kind == "folder":
+        raise CheckpointError(f"--out: {args.out} is there already, as a file")
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+
+
+def guidance_weight(asked, trained):
+    """The w to sample with: the one asked for, if the network was trained with it.
+
+    By default the trained one; of a range its geometric mean. trained: the checkpoint's guidance.
+    """
+    if trained["sampler"] == "constant":
+        low = high = trained["w"]
+    else:
+        low, high = trained["w_min"], trained["w_max"]
+    if asked is None:
+        return low if low == high else (low * high) ** 0.5
+    if not low <= asked <= high:
+        span = f"{low:g} only" if low == high else f"from {low:g} to {high:g}"
+        raise CheckpointError(f"this model was trained with guidance {span}, not {asked:g}")
+    return asked
+
+
+# ---- classes -------------------------------------------------------------------------------------
+
+
+def class_names(header):
+    """The names of the classes, from the data's header; [] where it has none."""
+    names = header.get("class_names")
+    if not isinstance(names, list) or len(names) != len(header["class_counts"]):
+        return []
+    return [str(name).strip() for name in names]
+
+
+def find_classes(text, names, num_classes):
+    """The numbers of the classes that --classes asks for. Names may have commas in them."""
+    if not num_classes:
+        raise CheckpointError("--classes: this model was trained without classes")
+    classes = []
+    words = text.split(",")
+    while words:
+        length = len(words)  # of the longest name that begins here, or 1
+        while length > 1 and ",".join(words[:length]).strip() not in names:
+            length -= 1
+        classes.append(find_class(",".join(words[:length]).strip(), names, num_classes))
+        words = words[length:]
+    return classes
+
+
+def find_class(word, names, num_classes):
+    """The number of a class from its name or number. A name that is a number, too, is the name."""
+    if word and word in names:
+        return names.index(word)
+    if word.isdecimal() and int(word) < num_classes:
+        return int(word)
+    known = f"numbers from 0 to {num_classes - 1}, such as 0,3,7"
+    if any(names):
+        examples = difflib.get_close_matches(word, names) or names[:3]
+        known += f", and names such as {', '.join(map(repr, examples))}"
+    raise CheckpointError(f"--classes: {word!r} is not a class; this model knows {known}")
+
+
+def tell_classes(classes, names):
+    """Print which classes are drawn."""
+    if classes is None:
+        print("classes: as often as in the training data")
+        return
+    told = []
+    for c in classes[:SHOWN]:
+        has_other_name = names and names[c] != str(c)
+        told.append(f"{c} {names[c]!r}" if has_other_name else str(c))
+    if len(classes) > SHOWN:
+        told.append(f"... ({len(classes)} of them)")
+    print(f"classes, in turn: {', '.join(told)}")
+
+
+# ---- what is drawn -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Plan:
+    """Everything that the images depend on, but for the network and its data's header."""
+
+    n: int  # images
+    nfe: int
+    w: float  # guidance
+    seed: int
+    shape: list[int]  # of one image of noise
+    class_counts: list[int]
+    classes: list[int] | None  # taken in turn; None: drawn from class_counts
+    euler: bool  # the network was trained by flow matching
+    batch: int
+    half: bool
+    compiled: bool
+
+    def batches(self):
+        """The indices of the images, as one range a batch."""
+        starts = range(0, self.n, self.batch)
+        return [range(first, min(first + self.batch, self.n)) for first in starts]
+
+    def draw(self, indices):
+        """Noise (B, *shape) float32 and classes (B,) int64."""
+        noise, labels = draw(self.seed, indices, self.shape, self.class_counts)
+        if self.classes:
+            turns = [self.classes[i % len(self.classes)] for i in indices]
+            labels = torch.tensor(turns)
+        return noise, labels
+
+    def labels(self):
+        """The classes of all images, (n,) int64; None where there are no classes."""
+        if not self.class_counts:
+            return None
+        without_noise = dataclasses.replace(self, shape=[0])
+        return without_noise.draw(range(self.n))[1].numpy()
+
+    def columns(self):
+        """Of a grid: one for each class, if these are not too many."""
+        return min(len(self.classes), 32) if self.classes else 10
+
+
+def make_plan(args, config, about, device, ranks):
+    """The plan of this command line, for a network of this config and its checkpoint's `about`."""
+    header = about["data"]
+    has_bfloat16, can_compile = abilities(device)
+    if args.precision == "bfloat16" and not has_bfloat16:
+        raise CheckpointError(
+            f"--precision bfloat16 takes a CUDA device that has it, which {device} is not"
+        )
+    classes = None
     if args.classes is not None:
-        if not num_classes:
-            raise CheckpointError("--classes: this model was trained without classes")
-        try:
-            classes = [int(c) for c in args.classes.split(",")]
-        except ValueError:
-            raise CheckpointError(f"--classes takes numbers such as 0,3,7, not {args.classes!r}") from None
-        if wrong := [c for c in classes if not 0 <= c < num_classes]:
-            raise CheckpointError(f"--classes: {wrong[0]} is not a class; this model knows 0 to {num_classes - 1}")
-        return classes
-    return list(range(num_classes)) if args.n is None and num_classes else None
+        classes = find_classes(args.classes, class_names(header), config.num_classes)
+    elif args.n is None and config.num_classes:
+        classes = list(range(config.num_classes))
+    n = args.n
+    if n is None and classes:
+        n = len(classes) * max(1, 80 // len(classes))
+    elif n is None:
+        n = 80
+    half = has_bfloat16 and args.precision != "float32"
+    return Plan(
+        n=n,
+        nfe=args.nfe,
+        w=guidance_weight(args.guidance, about["guidance"]),
+        seed=args.seed,
+        shape=header.get("shape") or [config.in_channels, *config.height_and_width],
+        class_counts=header["class_counts"],
+        classes=classes,
+        euler=about.get("objective") == "flow_matching",
+        batch=min(args.batch, -(-n // ranks)),
+        half=half,
+        compiled=half and can_compile and n >= COMPILE_FROM,
+    )
+
+
+def key_of(plan, about, model, device, vae, score):
+    """16 hexadecimal digits of all that the batches depend on, the network's weights among it."""
+    settings = [dataclasses.asdict(plan), about, device.type]
+    settings.append(vae.crc32 if vae else None)
+    settings.append(score.inception.digest if score else None)
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for t in model.state_dict().values():
+        digest.update(raw_bytes(t))
+    return digest.hexdigest()[:16]
+
+
+# ---- the score -----------------------------------------------------------------------------------
+
+
+class Score:
+    """--fid: of the images only Inception's features are kept."""
+
+    def __init__(self, reference, weights, channels, device):
+        if channels not in (1, 3):
+            raise CheckpointError(f"--fid is for images of 1 or 3 channels, not {channels}")
+        self.path = reference
+        self.device = device
+        self.inception = fid.load_inception(weights, device)
+        self.reference = fid.read_reference(reference, self.inception)
+
+    def features(self, images):
+        """uint8 (B, H, W, C) -> (B, 2048) float32."""
+        pixels = torch.from_numpy(rgb(images)).permute(0, 3, 1, 2).to(self.device)
+        return self.inception(pixels, resize="tf1").cpu().numpy()
+
+    def result(self, batches):
+        """Batches of features -> a text with their FID."""
+        moments = fid.Moments(fid.FEATURES)
+        for features in batches:
+            moments.add(torch.from_numpy(features))
+        distance = fid.frechet_distance(*moments.mean_and_covariance(), *self.reference)
+        return f"FID {distance:.4f}{moments.few()} against {self.path}"
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def sample_batches(batches, plan, model, device, header, vae, show):
+    """Yield each batch with its images, uint8 (B, H, W, C). show: with a progress bar."""
+    context = fast(model, plan.half, plan.compiled)
+    for batch in tqdm(batches, desc="sampling", unit="batch", disable=not show):
+        indices = batch
+        if plan.compiled:  # for one shape of all: the last batch is filled up, and cut off below
+            indices = range(batch.start, batch.start + plan.batch)
+        x1, labels = plan.draw(indices)
+        y = conditions(labels, header).to(device)
+        w = torch.full((len(indices),), plan.w, device=device)
+        with context:
+            x0 = sample(model, x1.to(device), y, w, plan.nfe, plan.euler)
+        yield batch, to_images(x0, header, vae)[: len(batch)]
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
 
 
 @torch.no_grad()
 def main():
     args = parse()
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, ranks, _ = ranks_of_torchrun()
     device = find_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if ranks > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=1))       # a rank that dies ends all; a slow one may be slow
-    half, compiled = abilities(device)
-    if args.precision == "bfloat16" and not half:
-        raise CheckpointError(f"--precision bfloat16 takes a CUDA device that has it, which {device} is not")
-    model, about = load_model(args.checkpoint, device)
-    config, header = model.config, about["data"]
-    vae = find_vae(header, device, args.vae)
-    w = guidance_weight(args.guidance, about["guidance"])
-    classes = chosen_classes(args, config.num_classes)
-    n = args.n or (len(classes) * max(1, 80 // len(classes)) if classes else 80)
-    if args.fid:
-        import fid
-        inception = fid.load_inception(args.inception, device)
-        reference = fid.read_reference(args.fid, inception)
+    # A rank that dies ends the others. The patience is for one that is merely slow.
+    join_ranks("gloo", timedelta(days=1))
 
-    half = half and args.precision != "float32"
-    compiled = compiled and half and n >= COMPILE_FROM                   # then one shape of batch, which compiles once
-    batch, folder = min(args.batch, -(-n // ranks)), args.out + ".parts"
-    key = [about, n, args.nfe, w, args.seed, classes, batch, half, compiled, device.type, args.fid and inception.digest, vae and vae.crc32]
-    key = hashlib.sha256(json.dumps(key).encode())
-    for t in model.state_dict().values():
-        key.update(raw_bytes(t))
-    parts = [range(first, min(first + batch, n)) for first in range(0, n, batch)]
-    path = lambda part: os.path.join(folder, f"{key.hexdigest()[:16]}-{part.start:09d}.npy")
-    barrier = dist.barrier if ranks > 1 else lambda: None
+    # What is to be drawn.
+    model, about = load_model(args.checkpoint, device)
+    header = about["data"]
+    vae = find_vae(header, device, args.vae)
+    score = None
+    if args.fid:
+        channels = 3 if vae else model.config.in_channels
+        score = Score(args.fid, args.inception, channels, device)
+    plan = make_plan(args, model.config, about, device, ranks)
+    key = key_of(plan, about, model, device, vae, score)
+    parts = Parts(args.out + ".parts", key, plan.batches())
     if rank == 0:
-        lock, here = hold(folder, 10), {os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".npy")}
-        for other in (others := here - set(map(path, parts))):
-            os.remove(other)
-        if here:
-            print(f"sample.py: {folder}: " + ("of another checkpoint, seed, nfe or the like, so starting over" if others else
-                  f"going on from {len(here)} of {len(parts)} batches"), file=sys.stderr)
-    barrier()
-    mine, start = [part for part in parts[rank::ranks] if not os.path.exists(path(part))], time.perf_counter()
-    context = fast(model, half, compiled)
-    for part in tqdm(mine, desc="sampling", unit="batch", disable=rank > 0):
-        indices = range(part.start, part.start + batch) if compiled else part
-        x1, y = draw(args.seed, indices, (config.in_channels, config.input_size, config.input_size), header["class_counts"])
-        y = torch.tensor([classes[i % len(classes)] for i in indices]) if classes else y
-        with context:
-            x0 = sample(model, x1.to(device), y.to(device), torch.full((len(y),), w, device=device), args.nfe,
-                        about.get("objective") == "flow_matching")
-        images = to_images(x0, header, vae)[:len(part)]
-        if args.fid:                                                     # of gray images three times
-            images = torch.from_numpy(images).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).to(device)
-            images = inception(images, resize="tf1").cpu().numpy()
-        with written(path(part)) as f:
-            np.save(f, images)
+        parts.hold()
+        if plan.class_counts:
+            tell_classes(plan.classes, class_names(header))
+    wait_for_all()
+
+    # Each rank makes its share of the batches.
+    mine = parts.missing(rank, ranks)
+    start = time.perf_counter()
+    for batch, images in sample_batches(mine, plan, model, device, header, vae, show=rank == 0):
+        parts.save(batch, score.features(images) if score else images)
     seconds = time.perf_counter() - start
-    barrier()
+    wait_for_all()
+
+    # The first one collects them.
     if rank > 0:
         return
-    batches = (np.load(path(part), allow_pickle=False) for part in tqdm(parts, desc="collecting", unit="batch"))
-    if args.fid:
-        moments = fid.Moments(2048)
-        for part in batches:
-            moments.add(torch.from_numpy(part))
-        result = f"FID {fid.frechet_distance(*moments.mean_and_covariance(), *reference):.4f}{moments.few()} against {args.fid}"
+    if score:
+        result = score.result(parts.load())
     else:
-        write_images(args.out, batches, n, min(len(classes), 32) if classes else 10)
+        labels = plan.labels()
+        write_images(args.out, args.kind, parts.load(), plan.n, labels, plan.columns())
         result = args.out
-    lock.close()                                                         # or Windows would not delete it
-    shutil.rmtree(folder)
-    print(f"{result}: {n} images in {args.nfe} step{'s' * (args.nfe > 1)} at guidance {w:g}, "
-          f"{sum(map(len, mine)) * ranks / seconds:.0f} images/s on {ranks} x {device.type}")
-
-
+    parts.remove()
+    steps = "1 step" if plan.nfe == 1 else f"{plan.nfe} steps"
+    speed = sum(map(len, mine)) * ranks / seconds
+    print(
+        f"{result}: {plan.n} images in {steps} at guidance {plan.w:g}, "
+        f"{speed:.0f} images/s on {ranks} x {device.type}"
+    )
 
 
 if __name__ == "__main__":
@@ -276,5 +475,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (CheckpointError, OSError, RuntimeError, ValueError) as error:
+    except (UserError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"sample.py: {' '.join(str(error).split())}")

@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from batches import Batches
+from batches import Batches, misfit
 from checkpoint import (
     initialize_from,
     last_good,
@@ -53,6 +53,7 @@ from device import (
     abilities,
     all_reduce,
     find_device,
+    from_all_ranks,
     from_rank_0,
     join_ranks,
     ranks_agree,
@@ -202,23 +203,9 @@ try:
     header, data = load_dataset(data_path)
 except DataError as error:
     fail(error)
-if not header["count"]["train"]:
-    fail(f"{data_path} holds no training images")
-if vae and vae != header.get("vae"):
-    holds = f"latents of {header['vae']!r}" if "vae" in header else "pixels"
-    fail(f"vae is {vae!r}, but {data_path} holds {holds}")
-if vae_files and "vae" not in header:
-    fail(f"vae_files is for latents, and {data_path} holds pixels")
-if classifier == "cnn" and min(header["shape"][1:]) < 4:
-    fail(f'classifier "cnn" takes images of at least 4 pixels, not {min(header["shape"][1:])}')
-guided = w != 1 if guidance == "constant" else (w_min, w_max) != (1, 1)
-if guided and not header["num_classes"]:
-    fail(f"{data_path} has no classes, so there is nothing to guide: --w=1, not {w:g}")
-if guided and label_dropout == 0:
-    fail(
-        "guidance needs a network that knows no class too: "
-        "label_dropout must be above 0 where w is not 1"
-    )
+complaint = misfit(header, data_path, config)
+if complaint:
+    fail(complaint)
 batches = Batches(header, data, seed, batch_size, rank, ranks, device)
 mean = torch.tensor(header["mean"], device=device)
 std = torch.tensor(header["std"], device=device)
@@ -242,8 +229,6 @@ try:
     )
 except ValueError as error:
     fail(error)
-
-
 torch.manual_seed(seed)
 model = DiT(model_config).to(device)
 if init_from:
@@ -252,7 +237,8 @@ if init_from:
     except (CheckpointError, RuntimeError, TypeError, ValueError) as error:
         fail(f"init_from: {error}")
     if rank == 0:
-        print(*(f"init_from: not taken: {line}" for line in left_out), sep="\n")
+        for line in left_out:
+            print(f"init_from: not taken: {line}")
 target = copy.deepcopy(model).requires_grad_(False)  # theta*
 evaluated = copy.deepcopy(model).requires_grad_(False)  # theta**
 nets = {"model": model, "target": target, "eval": evaluated}
@@ -283,8 +269,10 @@ if compiled:
 
 
 def learning_rate(step):
-    """A schedule is a change here."""
-    return lr * min(1, (step + 1) / warmup) if warmup else lr
+    """Of a step, the first being 0. For a schedule, change this function."""
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    return lr
 
 
 # ---- saving and resuming -------------------------------------------------------------------------
@@ -372,8 +360,7 @@ try:
 except (CheckpointError, KeyError, RuntimeError) as error:
     fail(error)
 if ranks > 1:
-    first_steps = [None] * ranks
-    dist.all_gather_object(first_steps, first_step if os.path.isdir(out) else "nowhere")
+    first_steps = from_all_ranks(first_step if os.path.isdir(out) else "nowhere")
     if len(set(first_steps)) > 1:
         fail(
             f"the ranks would go on from different steps, {first_steps}: "
@@ -387,30 +374,12 @@ if device.type == "cuda":
 if first_step > steps:
     fail(f"{out} has come to step {first_step} already, beyond steps {steps}")
 
-if rank == 0:
-    print(*(f"{key}={value!r}" for key, value in config.items()))
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{header['count']['train']:,} images, {ranks} x {device.type}, "
-        f"{'bfloat16' if has_bfloat16 else 'float32'}, {'compiled' if compiled else 'eager'}, "
-        f"commit {about['commit']}, from step {first_step}"
-    )
-report.log(
-    step=first_step,
-    config=config,
-    model=about["config"],
-    data=header["name"],
-    commit=about["commit"],
-    torch=torch.__version__,
-    ranks=ranks,
-    device=torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-)
+precision = "bfloat16" if has_bfloat16 else "float32"
+report.begin(first_step, about, f"{precision}, {'compiled' if compiled else 'eager'}")
 saved = True
 if first_step > 0:
     # A stop may have come between the state and what follows it: the picture, ckpt.safetensors.
-    due = first_step % sample_every == 0 or first_step == steps
-    missed = due and not os.path.exists(report.picture_path(first_step))
-    if from_rank_0(missed):
+    if report.lacks_samples(first_step, steps):
         report.samples(first_step)
     saved = report.attempt("ckpt.safetensors", save_evaluated, first_step, errors=OSError)
 
@@ -507,7 +476,7 @@ for step in progress:
         progress.set_postfix_str(shown)
     # While steps are skipped nothing is saved: a good state stays until steps are good again.
     if (done % save_every == 0 and not skipped_in_a_row) or done == steps or stop:
-        saved = report.attempt(f"checkpoint of step {done}", save, done, errors=OSError)
+        saved = report.attempt(f"the checkpoint of step {done}", save, done, errors=OSError)
     if stop:
         break
     if done % sample_every == 0 or done == steps:

@@ -1,5 +1,5 @@
-"""..."""
-import functools
+"""vae.py and latents.py: the VAE against its parts, images -> latents, and `prepare.py check`."""
+
 import json
 import math
 import os
@@ -9,8 +9,6 @@ import types
 
 import numpy as np
 import pytest
-import scipy.linalg
-import scipy.special
 import scipy.stats
 import torch
 from helpers import (
@@ -35,148 +33,324 @@ import sample as s
 import vae as v
 
 
+def complain(*arguments):
+    """What prepare.py says where it fails; None where it does not."""
+    return run_script("prepare.py", *arguments)
+
+
+# ---- the VAE -------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def test_vae_against_its_parts(folder):
     """Means, clamped log-variances and pixels from the VAE's own layers, the rest by numpy."""
     net = tiny_vae("vae")
-    with torch.no_grad():
-        net.quant_conv.bias += torch.tensor([0., 0, 0, 0, 0, 100, -100, 1])                      # log-variances out of [-30, 20]
-        net.decoder.conv_out.weight *= 3                                                         # pixels out of [-1, 1]
+    net.quant_conv.bias += torch.tensor([0.0, 0, 0, 0, 0, 100, -100, 1])  # beyond [-30, 20]
+    net.decoder.conv_out.weight *= 3  # pixels beyond [-1, 1]
     net.save_pretrained("vae")
     vae = v.load_vae("vae")
-    images = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 24), dtype=np.uint8)
-    stored = v.encode(vae, images)
-    mean, logvar = net.quant_conv(net.encoder(torch.from_numpy(images / 127.5 - 1).float())).chunk(2, dim=1)
+
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 24), dtype=np.uint8)
+    stored = v.encode(vae, pixels)
+    parts = net.quant_conv(net.encoder(torch.from_numpy(pixels / 127.5 - 1).float()))
+    mean, logvar = parts.chunk(2, dim=1)
     assert stored.dtype == np.float16 and stored.shape == (5, 8, 8, 6)
     expected = torch.cat([mean, torch.exp(logvar.clamp(-30, 20) / 2)], dim=1).numpy()
-    assert np.allclose(stored, expected, rtol=2 ** -11 + 1e-6, atol=1e-5)                        # half a unit of float16, float32's error
-    assert (stored[:, 5] == np.float16(math.exp(10))).all() and (stored[:, 6] == np.float16(math.exp(-15))).all()
-    z = 3 * torch.randn(5, 4, 8, 6, dtype=F64)
-    pixels = net.decoder(net.post_quant_conv(z.float())).permute(0, 2, 3, 1).numpy()
-    levels, got = (pixels * 0.5 + 0.5).clip(0, 1) * np.float32(255), v.decode(vae, z)
-    assert got.dtype == np.uint8 and got.shape == (5, 32, 24, 3) and {0, 255} <= set(got.flat)
-    sure = (np.abs(levels - levels.round()) > 1e-3) | (levels % 255 == 0)                        # where the last bits cannot matter
-    assert sure.mean() > 0.9 and (got == np.floor(levels))[sure].all()
+    half_a_unit = 2**-11  # of float16; and float32's own error
+    assert np.allclose(stored, expected, rtol=half_a_unit + 1e-6, atol=1e-5)
+    assert (stored[:, 5] == np.float16(math.exp(10))).all()
+    assert (stored[:, 6] == np.float16(math.exp(-15))).all()
 
-    path = "vae/diffusion_pytorch_model.safetensors"
-    weights = load_file(path)
-    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}              # as files of 2022 name them
-    renamed = {functools.reduce(lambda key, item: key.replace(*item), old.items(), key): weight for key, weight in weights.items()}
-    assert len(set(renamed) - set(weights)) == 16
-    for content, complaint in ((renamed, None), ({**weights, "encoder.conv_in.bias": weights["encoder.conv_in.bias"] + 1}, "has other weights"),
-                               ({key: weight for key, weight in weights.items() if key != "encoder.conv_in.bias"}, "lacks encoder.conv_in.bias")):
-        save_file(content, path)
-        v.load_vae.cache_clear()
-        if complaint:
-            with pytest.raises(v.VAEError, match=complaint):
-                v.load_vae("vae", crc32=vae.crc32)
-        else:
-            assert v.load_vae("vae", crc32=vae.crc32).crc32 == vae.crc32
+    z = 3 * torch.randn(5, 4, 8, 6, dtype=F64)
+    decoded = net.decoder(net.post_quant_conv(z.float())).permute(0, 2, 3, 1).numpy()
+    levels = (decoded * 0.5 + 0.5).clip(0, 1) * np.float32(255)
+    got = v.decode(vae, z)
+    assert got.dtype == np.uint8 and got.shape == (5, 32, 24, 3) and {0, 255} <= set(got.flat)
+    # Where the last bits of a level cannot change the whole number below it.
+    sure = (np.abs(levels - levels.round()) > 1e-3) | (levels % 255 == 0)
+    assert sure.mean() > 0.9 and (got == np.floor(levels))[sure].all()
     with pytest.raises(v.VAEError, match="not finite"):
         v.decode(vae, math.inf * z)
 
 
+# How files of 2022 name attention's weights.
+NAMES_OF_2022 = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def test_vae_files(folder):
+    """Old names are read; other weights and missing ones are refused."""
+    tiny_vae("vae")
+    v.load_vae.cache_clear()  # it may know another folder of this name
+    crc32 = v.load_vae("vae").crc32
+    path = "vae/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+
+    def load(content):
+        save_file(content, path)
+        v.load_vae.cache_clear()
+        return v.load_vae("vae", crc32=crc32)
+
+    renamed = {}
+    for name, weight in weights.items():
+        for new, old in NAMES_OF_2022.items():
+            name = name.replace(new, old)
+        renamed[name] = weight
+    assert len(set(renamed) - set(weights)) == 16
+    assert load(renamed).crc32 == crc32
+    bias = weights["encoder.conv_in.bias"]
+    with pytest.raises(v.VAEError, match="has other weights"):
+        load({**weights, "encoder.conv_in.bias": bias + 1})
+    del weights["encoder.conv_in.bias"]
+    with pytest.raises(v.VAEError, match="lacks encoder.conv_in.bias"):
+        load(weights)
+
+
 def test_draws_of_latents():
-    """Rows depend on the seed and their own index alone; their moments are the posterior's, and latent_moments' those of all."""
+    """Rows depend on the seed and their own index alone. Their moments are the posterior's, and
+    those of all are latent_moments'."""
     rng = np.random.default_rng(0)
-    stored = np.concatenate([rng.normal(size=(600, 3, 2, 2)) * [[[2]], [[1]], [[5]]] + 1, rng.uniform(0.1, 2, (600, 3, 2, 2))], axis=1).astype(np.float16)
+    means = rng.normal(size=(600, 3, 2, 2)) * [[[2]], [[1]], [[5]]] + 1
+    stds = rng.uniform(0.1, 2, (600, 3, 2, 2))
+    stored = np.concatenate([means, stds], axis=1).astype(np.float16)
     z = v.draw_latents(stored, 3, range(600))
     assert z.dtype == np.float32 and z.shape == (600, 3, 2, 2)
     assert (v.draw_latents(stored[7:9], 3, [7, 8]) == z[7:9]).all()
-    assert (v.draw_latents(stored[7:8], 4, [7]) != z[7]).all() and (v.draw_latents(stored[7:8], 3, [8]) != z[7]).all()
+    assert (v.draw_latents(stored[7:8], 4, [7]) != z[7]).all()
+    assert (v.draw_latents(stored[7:8], 3, [8]) != z[7]).all()
+
     noise = (z - stored[:, :3]) / stored[:, 3:]
-    assert abs(noise.mean()) < 5 / noise.size ** 0.5 and abs(noise.var() - 1) < 5 * (2 / noise.size) ** 0.5 and abs(noise[0, 0, 0, 0] - s.draw(3, [0], (3, 2, 2))[0][0, 0, 0, 0]) > 1e-3
+    assert abs(noise.mean()) < 5 / noise.size**0.5
+    assert abs(noise.var() - 1) < 5 * (2 / noise.size) ** 0.5
+    of_sampler = s.draw(3, [0], (3, 2, 2))[0][0, 0, 0, 0]
+    assert abs(noise[0, 0, 0, 0] - of_sampler) > 1e-3
     assert scipy.stats.kstest(noise.ravel(), "norm").pvalue > 1e-3
+
     draws = np.concatenate([v.draw_latents(stored, seed, range(600)) for seed in range(200)])
     mean, std = v.latent_moments(stored)
-    assert np.abs((draws.mean((0, 2, 3)) - mean) / std).max() < 5 / (200 * 2400) ** 0.5 and np.abs(draws.std((0, 2, 3)) / std - 1).max() < 5 / (2 * 200 * 2400) ** 0.5
+    numbers = 200 * 2400
+    assert np.abs((draws.mean((0, 2, 3)) - mean) / std).max() < 5 / numbers**0.5
+    assert np.abs(draws.std((0, 2, 3)) / std - 1).max() < 5 / (2 * numbers) ** 0.5
 
 
-def test_imagenet(folder, source, capsys, monkeypatch):
-    """Rows, labels and file names against the files; what the header says; check; and what is refused."""
+# ---- images -> latents ---------------------------------------------------------------------------
+
+
+def test_imagenet(folder, source, capsys):
+    """Rows, labels and file names against the files, and what the header says."""
     assert encode_all(source, "--name", "a") is None
     said = capsys.readouterr()
     assert "n01/25.JPEG" in said.err and "1 of 200 images could not be read" in said.out
+    assert said.err.count("EXIF orientation is not applied") == 1
     header, data = dataset.load_dataset("data/a")
     files = open("data/a/train_files.txt").read().split()
-    assert header["count"] == {"train": 199, "test": 0} and header["shape"] == [4, 8, 8] and header["class_counts"] == [50, 49, 50, 50]
-    assert [header[key] for key in ("kind", "dtype", "vae", "skipped", "normalization", "image_size")] == ["latents", "float16", "tiny", 1, "measured", 32]
-    assert sorted(files) == sorted(f"n0{i // 50}/{i % 50:02}.JPEG" for i in range(200) if i != 75) and files[:75] == sorted(files)[:75]
-    assert [f"n0{label}" for label in data["train_labels"]] == [file.split("/")[0] for file in files]
+    assert header["count"] == {"train": 199, "test": 0} and header["shape"] == [4, 8, 8]
+    assert header["class_counts"] == [50, 49, 50, 50]
+    assert header["kind"] == "latents" and header["dtype"] == "float16"
+    assert header["vae"] == "tiny" and header["normalization"] == "measured"
+    assert header["skipped"] == 1 and header["image_size"] == 32
+    whole = [f"n0{i // 50}/{i % 50:02}.JPEG" for i in range(200) if i != 75]
+    assert sorted(files) == sorted(whole) and files[:75] == sorted(files)[:75]
+    assert [f"n0{label}" for label in data["train_labels"]] == [f.split("/")[0] for f in files]
+
     vae = v.load_vae(str(source / "vae"))
     pick = [0, 74, 75, 76, 198]
-    again = v.encode(vae, np.stack([images.read_image(source / "src" / files[i], 32) for i in pick]))
-    assert np.allclose(data["train_images"][pick], again, rtol=2 ** -9, atol=1e-3) and header["vae_crc32"] == vae.crc32     # of another batch
-    assert sorted(os.listdir("data/a")) == ["header.json", "test_images.npy", "test_labels.npy", "train_files.txt", "train_images.npy", "train_labels.npy"]
+    pixels = [images.read_image(source / "src" / files[i], 32) for i in pick]
+    again = v.encode(vae, np.stack(pixels))  # in another batch than before
+    assert np.allclose(data["train_images"][pick], again, rtol=2**-9, atol=1e-3)
+    assert header["vae_crc32"] == vae.crc32
+    assert sorted(os.listdir("data/a")) == [
+        "header.json",
+        "test_images.npy",
+        "test_labels.npy",
+        "train_files.txt",
+        "train_images.npy",
+        "train_labels.npy",
+    ]
     assert "there already" in encode_all(source, "--name", "a")
 
-    check = lambda *a: run_script("prepare.py", "check", *a, "--vae", source / "vae")
+
+def test_what_imagenet_refuses(folder, source, monkeypatch):
+    with_vae = ("--vae", source / "vae")
+    src = source / "src"
+    assert "multiple of 4" in complain("imagenet", src, "--size", 30, *with_vae)
+    assert "--batch" in complain("imagenet", src, "--size", 32, "--batch", -1, *with_vae)
+    assert "no folder" in complain("imagenet", "gone", "--size", 32, *with_vae)
+    os.makedirs("hollow")
+    said = complain("imagenet", src, "--size", 32, "--vae", "hollow")
+    assert "cannot load the VAE hollow" in said
+    full_disk = types.SimpleNamespace(free=200_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full_disk)
+    assert "data/full takes 0.0 GB" in encode_all(source, "--name", "full")
+    assert not os.path.exists("data") or os.listdir("data") == []
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    v.load_vae.cache_clear()
+    assert "pip install diffusers" in complain("imagenet", src, "--size", 32, *with_vae)
+
+
+def test_imagenet_keeps_the_orientation_that_is_stored(folder, source):
+    """As ADM does: a photograph lies on its side, and `check --src` compares with the same."""
+    picture = Image.new("RGB", (40, 40), (0, 0, 0))
+    picture.paste((255, 255, 255), (0, 0, 20, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    os.makedirs("src/c")
+    picture.save("src/c/0.png")
+    picture.save("src/c/1.png", exif=exif)
+    assert (images.read_image("src/c/0.png", 32) != images.read_image("src/c/1.png", 32)).any()
+    with_vae = ("--vae", source / "vae")
+    assert complain("imagenet", "src", "--size", 32, "--name", "a", *with_vae) is None
+    stored = dataset.load_dataset("data/a")[1]["train_images"]
+    assert (stored[0] == stored[1]).all()
+    complain("check", "a", "--src", "src", *with_vae)
+    sheet = np.asarray(Image.open("data/a/check.png"))
+    assert (sheet[:32, :32] == sheet[:32, 32:64]).all()
+
+
+def test_imagenet_of_a_zip(folder, source, capsys):
+    """The same latents as of the folder."""
+    os.makedirs("src")
+    for name in ("n00", "n02"):
+        shutil.copytree(source / "src" / name, folder / "src" / name)
+    shutil.make_archive("src", "zip", "src")
+    for name, src in (("folder", "src"), ("zip", "src.zip")):
+        arguments = ("--size", 32, "--name", name, "--vae", source / "vae", "--batch", 16)
+        assert complain("imagenet", src, *arguments) is None
+    for file in os.listdir("data/zip"):
+        if file != "header.json":
+            one = open(f"data/zip/{file}", "rb").read()
+            assert one == open(f"data/folder/{file}", "rb").read(), file
+    capsys.readouterr()
+    assert complain("check", "zip", "--src", "src.zip", "--vae", source / "vae") is None
+    assert "originals over decoded examples" in capsys.readouterr().out
+
+
+def test_imagenet_with_a_class_that_cannot_be_read(folder, source):
+    """It is named; and when its files are mended the same command goes on."""
+    for name in ("cats", "dogs"):
+        for i in range(3):
+            write_picture(folder / "src" / name / f"{i}.png", colour=(80 * i, 9, 9))
+            if name == "dogs":
+                (folder / "src" / name / f"{i}.png").write_bytes(b"")
+    command = ("imagenet", "src", "--size", 32, "--name", "a", "--vae", source / "vae")
+    assert "no image of class 'dogs'" in complain(*command, "--batch", 2)
+    assert os.listdir("data") == ["a.partial"]
+    assert "interrupted" in complain("digits", "--name", "a")  # which must not remove it
+    write_picture(folder / "src" / "dogs" / "1.png")
+    assert complain(*command, "--batch", 2) is None
+    assert dataset.load_dataset("data/a")[0]["class_counts"] == [3, 1]
+
+
+def test_published_latents(folder, source, capsys):
+    """With the published VAE's name its published numbers, and the presets that go with them."""
+    for i in range(4):
+        path = folder / "src" / f"c{i % 2}" / f"{i}.jpg"
+        write_picture(path, size=(300, 260), colour=(60 * i, 200, 9))
+    vae = source / "vae"
+    named = ("--vae", vae, "--vae-name", latents.SD_VAE)
+    assert complain("imagenet", "src", "--size", 256, *named) is None
+    assert complain("imagenet", "src", "data/im512/", "--size", 512, *named) is None
+    for size, mean in ((256, 0.86488), (512, 1.56)):
+        header = dataset.load_dataset(f"data/im{size}")[0]
+        assert header["normalization"] == "published" and header["mean"][0] == mean
+        assert header["vae"] == latents.SD_VAE
+    assert "not about 0 and 1" in complain("check", "im256", "--vae", vae)
+
+    small = ("--hidden_size=32", "--depth=1", "--num_heads=2", "--patch_size=16")
+    short = ("--batch_size=4", "--micro_batch=4", "--steps=1", f"--vae_files={vae}")
+    assert run_script("train.py", "--preset=im256_w2", *small, *short) is None
+    capsys.readouterr()
+    checkpoint = "out/im256_w2/ckpt.safetensors"
+    about = ckpt.load_tensors(checkpoint)[1]
+    assert about["data"] == dataset.load_dataset("data/im256")[0]
+    assert about["train"]["vae"] == latents.SD_VAE
+    two = (checkpoint, "--n", 2)
+    assert run_script("sample.py", *two, "--out", "two.npz", "--vae", vae) is None
+    assert np.load("two.npz")["arr_0"].shape == (2, 256, 256, 3)
+    assert "cannot load the VAE" in run_script("sample.py", *two, "--vae", "src")
+
+
+def test_other_latents_are_refused(folder, source):
+    assert encode_all(source, "--name", "im256b") is None
+    complaint = "vae is 'stabilityai/sd-vae-ft-ema', but data/im256b holds latents of 'tiny'"
+    flags = ("--preset=im256_w2", "--dataset=im256b", "--name=b")
+    assert complaint in run_script("train.py", *flags)
+    assert "holds pixels" in run_script("train.py", "--vae=tiny", *SMALL)
+    make_checkpoint("pixels.safetensors")
+    complaint = run_script("sample.py", "pixels.safetensors", "--vae", source / "vae")
+    assert "this model makes pixels" in complaint
+
+
+# ---- check ---------------------------------------------------------------------------------------
+
+
+def test_check_of_latents(folder, source, capsys):
+    assert encode_all(source, "--name", "a") is None
+    header, data = dataset.load_dataset("data/a")
+    vae = v.load_vae(str(source / "vae"))
+    capsys.readouterr()
+
+    def check(*arguments):
+        return complain("check", *arguments, "--vae", source / "vae")
+
+    def rewrite(**changes):
+        with open("data/a/header.json", "w") as f:
+            json.dump({**header, **changes}, f)
+
     assert check("a", "--src", source / "src") is None and check("data/a") is None
     said = capsys.readouterr().out
     assert "4 classes of 49 to 50" in said and said.count("std 1.000") == 8
     sheet = np.asarray(Image.open("data/a/check.png"))
     assert sheet.shape == (32, 8 * 32, 3)
     rows = np.random.default_rng(0).permutation(199)[:8]
-    assert (sheet[:, 32:64] == v.decode(vae, torch.from_numpy(data["train_images"][rows[1:2], :4]))[0]).all()
-    json.dump({**header, "std": [1, 1, 1, 5]}, open("data/a/header.json", "w"))
+    means = torch.from_numpy(data["train_images"][rows[1:2], :4])
+    assert (sheet[:, 32:64] == v.decode(vae, means)[0]).all()
+
+    rewrite(std=[1, 1, 1, 5])
     assert "channel 3 has mean" in check("a") and "channel 0" not in check("a")
-    json.dump({**header, "class_counts": [49, 50, 50, 50]}, open("data/a/header.json", "w"))
+    rewrite(class_counts=[49, 50, 50, 50])
     assert "class_counts are not those" in check("a")
-    json.dump({**header, "vae_crc32": "00000000"}, open("data/a/header.json", "w"))
+    rewrite(vae_crc32="00000000")
     assert "other weights" in check("a")
-    json.dump(header, open("data/a/header.json", "w"))
+    rewrite()
     stored = np.load("data/a/train_images.npy")
     np.save("data/a/train_images.npy", np.concatenate([stored[:190], 0 * stored[190:]]))
     assert "9 of 199 images have one value" in check("a")
     np.save("data/a/train_images.npy", stored[:199])
     assert "its header says float16 (200, 8, 8, 8)" in check("a")
-    assert run_script("prepare.py", "digits") is None and run_script("prepare.py", "check", "digits") is None
+
+
+def test_check_of_pixels(folder):
+    assert complain("digits") is None and complain("check", "digits") is None
     os.rename("data/digits", "moved")
-    assert run_script("prepare.py", "check", "moved") is None and "no data in data/digits" in run_script("prepare.py", "check", "digits")
-
-    refuse = lambda *a: run_script("prepare.py", "imagenet", source / "src", *a)
-    assert "multiple of 4" in refuse("--size", 30, "--vae", source / "vae")
-    assert "no folder" in run_script("prepare.py", "imagenet", "gone", "--size", 32, "--vae", source / "vae")
-    os.makedirs("hollow")
-    assert "cannot load the VAE hollow" in refuse("--size", 32, "--vae", "hollow")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=200_000))
-    assert "data/full takes 0.0 GB" in encode_all(source, "--name", "full")
-    monkeypatch.setitem(sys.modules, "diffusers", None)
-    v.load_vae.cache_clear()
-    assert "pip install diffusers" in refuse("--size", 32, "--vae", source / "vae")
+    assert complain("check", "moved") is None
+    assert "no data in data/digits" in complain("check", "digits")
 
 
-def test_published_latents(folder, source, capsys):
-    """With the published VAE's name the published numbers, and then the published presets; other VAEs are refused."""
-    for i in range(4):
-        write_picture(folder / "src" / f"c{i % 2}" / f"{i}.jpg", size=(300, 260), colour=(60 * i, 200, 9))
-    named = ("--vae", source / "vae", "--vae-name", latents.SD_VAE)
-    for size, preset, mean in ((256, "im256_w2", 0.86488), (512, "im512_w2p25", 1.56)):
-        assert run_script("prepare.py", "imagenet", "src", *[f"data/im{size}/"] * (size > 256), "--size", size, *named) is None
-        header = dataset.load_dataset(f"data/im{size}")[0]
-        assert header["normalization"] == "published" and header["mean"][0] == mean and header["vae"] == latents.SD_VAE
-    assert "not about 0 and 1" in run_script("prepare.py", "check", "im256", "--vae", source / "vae")
-    small = ("--hidden_size=32", "--depth=1", "--num_heads=2", "--patch_size=16", "--batch_size=4", "--micro_batch=4", "--steps=1")
-    assert run_script("train.py", "--preset=im256_w2", *small, f"--vae_files={source / 'vae'}") is None
-    capsys.readouterr()
-    about = ckpt.load_tensors("out/im256_w2/ckpt.safetensors")[1]
-    assert about["data"] == dataset.load_dataset("data/im256")[0] and about["train"]["vae"] == latents.SD_VAE
-    assert run_script("sample.py", "out/im256_w2/ckpt.safetensors", "--n", 2, "--out", "two.npz", "--vae", source / "vae") is None
-    assert np.load("two.npz")["arr_0"].shape == (2, 256, 256, 3)
-    assert "cannot load the VAE" in run_script("sample.py", "out/im256_w2/ckpt.safetensors", "--n", 2, "--vae", "src")
-    assert encode_all(source, "--name", "im256b") is None
-    assert "vae is 'stabilityai/sd-vae-ft-ema', but data/im256b holds latents of 'tiny'" in run_script("train.py", "--preset=im256_w2", "--dataset=im256b", "--name=b")
-    assert "holds pixels" in run_script("train.py", "--vae=tiny", *SMALL)
-    make_checkpoint("pixels.safetensors")
-    assert "this model makes pixels" in run_script("sample.py", "pixels.safetensors", "--vae", source / "vae")
+@pytest.mark.parametrize("channels, shown", [(1, [0, 0, 0]), (2, [0, 0, 0]), (5, [0, 1, 2])])
+def test_check_draws_any_number_of_channels(folder, channels, shown):
+    """The first three, or the first; and images that are not square."""
+    shape = (channels, 6, 9)
+    stored = np.random.default_rng(0).integers(0, 256, (8, *shape), dtype=np.uint8)
+    writer = dataset.Writer("data/a", shape, {"train": 8, "test": 0})
+    for i, image in enumerate(stored):
+        writer.set(i, image, 0)
+    writer.finish("a", [])
+    assert complain("check", "a") is None
+    sheet = np.asarray(Image.open("data/a/check.png"))
+    first = np.random.default_rng(0).permutation(8)[0]
+    assert sheet.shape == (6, 8 * 9, 3)
+    assert (sheet[:, :9] == stored[first][shown].transpose(1, 2, 0)).all()
 
 
 @gpu
 def test_gpu_vae(folder):
-    """Posteriors in float32 (TensorFloat-32 in convolutions), images in float16, against the CPU's."""
+    """Posteriors in float32 (TensorFloat-32 in convolutions), images in float16, against the
+    CPU's."""
     tiny_vae("vae")
-    images = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), dtype=np.uint8)
-    reference, got = (np.float32(v.encode(v.load_vae("vae", device), images)) for device in ("cpu", "cuda"))
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), dtype=np.uint8)
+    reference, got = (
+        np.float32(v.encode(v.load_vae("vae", device), pixels)) for device in ("cpu", "cuda")
+    )
     close(torch.from_numpy(got), torch.from_numpy(reference), 3e-3)
     header = dict(mean=[0.1] * 4, std=[2.0] * 4, vae="vae")
     x0 = torch.randn(5, 4, 8, 8, dtype=F64)

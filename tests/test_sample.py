@@ -1,5 +1,7 @@
-"""..."""
+"""sample.py: the sampler, the command, its files. pictures.py and parts.py with it."""
+
 import glob
+import json
 import math
 import os
 import re
@@ -9,8 +11,6 @@ import sys
 
 import numpy as np
 import pytest
-import scipy.linalg
-import scipy.special
 import scipy.stats
 import torch
 from helpers import (
@@ -35,18 +35,47 @@ import dataset
 import fid
 import files
 import model as m
+import pictures
 import sample as s
 import scores
+
+RANGE_OF_WEIGHTS = dict(sampler="inverse", w=1.0, w_min=1.0, w_max=2.0)
+
+
+def run(*arguments):
+    """sample.py in this process: its one line of complaint, or None."""
+    return run_script("sample.py", *arguments)
+
+
+def change_data(path, **changes):
+    """Change the data's header in a checkpoint."""
+    tensors, about = ckpt.load_tensors(path)
+    about["data"].update(changes)
+    ckpt.save_tensors(path, tensors, about)
+
+
+def differ_by_a_level(a, b):
+    """Images that are alike, to a rounding."""
+    return np.abs(a.astype(int) - b).max() <= 1
+
+
+def break_pictures(patch):
+    """Let a run end at its last moment, when it makes its picture."""
+    patch.setattr(Image, "fromarray", None)
+
+
+# ---- the sampler ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_sampler_against_a_hand_loop(scaled):
     net = random_model(scaled=scaled)
     x1, _, _, _, y, w = random_inputs()
-    x, times = x1, [1, 0.75, 0.5, 0.25, 0]
-    for t, t_next in zip(times, times[1:]):
-        full = lambda a: torch.full((3,), a, dtype=F64)
-        x = x + (t_next - t) * (w.view(3, 1, 1, 1) if scaled else 1) * net(x, full(t), full(t_next), y, w)
+    k = w.view(3, 1, 1, 1) if scaled else 1
+    x = x1
+    for t, t_next in ((1, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0)):
+        F = net(x, torch.full((3,), t, dtype=F64), torch.full((3,), t_next, dtype=F64), y, w)
+        x = x + (t_next - t) * k * F
     close(s.sample(net, x1, y, w, 4), x, 1e-13)
     with pytest.raises(ValueError, match="nfe"):
         s.sample(net, x1, y, w, 0)
@@ -55,7 +84,9 @@ def test_sampler_against_a_hand_loop(scaled):
 def test_exact_flow_samples_in_one_step():
     flow = GaussianFlow(0.3, 0.5, False)
     flow.parameters = lambda: iter([torch.zeros((), dtype=F64)])
-    x1, y, w = randn(5, 1, 2, 2), torch.zeros(5, dtype=torch.long), torch.ones(5, dtype=F64)
+    x1 = randn(5, 1, 2, 2)
+    y = torch.zeros(5, dtype=torch.long)
+    w = torch.ones(5, dtype=F64)
     for nfe in (1, 3):
         close(s.sample(flow, x1, y, w, nfe), 0.3 + 0.5 * x1, 1e-13)
 
@@ -63,213 +94,474 @@ def test_exact_flow_samples_in_one_step():
 def test_draws_depend_on_seed_and_index_alone():
     noise, labels = s.draw(3, range(10), (1, 2, 2), [1, 0, 3])
     part, part_labels = s.draw(3, [7, 4], (1, 2, 2), [1, 0, 3])
-    assert (noise[[7, 4]] == part).all() and (labels[[7, 4]] == part_labels).all()
+    assert (noise[[7, 4]] == part).all()
+    assert (labels[[7, 4]] == part_labels).all()
+    assert (s.draw(3, range(10), (0,), [1, 0, 3])[1] == labels).all()
+
     noise, labels = s.draw(0, range(4000), (5,), [1, 0, 3])
     assert scipy.stats.kstest(noise.flatten(), "norm").pvalue > 1e-3
-    assert abs((labels == 2).double().mean() - 0.75) < 4 * math.sqrt(0.19 / 4000) and not (labels == 1).any()
+    assert abs((labels == 2).double().mean() - 0.75) < 4 * math.sqrt(0.19 / 4000)
+    assert not (labels == 1).any()
     assert not s.draw(0, range(5), (1,))[1].any()
+
+
+# ---- what it makes -------------------------------------------------------------------------------
 
 
 def test_checkpoint_round_trip(folder):
     net = make_checkpoint("c.safetensors")
-    loaded, about = m.load_model("c.safetensors")
-    assert loaded.config == net.config and all((a == b).all() for a, b in zip(loaded.state_dict().values(), net.state_dict().values()))
+    loaded, _ = m.load_model("c.safetensors")
+    assert loaded.config == net.config
+    for a, b in zip(loaded.state_dict().values(), net.state_dict().values(), strict=True):
+        assert (a == b).all()
     assert os.listdir() == ["c.safetensors"]
 
 
 def test_sample_outputs(folder):
     make_checkpoint("c.safetensors")
-    assert run_script("sample.py", "c.safetensors", "--n", 7, "--out", "a.npz", "--seed", 4) is None
-    a = np.load("a.npz", allow_pickle=False)["arr_0"]
-    assert a.shape == (7, 8, 8, 1) and a.dtype == np.uint8 and a.std() > 0
-    assert run_script("sample.py", "c.safetensors", "--n", 7, "--out", "b.npz", "--seed", 4, "--batch", 3) is None
-    assert np.abs(a.astype(int) - np.load("b.npz", allow_pickle=False)["arr_0"]).max() <= 1
-    assert run_script("sample.py", "c.safetensors", "--n", 7, "--out", "pngs/", "--seed", 4) is None
-    assert len(os.listdir("pngs")) == 7 and (np.asarray(Image.open("pngs/000003.png")) == a[3, ..., 0]).all()
-    assert run_script("sample.py", "c.safetensors", "--classes", "3,5", "--nfe", 2) is None
+    seven = ("c.safetensors", "--n", 7, "--seed", 4, "--out")
+    assert run(*seven, "a.npz") is None
+    a = images_in("a.npz")
+    assert a.shape == (7, 8, 8, 1)
+    assert a.dtype == np.uint8
+    assert a.std() > 0
+    assert run(*seven, "b.npz", "--batch", 3) is None
+    assert differ_by_a_level(a, images_in("b.npz"))
+
+    assert run(*seven, "pngs/") is None
+    assert sorted(os.listdir("pngs")) == [*(f"00000{i}.png" for i in range(7)), "dataset.json"]
+    assert (np.asarray(Image.open("pngs/000003.png")) == a[3, ..., 0]).all()
+
+    assert run("c.safetensors", "--classes", "3,5", "--nfe", 2) is None
     assert Image.open("samples.png").size[0] >= 700
+
+
+def test_labels_lie_beside_samples(folder):
+    """As arr_1 in an .npz, where ADM has them; beside PNGs in EDM's dataset.json."""
+    make_checkpoint("c.safetensors")
+    counts = [1, 0, 0, 3, 0, 0, 0, 0, 0, 1]
+    change_data("c.safetensors", class_counts=counts)
+    assert run("c.safetensors", "--n", 9, "--batch", 4, "--out", "a.npz") is None
+    drawn = s.draw(0, range(9), (1, 8, 8), counts)[1].numpy()
+    with np.load("a.npz", allow_pickle=False) as f:
+        assert f.files == ["arr_0", "arr_1"]
+        assert f["arr_1"].dtype == np.int64
+        assert (f["arr_1"] == drawn).all()
+
+    assert run("c.safetensors", "--n", 5, "--classes", "3,5", "--out", "turns.npz") is None
+    with np.load("turns.npz", allow_pickle=False) as f:
+        assert f["arr_1"].tolist() == [3, 5, 3, 5, 3]
+    assert run("c.safetensors", "--n", 2, "--classes", "3,5", "--out", "pngs") is None
+    with open("pngs/dataset.json") as f:
+        assert json.load(f) == {"labels": [["000000.png", 3], ["000001.png", 5]]}
+
     make_checkpoint("u.safetensors", num_classes=0)
-    assert run_script("sample.py", "u.safetensors", "--n", 3, "--out", "u.npz") is None
+    assert run("u.safetensors", "--n", 3, "--out", "u.npz") is None
+    with np.load("u.npz", allow_pickle=False) as f:
+        assert f.files == ["arr_0"]
+    assert run("u.safetensors", "--n", 3, "--out", "u") is None
+    assert len(os.listdir("u")) == 3
+
+
+def test_classes_by_name(folder, capsys):
+    """A name may have commas, or be another class's number; what is drawn is told."""
+    make_checkpoint("c.safetensors")
+    names = ["1", "10", "2", "cat", "sea lion, eared", "x", "y", "z", "7", "9"]
+    change_data("c.safetensors", class_names=names)
+    for text, classes in (
+        ("1", [0]),  # the class that is named so
+        ("10", [1]),
+        ("9", [9]),
+        ("8", [8]),  # a number that is no name
+        ("cat,3", [3, 3]),
+        ("x, sea lion, eared,1", [5, 4, 0]),
+    ):
+        capsys.readouterr()
+        out = f"{text}.npz"
+        assert run("c.safetensors", "--n", 6, "--classes", text, "--out", out) is None
+        with np.load(out, allow_pickle=False) as f:
+            assert f["arr_1"].tolist() == (6 * classes)[:6]
+        said = capsys.readouterr().out
+        for c in classes:
+            assert f"{c} {names[c]!r}" in said or names[c] == str(c) and names[c] in said
+    assert "did you mean" not in run("c.safetensors", "--classes", "11")
+    complaint = run("c.safetensors", "--classes", "cta")
+    assert "'cta' is not a class" in complaint and "'cat'" in complaint
+
+
+def test_images_that_are_not_square(folder):
+    make_checkpoint("c.safetensors", input_size=(8, 12), in_channels=3)
+    assert run("c.safetensors", "--n", 2, "--out", "a.npz") is None
+    assert images_in("a.npz").shape == (2, 8, 12, 3)
+    assert run("c.safetensors", "--n", 2, "--out", "pngs") is None
+    assert Image.open("pngs/000000.png").size == (12, 8)
+
+
+@pytest.mark.parametrize("channels, shown", [(2, 1), (4, 3), (5, 3)])
+def test_images_of_other_channels(folder, channels, shown):
+    """An .npz has them all; a picture shows the first three, or the first."""
+    make_checkpoint("c.safetensors", in_channels=channels)
+    assert run("c.safetensors", "--n", 2, "--out", "a.npz") is None
+    images = images_in("a.npz")
+    assert images.shape == (2, 8, 8, channels)
+    assert run("c.safetensors", "--n", 2, "--out", "pngs") is None
+    picture = Image.open("pngs/000001.png")
+    assert picture.mode == {1: "L", 3: "RGB"}[shown]
+    assert (np.asarray(picture).reshape(8, 8, shown) == images[1, ..., :shown]).all()
+    assert run("c.safetensors") is None
+    assert Image.open("samples.png").mode == picture.mode
+    complaint = run("c.safetensors", "--fid", "ref.npz", "--inception", "gone.pth")
+    assert f"1 or 3 channels, not {channels}" in complaint
+
+
+def test_grid():
+    values = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1)
+    images = values * np.ones((1, 4, 4, 1), np.uint8)
+    sheet = np.asarray(s.grid(images, 3, least=1))
+    assert sheet.shape == (4 * 2 + 2, 4 * 3 + 2 * 2)
+    assert sheet[0, 6] == 1
+    assert sheet[6, 6] == 4
+    assert sheet[6, 12] == 255
+
+
+def test_to_images():
+    x = torch.tensor([-9, 0.4, 0.6, 300.0]).view(1, 1, 2, 2).expand(1, 2, 2, 2)
+    images = s.to_images(x, dict(mean=[0.0, 1.0], std=[1.0, 2.0]))
+    assert images.tolist() == [[[[0, 0], [0, 2]], [[1, 2], [255, 255]]]]
+
+
+def test_rgb():
+    gray = np.arange(4, dtype=np.uint8).reshape(1, 2, 2, 1)
+    assert pictures.rgb(gray)[0, 1, 0].tolist() == [2, 2, 2]
+    with pytest.raises(ValueError, match="channels, not 4"):
+        pictures.rgb(np.zeros((1, 2, 2, 4), np.uint8))
+
+
+def test_the_shipped_checkpoint(folder):
+    """Small, whole, and in one step as good as the README says: the class asked for, no copies."""
+    path = os.path.join(HERE, "assets", "digits.safetensors")
+    assert os.path.getsize(path) < 1_500_000
+    assert run_script("prepare.py", "digits") is None
+    assert run(path, "--n", 300, "--out", "a.npz") is None
+    _, data = dataset.load_dataset("data/digits")
+    _, about = m.load_model(path)
+    images = images_in("a.npz").transpose(0, 3, 1, 2)
+    _, y = s.draw(0, range(300), (1, 8, 8), about["data"]["class_counts"])
+    train, test = data["train_images"], data["test_images"]
+    assert scores.label_accuracy(images, y, train, data["train_labels"]) >= 0.93
+    assert scores.nearest_ratio(images, test, train) >= 0.9
+    assert scores.two_sample_accuracy(images, test[:300]) <= 0.72
+
+
+def test_a_state_of_a_run(folder):
+    """Its evaluation network is sampled, as it is from ckpt.safetensors."""
+    trained = random_model(torch.float32, 1, in_channels=1, input_size=8, num_classes=10)
+    make_checkpoint("ckpt.safetensors")
+    tensors, about = ckpt.load_tensors("ckpt.safetensors")
+    state = {f"eval.{name}": t for name, t in tensors.items()}
+    for kind in ("model", "target"):
+        state.update({f"{kind}.{name}": t for name, t in trained.state_dict().items()})
+    ckpt.save_state(".", 7, state, about, keep=1)
+    assert run("ckpt.safetensors", "--n", 3, "--out", "a.npz") is None
+    assert run("state_7.safetensors", "--n", 3, "--out", "b.npz") is None
+    assert (images_in("a.npz") == images_in("b.npz")).all()
+
+
+# ---- batches, ranks, kills -----------------------------------------------------------------------
 
 
 def test_sampling_on_two_ranks(folder):
     make_checkpoint("c.safetensors")
-    assert run_script("sample.py", "c.safetensors", "--n", 7, "--out", "one.npz") is None
+    assert run("c.safetensors", "--n", 7, "--out", "one.npz") is None
     torchrun("sample.py", "c.safetensors", "--n", 7, "--out", "two.npz")
-    one, two = (np.load(f"{name}.npz", allow_pickle=False)["arr_0"] for name in ("one", "two"))
-    assert one.shape == two.shape and np.abs(one.astype(int) - two).max() <= 1
+    one, two = images_in("one.npz"), images_in("two.npz")
+    assert one.shape == two.shape
+    assert differ_by_a_level(one, two)
+
+
+@pytest.fixture
+def one_thread():
+    """In this process, as in those of torchrun: sums then have the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="kills a process by what Linux says of it")
-def test_sampling_goes_on_after_a_kill(folder, capsys):
-    """Rank 0 of two is killed: all end, no file appears, and one process goes on to the images of an undisturbed run."""
+def test_sampling_goes_on_after_a_kill(folder, capsys, one_thread):
+    """Rank 0 of two is killed: all end and no file appears. One process then goes on from there.
+
+    It ends with the images of a run that nobody disturbed.
+    """
     make_checkpoint("c.safetensors")
     arguments = ["c.safetensors", "--n", 1500, "--batch", 5]
-    assert run_script("sample.py", *arguments, "--out", "whole.npz") is None
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", os.path.join(HERE, "sample.py")]
+    assert run(*arguments, "--out", "whole.npz") is None
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["--", os.path.join(HERE, "sample.py"), *map(str, arguments), "--out", "a.npz"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open("said", "w") as f:
-        run = subprocess.Popen([*command, *map(str, arguments), "--out", "a.npz"], stdout=f, stderr=f,
-                               env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})   # sums in the same order
+        ranks = subprocess.Popen(command, stdout=f, stderr=f, env=environment)
     try:
         until(lambda: len(glob.glob("a.npz.parts/*.npy")) > 20, "twenty batches")
-        os.kill(int(re.search(r"process (\d+)", open("a.npz.parts/lock").read())[1]), signal.SIGKILL)
-        assert run.wait(60) != 0
+        with open("a.npz.parts/lock") as f:
+            rank_0 = int(re.search(r"process (\d+)", f.read())[1])
+        os.kill(rank_0, signal.SIGKILL)
+        assert ranks.wait(60) != 0
     finally:
-        run.kill()
+        ranks.kill()
     done = len(glob.glob("a.npz.parts/*.npy"))
-    assert 20 < done < 300 and not os.path.exists("a.npz")
+    assert 20 < done < 300
+    assert not os.path.exists("a.npz")
+
     capsys.readouterr()
-    assert run_script("sample.py", *arguments, "--out", "a.npz") is None
+    assert run(*arguments, "--out", "a.npz") is None
     assert f"going on from {done} of 300" in capsys.readouterr().err
-    assert open("a.npz", "rb").read() == open("whole.npz", "rb").read() and not os.path.exists("a.npz.parts")
+    with open("a.npz", "rb") as a, open("whole.npz", "rb") as whole:
+        assert a.read() == whole.read()
+    assert not os.path.exists("a.npz.parts")
 
 
 def test_partial_samples_are_of_one_run(folder, capsys, monkeypatch):
-    """Batches of another seed, nfe, guidance, batch or checkpoint are not used, and that is said; a lock keeps others out."""
-    make_checkpoint("c.safetensors", guidance=dict(sampler="inverse", w=1.0, w_min=1.0, w_max=2.0))
-    make_checkpoint("other.safetensors", seed=1, guidance=dict(sampler="inverse", w=1.0, w_min=1.0, w_max=2.0))
-    base = {"--n": 6, "--batch": 2, "--out": "a.npz"}
-    command = lambda change, path="c.safetensors": [path, *(word for pair in {**base, **change}.items() for word in pair)]
+    """Batches of another seed, nfe, guidance, class or checkpoint are not used; that is said."""
+    make_checkpoint("c.safetensors", guidance=RANGE_OF_WEIGHTS)
+    make_checkpoint("other.safetensors", seed=1, guidance=RANGE_OF_WEIGHTS)
+    six = ("--n", 6, "--batch", 2, "--out")
     with monkeypatch.context() as patch:
-        patch.setattr(Image, "fromarray", None)                               # an end at the last moment
-        assert "NoneType" in str(pytest.raises(TypeError, run_script, "sample.py", *command({"--out": "a.png"})).value)
-    assert len(glob.glob("a.png.parts/*.npy")) == 3 and not os.path.exists("a.png")
-    for change, path in (({"--seed": 3}, "c.safetensors"), ({"--nfe": 2}, "c.safetensors"), ({"--guidance": 1.5}, "c.safetensors"),
-                         ({"--classes": "2"}, "c.safetensors"), ({}, "other.safetensors")):
-        assert run_script("sample.py", *command(change, path)) is None
+        break_pictures(patch)
+        with pytest.raises(TypeError, match="NoneType"):
+            run("c.safetensors", *six, "a.png")
+    assert len(glob.glob("a.png.parts/*.npy")) == 3
+    assert not os.path.exists("a.png")
+
+    for arguments in (
+        ("c.safetensors", "--seed", 3),
+        ("c.safetensors", "--nfe", 2),
+        ("c.safetensors", "--guidance", 1.5),
+        ("c.safetensors", "--classes", "2"),
+        ("other.safetensors",),
+    ):
+        assert run(*arguments, *six, "a.npz") is None
         fresh = images_in("a.npz")
         os.makedirs("a.npz.parts")
         for name in os.listdir("a.png.parts"):
             with open(f"a.png.parts/{name}", "rb") as f, open(f"a.npz.parts/{name}", "wb") as g:
                 g.write(f.read())
         capsys.readouterr()
-        assert run_script("sample.py", *command(change, path)) is None
-        assert "starting over" in capsys.readouterr().err and (images_in("a.npz") == fresh).all() and not os.path.exists("a.npz.parts")
-    assert run_script("sample.py", *command({"--out": "a.png"})) is None and "going on from 3 of 3" in capsys.readouterr().err
+        assert run(*arguments, *six, "a.npz") is None
+        assert "starting over" in capsys.readouterr().err
+        assert (images_in("a.npz") == fresh).all()
+        assert not os.path.exists("a.npz.parts")
+    assert run("c.safetensors", *six, "a.png") is None
+    assert "going on from 3 of 3" in capsys.readouterr().err
+
+
+def test_one_run_an_output(folder, monkeypatch):
+    make_checkpoint("c.safetensors")
     lock = files.hold("a.npz.parts", 0)
-    monkeypatch.setattr(ckpt, "hold", lambda path, seconds, hold=files.hold: hold(path, 0))
-    assert "is at work in" in run_script("sample.py", *command({}))
+    hold = files.hold
+    monkeypatch.setattr("parts.hold", lambda path, seconds: hold(path, 0))  # without the wait
+    assert "is at work in" in run("c.safetensors", "--n", 2, "--out", "a.npz")
     lock.close()
 
 
-def test_fid_of_samples(folder, capsys, monkeypatch):
-    """--fid is the distance of the features of the same images from the reference, and leaves nothing behind."""
-    class Inception:
-        digest = "a"
+def test_batches_do_not_show(folder):
+    """Parts of another batch size are not used.
 
-        def __call__(self, images, resize):
-            assert images.dtype == torch.uint8 and images.shape[1:] == (3, 8, 8) and resize == "tf1"
-            return images.float().flatten(2).mean(1)[:, ::8]
-
-    Moments = fid.Moments
-    reference = np.arange(8.0), np.eye(8)
-    for name, stub in (("load_inception", lambda path, device: Inception()), ("Moments", lambda dim: Moments(8)), ("FidError", files.CheckpointError),
-                       ("read_reference", lambda path, net: reference)):
-        monkeypatch.setattr(fid, name, stub, raising=False)
+    Classes go by the image's number, not by its place in a batch.
+    """
     make_checkpoint("c.safetensors")
-    assert run_script("sample.py", "c.safetensors", "--n", 50, "--out", "a.npz") is None
+
+    def seven(batch, out, *more):
+        return run("c.safetensors", "--n", 7, "--batch", batch, "--out", out, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        break_pictures(patch)
+        with pytest.raises(TypeError):
+            seven(2, "a.png")
+    os.rename("a.png.parts", "a.npz.parts")
+    assert seven(3, "a.npz") is None
+    assert seven(3, "b.npz") is None
+    assert (images_in("a.npz") == images_in("b.npz")).all()
+
+    assert seven(3, "3.npz", "--classes", "3,5") is None
+    assert seven(7, "7.npz", "--classes", "3,5") is None
+    assert differ_by_a_level(images_in("3.npz"), images_in("7.npz"))
+
+
+# ---- the score -----------------------------------------------------------------------------------
+
+
+class SmallInception:
+    """In Inception's place: eight mean colours of an 8 x 8 image."""
+
+    digest = "a"
+
+    def __call__(self, images, resize):
+        assert images.dtype == torch.uint8
+        assert images.shape[1:] == (3, 8, 8)
+        assert resize == "tf1"
+        return images.float().flatten(2).mean(1)[:, ::8]
+
+
+def test_fid_of_samples(folder, capsys, monkeypatch):
+    """--fid: of the same images, the features' distance from the reference. It leaves nothing."""
+    moments = fid.Moments
+    reference = np.arange(8.0), np.eye(8)
+    monkeypatch.setattr(fid, "load_inception", lambda path, device: SmallInception())
+    monkeypatch.setattr(fid, "read_reference", lambda path, net: reference)
+    monkeypatch.setattr(fid, "Moments", lambda dim: moments(8))
+    make_checkpoint("c.safetensors")
+    fifty = ("c.safetensors", "--n", 50)
+    assert run(*fifty, "--out", "a.npz") is None
     features = torch.from_numpy(images_in("a.npz")[..., 0]).float().flatten(1)[:, ::8]
     expected = fid.frechet_distance(*scores.moments(features), *reference)
+
     capsys.readouterr()
-    assert run_script("sample.py", "c.safetensors", "--n", 50, "--fid", "ref.npz", "--batch", 20) is None
-    assert abs(float(re.search(r"FID (\S+) against ref.npz", capsys.readouterr().out)[1]) - expected) < 1e-4 * expected + 1e-4
+    assert run(*fifty, "--fid", "ref.npz", "--batch", 20) is None
+    found = float(re.search(r"FID (\S+) against ref.npz", capsys.readouterr().out)[1])
+    assert abs(found - expected) < 1e-4 * expected + 1e-4
     assert sorted(os.listdir()) == ["a.npz", "c.safetensors"]
-    assert "without --out" in run_script("sample.py", "c.safetensors", "--fid", "ref.npz", "--out", "b.npz")
+
+    assert "without --out" in run("c.safetensors", "--fid", "ref.npz", "--out", "b.npz")
     with monkeypatch.context() as patch:
-        patch.setattr(fid, "frechet_distance", None)                          # an end at the last moment
-        pytest.raises(TypeError, run_script, "sample.py", "c.safetensors", "--n", 50, "--fid", "ref.npz", "--inception", "w.pth")
-    Inception.digest = "b"                                                    # other weights in the same file
-    assert run_script("sample.py", "c.safetensors", "--n", 50, "--fid", "ref.npz", "--inception", "w.pth") is None
+        patch.setattr(fid, "frechet_distance", None)  # ends at the last moment
+        with pytest.raises(TypeError):
+            run(*fifty, "--fid", "ref.npz", "--inception", "w.pth")
+    monkeypatch.setattr(SmallInception, "digest", "b")  # other weights in the same file
+    assert run(*fifty, "--fid", "ref.npz", "--inception", "w.pth") is None
     assert "starting over" in capsys.readouterr().err
+
+
+# ---- what it refuses, and what it must not -------------------------------------------------------
+
+
+def test_any_name_of_an_output(folder):
+    """A dot does not make a file of a folder, nor capital letters another kind of a file."""
+    make_checkpoint("c.safetensors")
+    for out in ("samples_v1.5", "2026.11.28/run.2", "x.jpg/", "with space.", "a.b.c/d.png/"):
+        assert run("c.safetensors", "--n", 1, "--out", out) is None
+        assert "000000.png" in os.listdir(out)
+    os.mkdir("there.zip")
+    assert run("c.safetensors", "--n", 1, "--out", "there.zip") is None
+    assert run("c.safetensors", "--n", 1, "--out", "A.PNG") is None
+    assert Image.open("A.PNG").format == "PNG"
+    assert run("c.safetensors", "--n", 1, "--out", "A.Npz") is None
+    assert images_in("A.Npz").shape == (1, 8, 8, 1)
+
+    os.makedirs("empty.npz")
+    assert "is there already, as a folder" in run("c.safetensors", "--out", "empty.npz")
+    open("file", "w").close()
+    assert "is there already, as a file" in run("c.safetensors", "--out", "file")
+    os.mkdir("full")
+    open("full/file", "w").close()
+    assert "files in it already" in run("c.safetensors", "--out", "full")
+    for out in ("x.jpg", "x.NPY"):
+        assert out in run("c.safetensors", "--out", out)
+    assert "name a new folder" in run("c.safetensors", "--out", "..")
 
 
 def test_sample_refuses(folder):
     make_checkpoint("c.safetensors")
-    make_checkpoint("random.safetensors", guidance=dict(sampler="inverse", w=1.0, w_min=1.0, w_max=2.0))
-    complain = lambda *a: run_script("sample.py", *a)
-    assert "nfe" in complain("c.safetensors", "--nfe", 0)
-    assert "0 to 9" in complain("c.safetensors", "--classes", "3,10")
-    assert "0,3,7" in complain("c.safetensors", "--classes", "cat")
-    assert "guidance 1 only" in complain("c.safetensors", "--guidance", 3)
-    assert "from 1 to 2" in complain("random.safetensors", "--guidance", 3)
-    assert run_script("sample.py", "random.safetensors", "--guidance", 1.5, "--n", 1) is None
-    assert "no checkpoint" in complain("gone.safetensors")
-    assert "at least 1" in complain("c.safetensors", "--n", 0)
-    assert "unrecognized arguments: --nef" in complain("c.safetensors", "--nef", 2)
-    assert "no device" in complain("c.safetensors", "--device", "gpu")
-    assert "bfloat16" in complain("c.safetensors", "--device", "cpu", "--precision", "bfloat16")
-    assert ".jpg" in complain("c.safetensors", "--out", "x.jpg")
-    os.mkdir("full"), open("full/file", "w").close()
-    assert "files in it already" in complain("c.safetensors", "--out", "full")
-    whole = open("c.safetensors", "rb").read()
-    flipped = whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:]
-    for name, content, word in (("cut", whole[:len(whole) // 2], "is damaged"), ("flipped", flipped, "is damaged"),
-                                ("text", b"hello", "not a whole"), ("empty", b"", "not a whole")):
+    make_checkpoint("random.safetensors", guidance=RANGE_OF_WEIGHTS)
+    assert "nfe" in run("c.safetensors", "--nfe", 0)
+    assert "0 to 9" in run("c.safetensors", "--classes", "3,10")
+    assert "0,3,7" in run("c.safetensors", "--classes", "cat")
+    assert "guidance 1 only" in run("c.safetensors", "--guidance", 3)
+    assert "from 1 to 2" in run("random.safetensors", "--guidance", 3)
+    assert run("random.safetensors", "--guidance", 1.5, "--n", 1) is None
+    assert "no checkpoint" in run("gone.safetensors")
+    assert "at least 1" in run("c.safetensors", "--n", 0)
+    assert "unrecognized arguments: --nef" in run("c.safetensors", "--nef", 2)
+    assert "no device" in run("c.safetensors", "--device", "gpu")
+    half_on_a_cpu = ("--device", "cpu", "--precision", "bfloat16")
+    assert "bfloat16" in run("c.safetensors", *half_on_a_cpu)
+    make_checkpoint("u.safetensors", num_classes=0)
+    assert "without classes" in run("u.safetensors", "--classes", "1")
+    assert "--fid only" in run("c.safetensors", "--inception", "w.pth")
+    script = os.path.join(HERE, "sample.py")
+    done = subprocess.run([sys.executable, script, "gone"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "sample.py: no checkpoint gone\n"
+
+
+@pytest.mark.parametrize(
+    "environment, word",
+    [
+        (dict(WORLD_SIZE="2"), "no RANK"),
+        (dict(RANK="x"), "RANK"),
+        (dict(WORLD_SIZE="two"), "WORLD_SIZE"),
+        (dict(RANK="3", WORLD_SIZE="2"), "RANK 3"),
+        (dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="localhost"), "no MASTER_PORT"),
+        (
+            dict(
+                RANK="0",
+                WORLD_SIZE="2",
+                LOCAL_RANK="0",
+                MASTER_ADDR="localhost",
+                MASTER_PORT="abc",
+            ),
+            "MASTER_PORT",
+        ),
+    ],
+)
+def test_half_an_environment_of_torchrun(folder, monkeypatch, environment, word):
+    make_checkpoint("c.safetensors")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    complaint = run("c.safetensors")
+    assert "environment" in complaint
+    assert word in complaint
+
+
+def test_files_that_are_no_checkpoints(folder):
+    make_checkpoint("c.safetensors")
+    with open("c.safetensors", "rb") as f:
+        whole = f.read()
+    one_bit_flipped = whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:]
+    for name, content, word in (
+        ("cut", whole[: len(whole) // 2], "is damaged"),
+        ("flipped", one_bit_flipped, "is damaged"),
+        ("text", b"hello", "not a whole"),
+        ("empty", b"", "not a whole"),
+    ):
         with open(name, "wb") as f:
             f.write(content)
-        assert word in complain(name)
+        assert word in run(name)
     save_file({"a": torch.zeros(2)}, "foreign.safetensors")
-    assert "not a checkpoint of this project" in complain("foreign.safetensors")
+    assert "not a checkpoint of this project" in run("foreign.safetensors")
+
     tensors, about = ckpt.load_tensors("c.safetensors")
     for key in ("data", "guidance"):
         ckpt.save_tensors("part.safetensors", tensors, {**about, key: {}})
-        assert f"no whole {key}" in complain("part.safetensors")
-    ckpt.save_tensors("part.safetensors", tensors, {**about, "data": {**about["data"], "class_counts": [1] * 11}})
-    assert "11 class counts for 10 classes" in complain("part.safetensors")
-    ckpt.save_tensors("other.safetensors", tensors, {**about, "config": {**about["config"], "depth": 3}})
-    assert "does not fit its own config" in complain("other.safetensors")
-    done = subprocess.run([sys.executable, os.path.join(HERE, "sample.py"), "gone"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr == "sample.py: no checkpoint gone\n"
+        assert f"no whole {key}" in run("part.safetensors")
+    deeper = {**about, "config": {**about["config"], "depth": 3}}
+    ckpt.save_tensors("other.safetensors", tensors, deeper)
+    assert "does not fit its own config" in run("other.safetensors")
+    change_data("c.safetensors", class_counts=[1] * 11)
+    assert "11 class counts for 10 classes" in run("c.safetensors")
 
 
-def test_the_shipped_checkpoint(folder):
-    """Small, whole, and as good in one step as the README says: the class asked for, and no copies."""
-    path = os.path.join(HERE, "assets", "digits.safetensors")
-    assert os.path.getsize(path) < 1_500_000
-    assert run_script("prepare.py", "digits") is None
-    assert run_script("sample.py", path, "--n", 300, "--out", "a.npz") is None
-    data, (net, about) = dataset.load_dataset("data/digits")[1], m.load_model(path)
-    images = np.load("a.npz", allow_pickle=False)["arr_0"].transpose(0, 3, 1, 2)
-    _, y = s.draw(0, range(300), (1, 8, 8), about["data"]["class_counts"])
-    assert scores.label_accuracy(images, y, data["train_images"], data["train_labels"]) >= 0.93
-    assert scores.nearest_ratio(images, data["test_images"], data["train_images"]) >= 0.9
-    assert scores.two_sample_accuracy(images, data["test_images"][:300]) <= 0.72
-
-
-def test_grid():
-    images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 1), np.uint8)
-    sheet = np.asarray(s.grid(images, 3, least=1))
-    assert sheet.shape == (4 * 2 + 2, 4 * 3 + 2 * 2) and sheet[0, 6] == 1 and sheet[6, 6] == 4 and sheet[6, 12] == 255
-
-
-def test_to_images():
-    x = torch.tensor([-9, 0.4, 0.6, 300.0]).view(1, 1, 2, 2).expand(1, 2, 2, 2)
-    assert s.to_images(x, dict(mean=[0.0, 1.0], std=[1.0, 2.0])).tolist() == [[[[0, 0], [0, 2]], [[1, 2], [255, 255]]]]
-
-
-def test_batches_do_not_show(folder):
-    """Parts of another batch size are not taken up, and --classes go by the image, not by its place in a batch."""
-    make_checkpoint("c.safetensors")
-    run = lambda batch, out, *more: run_script("sample.py", "c.safetensors", "--n", 7, "--batch", batch, "--out", out, *more)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Image, "fromarray", None)
-        pytest.raises(TypeError, run, 2, "a.png")
-    os.rename("a.png.parts", "a.npz.parts")
-    assert run(3, "a.npz") is None and run(3, "b.npz") is None and (images_in("a.npz") == images_in("b.npz")).all()
-    assert run(3, "3.npz", "--classes", "3,5") is None and run(7, "7.npz", "--classes", "3,5") is None
-    assert np.abs(images_in("3.npz").astype(int) - images_in("7.npz")).max() <= 1
-    os.makedirs("empty.npz")
-    assert "is there already, as a folder" in run(3, "empty.npz")
-    open("file", "w").close()
-    assert "is there already, as a file" in run(3, "file")
-
-
-@pytest.mark.parametrize("part, key, value", [("config", "depth", 10 ** 9), ("config", "mlp_ratio", math.inf), ("config", "scaled", "False"),
-                                              ("data", "mean", None), ("data", "std", [1.0] * 3), ("data", "class_counts", [0] * 10),
-                                              ("data", "class_counts", ["1"] * 10), ("guidance", "w", math.nan), ("guidance", "w", 0)])
+@pytest.mark.parametrize(
+    "part, key, value",
+    [
+        ("config", "depth", 10**9),
+        ("config", "mlp_ratio", math.inf),
+        ("config", "scaled", "False"),
+        ("data", "mean", None),
+        ("data", "std", [1.0] * 3),
+        ("data", "class_counts", [0] * 10),
+        ("data", "class_counts", ["1"] * 10),
+        ("guidance", "w", math.nan),
+        ("guidance", "w", 0),
+    ],
+)
 def test_checkpoints_that_cannot_be(folder, part, key, value):
     make_checkpoint("c.safetensors")
     tensors, about = ckpt.load_tensors("c.safetensors")
     about[part][key] = value
     ckpt.save_tensors("c.safetensors", tensors, about)
-    assert "does not fit its own config" in run_script("sample.py", "c.safetensors")
+    assert "does not fit its own config" in run("c.safetensors")

@@ -1,0 +1,312 @@
+"""
+attention_jvp beside plain attention: speed, memory, error. Run as `python bench.py attention`.
+
+"plain" is F.scaled_dot_product_attention as torch dispatches it, without any derivative in forward
+mode. "maths" are the same formulas in PyTorch operations. Times are medians of events on the GPU,
+bfloat16, each after L2 was overwritten. Those of attention_jvp, of plain attention and of the
+variants are of rounds in turns, because clocks drift. TF/s count useful products: 6 forward and 15
+backward, each 2 B H S S D operations.
+
+The variants are given as parts of the time of attention_jvp on the same inputs, forward/backward:
+    padding   a quarter of the keys is hidden by a mask (B, 1, 1, S)
+    all true  the same mask, which hides none
+    causal    is_causal
+    grouped   half as many heads of keys and values
+    only tq   tk = tv = None
+"""
+
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import attention_jvp as A
+
+SHAPES = [  # B, H, S, D
+    (32, 18, 256, 64),
+    (8, 18, 1024, 64),
+    (32, 16, 256, 72),
+    (1, 24, 4096, 128),
+    (1, 24, 8192, 128),
+    (1, 12, 4096, 256),
+]
+ODD_SHAPES = [  # B, H, Sq, Sk, D, small, for compute-sanitizer
+    (1, 2, 65, 33, 64),
+    (2, 1, 33, 130, 72),
+    (1, 1, 129, 70, 128),
+    (1, 1, 1, 1, 8),
+]
+MATHS_UP_TO = 1024  # tokens, with --quick; the formulas in PyTorch are slow
+
+
+# ---- what is timed -------------------------------------------------------------------------------
+
+
+def torch_maths(q, k, v, tq, tk, tv):
+    """The formulas at the top of attention_jvp.py, in bfloat16 operations."""
+    scale = q.size(-1) ** -0.5
+    P = (q @ k.mT * scale).softmax(-1)
+    tS = (tq @ k.mT + q @ tk.mT) * scale
+    mean = (P * tS).sum(-1, keepdim=True, dtype=torch.float32).to(P.dtype)
+    PN = P * (tS - mean)
+    return P @ v, PN @ v + P @ tv
+
+
+def make_inputs(shape, seed=0):
+    """q, k, v, tq, tk, tv, which want gradients, and the gradients of o and to."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    x = []
+    for _ in range(8):
+        x.append(torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator))
+    return [t.requires_grad_() for t in x[:6]], x[6:]
+
+
+def padding_mask(x, hidden):
+    """(B, 1, 1, S) bool: the last `hidden` keys are not seen."""
+    B, _, S, _ = x.shape
+    mask = torch.ones(B, 1, 1, S, dtype=torch.bool, device=x.device)
+    mask[..., S - hidden :] = False
+    return mask
+
+
+def variants(x):
+    """{name: (function, its inputs)} of what attention_jvp takes beside full attention."""
+    q, k, v, tq, tk, tv = x
+    padding = padding_mask(q, q.size(2) // 4)
+    all_true = padding_mask(q, 0)
+    half = k.size(1) // 2
+    few = [t.detach()[:, :half].contiguous().requires_grad_() for t in (k, v, tk, tv)]
+
+    def padded(*x):
+        return A.attention_jvp(*x, attn_mask=padding)
+
+    def with_all_true(*x):
+        return A.attention_jvp(*x, attn_mask=all_true)
+
+    def causal(*x):
+        return A.attention_jvp(*x, is_causal=True)
+
+    def grouped(*x):
+        return A.attention_jvp(*x, enable_gqa=True)
+
+    def only_tq(q, k, v, tq):
+        return A.attention_jvp(q, k, v, tq, None, None)
+
+    return {
+        "padding": (padded, x),
+        "all true": (with_all_true, x),
+        "causal": (causal, x),
+        "grouped": (grouped, [q, few[0], few[1], tq, few[2], few[3]]),
+        "only tq": (only_tq, [q, k, v, tq]),
+    }
+
+
+# ---- timing --------------------------------------------------------------------------------------
+
+
+def timed(function, calls):
+    """Median milliseconds of a function on the GPU, each time after L2 was overwritten.
+
+    For that 256 MB of zeros are written; ten times as many where the function takes under a
+    millisecond, so that the host, which may need half of one, is ahead of the GPU.
+    """
+    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
+
+    def run(calls, repeats):
+        marks = []
+        for _ in range(calls):
+            start = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
+            for _ in range(repeats):
+                flush.zero_()
+            start.record()
+            function()
+            end.record()
+            marks.append((start, end))
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in marks]
+
+    repeats = 10 if min(run(3, 10)) < 1 else 1
+    return np.median(run(calls, repeats))
+
+
+def times(function, x, d, calls):
+    """Median milliseconds of function(*x), and of its backward from d."""
+    outputs = function(*x)
+    if torch.is_tensor(outputs):
+        outputs, d = (outputs,), d[:1]
+    forward = timed(lambda: function(*x), calls)
+    backward = timed(lambda: torch.autograd.grad(outputs, x, d, retain_graph=True), calls)
+    return forward, backward
+
+
+def times_in_a_graph(function, x, d):
+    """The same as a CUDA graph, with inputs in L2."""
+    from triton.testing import do_bench_cudagraph
+
+    def both():
+        return torch.autograd.grad(function(*x), x, d)
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        # Leaves of its own: a capture must not meet autograd nodes of another stream.
+        x = [t.detach().clone().requires_grad_() for t in x]
+        forward = do_bench_cudagraph(lambda: function(*x), rep=50, return_mode="median")
+        total = do_bench_cudagraph(both, rep=50, return_mode="median")
+    return forward, total - forward
+
+
+def in_turns(functions, d, rounds, calls):
+    """{name: (forward, backward)}, medians over the rounds. functions: {name: (function, x)}."""
+    measured = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, (function, x) in functions.items():
+            measured[name].append(times(function, x, d, calls))
+    return {name: np.median(results, axis=0) for name, results in measured.items()}
+
+
+# ---- memory and error ----------------------------------------------------------------------------
+
+
+def memory(x, d):
+    """Peak bytes above inputs and incoming gradients, and the bytes of what is needed: the eight
+    results and four float32 rows."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outputs = A.attention_jvp(*x)
+    torch.autograd.grad(outputs, x, d)
+    B, H, S, _ = x[0].shape
+    needed = 8 * x[0].numel() * 2 + 4 * B * H * S * 4
+    return torch.cuda.max_memory_allocated() - before, needed
+
+
+def largest_error(x, d, heads=2):
+    """The largest relative L2 error of o, to and the six gradients, against float64.
+
+    It is measured on some heads of the whole call's result.
+    """
+    outputs = A.attention_jvp(*x)
+    got = [*outputs, *torch.autograd.grad(outputs, x, d)]
+    y = [t.detach()[:1, :heads].double().requires_grad_() for t in x]
+    outputs = A.attention_jvp_reference(*y)
+    want = [*outputs, *torch.autograd.grad(outputs, y, [t[:1, :heads].double() for t in d])]
+    errors = []
+    for a, b in zip(got, want, strict=True):
+        errors.append(((a[:1, :heads].double() - b).norm() / b.norm()).item())
+    return max(errors) if all(map(np.isfinite, errors)) else np.nan
+
+
+# ---- the table and the plot ----------------------------------------------------------------------
+
+
+def pair(forward_and_backward):
+    forward, backward = forward_and_backward
+    return f"{forward:.3f}/{backward:.3f}"
+
+
+def table_row(shape, quick):
+    """{title: text} of one shape, in the order of the columns."""
+    B, H, S, D = shape
+    x, d = make_inputs(shape)
+    plain = F.scaled_dot_product_attention
+    functions = {"full": (A.attention_jvp, x), "plain": (plain, x[:3]), **variants(x)}
+    rounds, calls = (1, 10) if quick else (5, 30)
+    found = in_turns(functions, d, rounds, calls)
+    forward, backward = found["full"]
+    plain_forward, plain_backward = found["plain"]
+    product = 2 * B * H * S * S * D * 1e-9  # TFLOP per millisecond
+    row = {
+        "B,H,S,D": f"{B},{H},{S},{D}",
+        "fwd": f"{forward:.3f}",
+        "plain": f"{plain_forward:.3f}",
+        "x": f"{forward / plain_forward:.2f}",
+        "TF/s": f"{6 * product / forward:.0f}",
+        "bwd": f"{backward:.3f}",
+        "plain ": f"{plain_backward:.3f}",
+        "x ": f"{backward / plain_backward:.2f}",
+        "TF/s ": f"{15 * product / backward:.0f}",
+    }
+    for name in ("padding", "all true", "causal", "grouped", "only tq"):
+        f, b = found[name] / found["full"]
+        row[name] = f"{f:.2f}/{b:.2f}"
+
+    row["maths"] = row["compiled"] = row["graph"] = row["plain graph"] = "-"
+    if not quick or S <= MATHS_UP_TO:
+        row["maths"] = pair(times(torch_maths, x, d, 10))
+        torch._dynamo.reset()
+        row["compiled"] = pair(times(torch.compile(torch_maths), x, d, 10))
+    if S <= 256:
+        row["graph"] = pair(times_in_a_graph(A.attention_jvp, x, d))
+        row["plain graph"] = pair(times_in_a_graph(plain, x[:3], d[:1]))
+    peak, needed = memory(x, d)
+    row["peak MB"] = f"{peak / 1e6:.1f}"
+    row["needed"] = f"{needed / 1e6:.1f}"
+    row["error"] = f"{largest_error(x, d):.1e}"
+    return row
+
+
+def table(quick=False, plot="attention.png"):
+    """Print the table and, where `plot` names a file, draw the plot."""
+    os.makedirs(os.path.dirname(plot) or ".", exist_ok=True)
+    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    print("milliseconds; two numbers: forward/backward; variants: parts of fwd and bwd")
+    widths = None
+    for shape in SHAPES:
+        row = table_row(shape, quick)
+        if widths is None:
+            widths = {title: max(len(title), len(text), 9) for title, text in row.items()}
+            print(" | ".join(f"{title.strip():>{width}}" for title, width in widths.items()))
+        print(" | ".join(f"{row[title]:>{width}}" for title, width in widths.items()), flush=True)
+        torch.cuda.empty_cache()
+    if plot:
+        draw_plot(plot, quick)
+
+
+def draw_plot(path, quick, H=24, D=128):
+    """Time over sequence length, both logarithmic, of one batch of H heads."""
+    from matplotlib.figure import Figure
+
+    sizes = [256, 512, 1024, 2048, 4096, 8192, 16384]
+    if quick:
+        sizes = sizes[1:5]
+    figure = Figure(figsize=(6, 4.5), layout="tight")
+    axes = figure.add_subplot()
+    for name, function, tensors, color in (
+        ("attention_jvp", A.attention_jvp, 6, "C0"),
+        ("plain attention", F.scaled_dot_product_attention, 3, "C1"),
+        ("PyTorch maths", torch_maths, 6, "C2"),
+    ):
+        at, forward, backward = [], [], []
+        for S in sizes:
+            if function is torch_maths and S > 4096:
+                continue  # its matrices would take too much memory
+            x, d = make_inputs((1, H, S, D))
+            f, b = times(function, x[:tensors], d, 10)
+            at.append(S)
+            forward.append(f)
+            backward.append(b)
+        how = dict(color=color, marker="o", ms=3, base=2)
+        axes.loglog(at, forward, "-", label=f"{name}, forward", **how)
+        axes.loglog(at, backward, "--", label=f"{name}, backward", **how)
+    axes.set(xlabel="sequence length", ylabel="milliseconds")
+    axes.set_xticks(sizes, map(str, sizes))
+    title = f"{torch.cuda.get_device_name()}, bfloat16, {H} heads of {D}"
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def sanitize():
+    """Small odd shapes, once, forward and backward, for compute-sanitizer to watch."""
+    for B, H, Sq, Sk, D in ODD_SHAPES:
+        x = []
+        for S in (Sq, Sk, Sk, Sq, Sk, Sk):
+            t = torch.randn(B, H, S, D, device="cuda", dtype=torch.bfloat16)
+            x.append(t.requires_grad_())
+        o, to = A.attention_jvp(*x)
+        grads = torch.randn_like(o), torch.randn_like(to)
+        torch.autograd.grad((o, to), x, grads, retain_graph=True)
+        torch.autograd.grad(o, x[:3], torch.randn_like(o))
+    torch.cuda.synchronize()

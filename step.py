@@ -1,0 +1,134 @@
+"""
+One training step on random data, made as train.py makes it, to be timed by bench.py and study.py.
+
+    step = TrainingStep(DiTConfig.named("XL/2"), batch=32)
+    times = milliseconds(step, 20)
+
+Under torchrun, with the process group joined, `batch` is that of each rank.
+"""
+
+import copy
+import functools
+import time
+
+import torch
+import torch.distributed as dist
+
+from device import Graph, all_reduce
+from dual import column
+from loss import TVM, Term, backward
+from model import DiT, compile_blocks
+
+BATCHES = 64  # of random data, taken in turn
+
+
+class FlowMatching:
+    """Plain flow matching with the same network, without guidance: what a step costs at least."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def draw(self, x0, seed, first=0, total=None):
+        return torch.randn_like(x0), torch.rand(len(x0), device=x0.device)
+
+    def __call__(self, x0, y, noise, t, backward):
+        v = noise - x0
+        u = self.model(x0 + column(t, x0) * v, t, t, y, torch.ones_like(t))
+        error = (u - v).square().mean((1, 2, 3))
+        loss = backward(error.mean())
+        return loss, {"fm": Term("fm", error.detach(), error.detach(), t)}
+
+
+class TrainingStep:
+    """step(n) makes step n: bfloat16 autocast on a GPU, AdamW, two EMAs, the check of numbers."""
+
+    def __init__(
+        self,
+        config,
+        batch,
+        compiled=True,
+        checkpoint=False,
+        detach=False,
+        flow=False,
+        objective="tvm",
+        device="cuda",
+    ):
+        """compiled: the blocks, and on a GPU the step as a CUDA graph. checkpoint: every block
+        keeps its input only. detach: no gradient through dF/ds. flow: FlowMatching above, instead
+        of `objective`, which is one of loss.OBJECTIVES.
+        """
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        self.batch = batch
+        self.device = device
+        self.ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        with torch.device(device):
+            self.model = DiT(config)
+        target = copy.deepcopy(self.model).requires_grad_(False)
+        evaluated = copy.deepcopy(self.model).requires_grad_(False)
+        if checkpoint:
+            self.model.checkpoint_blocks = len(self.model.blocks)
+        if flow:
+            self.loss = FlowMatching(self.model)
+            detaches_tangent = False
+        else:
+            guidance = dict(w=2.0)
+            self.loss = TVM(
+                self.model, target, guidance=guidance, detach_jvp=detach, objective=objective
+            )
+            detaches_tangent = self.loss.detaches_tangent
+        if compiled:
+            compile_blocks(self.model, target, detached=detaches_tangent)
+
+        trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        self.weights = [self.model.get_parameter(name) for name in trained]
+        self.averages = []  # (weights of an EMA, its rate)
+        for net, rate in ((target, 0.99), (evaluated, 0.9999)):
+            self.averages.append(([net.get_parameter(name) for name in trained], rate))
+        self.optimizer = torch.optim.AdamW(self.weights, 1e-4, (0.9, 0.95), fused=True)
+        self.use_graph = compiled and device == "cuda"
+        self.graph = None
+
+        shape = (config.in_channels, *config.height_and_width)
+        self.images = torch.randn(BATCHES, batch, *shape)
+        self.labels = torch.randint(config.num_classes, (BATCHES, batch))
+        if device == "cuda":
+            self.images = self.images.pin_memory()
+            self.labels = self.labels.pin_memory()
+
+    def gradients(self, *inputs):
+        """Forward and backward. Returns the loss and its terms."""
+        self.optimizer.zero_grad()
+        share = functools.partial(backward, share=1 / self.ranks)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            return self.loss(*inputs, backward=share)
+
+    def __call__(self, n):
+        x0 = self.images[n % BATCHES].to(self.device, non_blocking=True)
+        y = self.labels[n % BATCHES].to(self.device, non_blocking=True)
+        drawn = self.loss.draw(x0, n, self.rank * self.batch, self.ranks * self.batch)
+        inputs = [x0, y, *drawn]
+        if self.use_graph and self.graph is None:
+            self.graph = Graph(self.gradients, inputs)
+        loss, _ = self.graph(*inputs) if self.use_graph else self.gradients(*inputs)
+        grads = [p.grad for p in self.weights if p.grad is not None]
+        if self.ranks > 1:
+            all_reduce(grads)
+        norm = torch.nn.utils.get_total_norm(grads)
+        if torch.stack([norm, loss]).isfinite().all().item():
+            self.optimizer.step()
+            for average, rate in self.averages:
+                torch._foreach_lerp_(average, self.weights, 1 - rate)
+
+
+def milliseconds(step, steps):
+    """Of each of so many steps, by the wall clock."""
+    times = []
+    for n in range(steps):
+        start = time.perf_counter()
+        step(n)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times

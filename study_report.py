@@ -1,0 +1,272 @@
+"""
+The tables and figures of study.py, from its log alone.
+
+    python study.py --report [--log=FILE]
+
+Beside the log it writes tables.md, study.png and, where the pictures of the runs lie there,
+samples.png.
+"""
+
+import json
+import math
+import os
+import re
+import statistics
+import sys
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from files import UserError
+
+SCORES = {
+    "features": "Fréchet, features",
+    "pixels": "Fréchet, pixels",
+    "label": "label accuracy",
+    "two_sample": "two-sample accuracy",
+    "of_samples": "of samples",
+    "of_fresh": "of fresh images",
+}
+SAMPLES = (  # the rows of samples.png: title, method, which of the step counts
+    ("TVM, 1 step", "tvm", 0),
+    ("MeanFlow, 1 step", "meanflow", 0),
+    ("flow matching, 1 step", "flow_matching", 0),
+    ("flow matching, 50 steps", "flow_matching", -1),
+)
+
+
+# ---- the log -------------------------------------------------------------------------------------
+
+
+def read_log(path):
+    """(the first line, which has the settings; {run: its line}). Raises UserError."""
+    try:
+        with open(path) as f:
+            # A kill may have cut off the last line.
+            lines = [json.loads(text) for text in f if text.endswith("}\n")]
+        return lines[0], {line["run"]: line for line in lines[1:]}
+    except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
+        reason = str(error) or "no line in it"
+        raise UserError(f"{path} is not the log of a study: {reason}") from None
+
+
+def spread(line):
+    """What a learning rate is chosen by: the geometric mean over the step counts of the Frechet
+    distance in features. Infinite for a run that diverged."""
+    if "scores" not in line:
+        return math.inf
+    logs = [math.log(scores["features"]) for scores in line["scores"].values()]
+    return math.exp(statistics.fmean(logs))
+
+
+def safe_name(run):
+    """The name of a run as a part of a file's name."""
+    return re.sub(r"[^\w.-]", "_", run)
+
+
+class Results:
+    """What the log has to say."""
+
+    def __init__(self, log, methods):
+        self.first, lines = read_log(log)
+        self.settings = self.first["settings"]
+        self.nfes = [str(nfe) for nfe in self.settings["nfes"]]
+        self.failed = [
+            f"{run}: {line['failed']}" for run, line in lines.items() if "failed" in line
+        ]
+        self.done = {run: line for run, line in lines.items() if "scores" in line}
+        self.rates = {}  # {method: the rates that were run, sorted}
+        for method in methods:
+            found = {line["config"]["lr"] for run, line in self.of(method)}
+            if found:
+                self.rates[method] = sorted(found)
+        self.best = {}  # {method: the best rate}
+        for method, rates in self.rates.items():
+            self.best[method] = min(rates, key=lambda rate: spread(self.seed_0(method, rate)))
+
+    def of(self, method):
+        return [(run, line) for run, line in self.done.items() if run.startswith(f"{method}-")]
+
+    def seed_0(self, method, rate):
+        return self.done[f"{method}-{rate:g}-0"]
+
+    def all_seeds(self, method):
+        """The runs of a method at its best rate."""
+        start = f"{method}-{self.best[method]:g}-"
+        return [line for run, line in self.done.items() if run.startswith(start)]
+
+    def ablations(self):
+        """{run: line}: first the runs of TVM that they are to be compared with."""
+        ablations = {run: line for run, line in self.done.items() if run.startswith("ablation-")}
+        runs = {}
+        for line in ablations.values():
+            same = f"tvm-{line['config']['lr']:g}-0"
+            if same in self.done:
+                runs[same] = self.done[same]
+        runs.update(ablations)
+        return runs
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def row(cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def header(cells):
+    return [row(cells), "|" + "---|" * len(cells)]
+
+
+def over_seeds(values):
+    text = f"{statistics.fmean(values):.3f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.3f}"
+    return text
+
+
+def tables(results):
+    """The lines of tables.md."""
+    first, settings = results.first, results.settings
+    about = (
+        f"{first['device']}, torch {first['torch']}, {first['date']}; "
+        f"{settings['seconds']:g} s of training a run, {settings['images']} images a score, "
+        f"settings {json.dumps(settings)}"
+    )
+    parts = [[about], table_of_methods(results), table_of_rates(results)]
+    return [*joined(parts), *table_of_ablations(results), "", *results.failed]
+
+
+def joined(parts):
+    """Each part with an empty line after it."""
+    lines = []
+    for part in parts:
+        lines += [*part, ""]
+    return lines
+
+
+def table_of_methods(results):
+    """At the best rate: mean and deviation over the seeds."""
+    lines = header(["method", "steps", *SCORES.values()])
+    for method, rate in results.best.items():
+        runs = results.all_seeds(method)
+        about = (
+            f"{method} ({runs[0]['steps']} training steps, "
+            f"{results.first['step_ms'][method]:.1f} ms, lr {rate:g}, {len(runs)} seeds)"
+        )
+        for nfe in results.nfes:
+            cells = [over_seeds([run["scores"][nfe][key] for run in runs]) for key in SCORES]
+            lines.append(row([about, nfe, *cells]))
+    real = [f"{results.first['real'][key]:.3f}" for key in SCORES]
+    lines.append(f"| fresh images in their place | | {' | '.join(real)} |")
+    return lines
+
+
+def table_of_rates(results):
+    steps = [f"{nfe} steps" for nfe in results.nfes]
+    lines = header(["Fréchet, features, seed 0", "lr", *steps, "geometric mean"])
+    for method, rates in results.rates.items():
+        for rate in rates:
+            line = results.seed_0(method, rate)
+            cells = [f"{line['scores'][nfe]['features']:.3f}" for nfe in results.nfes]
+            lines.append(row([method, f"{rate:g}", *cells, f"{spread(line):.3f}"]))
+    return lines
+
+
+def table_of_ablations(results):
+    one, *more = results.nfes
+    heads = [f"{title}, {one} step" for title in SCORES.values()]
+    heads += [f"Fréchet, features, {nfe} steps" for nfe in more]
+    rms = "RMS of blocks, first to last"
+    lines = header(["TVM, seed 0", "training steps", "ms", *heads, rms])
+    for run, line in results.ablations().items():
+        timed = "detach_jvp" if line["config"]["detach_jvp"] else "tvm"
+        cells = [line["scores"][one][key] for key in SCORES]
+        cells += [line["scores"][nfe]["features"] for nfe in more]
+        lines.append(
+            row(
+                [
+                    run.removeprefix("ablation-"),
+                    str(line["steps"]),
+                    f"{results.first['step_ms'][timed]:.1f}",
+                    *[f"{cell:.3f}" for cell in cells],
+                    " ".join(f"{x:.1f}" for x in line["block_rms"]),
+                ]
+            )
+        )
+    return lines
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+def draw_scores(results, path):
+    """Scores over sampling steps: the mean and the range of the seeds."""
+    nfes = results.settings["nfes"]
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for axis, key in zip(axes, ("features", "two_sample", "label"), strict=True):
+        for i, method in enumerate(results.best):
+            runs = results.all_seeds(method)
+            values = [[run["scores"][nfe][key] for nfe in results.nfes] for run in runs]
+            values = np.array(values)  # (seeds, nfes)
+            axis.plot(nfes, values.mean(0), f"C{i}o-", label=method)
+            axis.fill_between(nfes, values.min(0), values.max(0), color=f"C{i}", alpha=0.2)
+        axis.axhline(results.first["real"][key], color="gray", ls=":", label="fresh images")
+        yscale = "log" if key == "features" else "linear"
+        axis.set(xscale="log", yscale=yscale, xlabel="sampling steps", ylabel=SCORES[key])
+        axis.set_xticks(nfes, results.nfes)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(
+        f"Equal training time, {results.settings['seconds']:g} s a run on "
+        f"{results.first['device']}; mean and range of seeds",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=120)
+
+
+def draw_samples(results, sheets, path):
+    """A row of samples for each entry of SAMPLES. sheets: {method: the picture of its run}."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots(len(SAMPLES))
+    for axis, (title, method, which) in zip(axes, SAMPLES, strict=True):
+        sheet = np.asarray(Image.open(sheets[method]))
+        gap = 2  # pixels between the rows of a sheet
+        height = (sheet.shape[0] + gap) // len(results.nfes)
+        top = range(len(results.nfes))[which] * height
+        axis.imshow(sheet[top : top + height - gap], interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(title, rotation=0, ha="right", va="center")
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+# ---- all of it -----------------------------------------------------------------------------------
+
+
+def report(log, methods, prefix):
+    """Print the tables, and write tables and figures beside the log.
+
+    methods: names, in the order of the tables. prefix: of the names of the runs' pictures.
+    """
+    results = Results(log, methods)
+    folder = os.path.dirname(log) or "."
+    text = "\n".join(tables(results))
+    print(text)
+    with open(os.path.join(folder, "tables.md"), "w") as f:
+        f.write(text + "\n")
+    draw_scores(results, os.path.join(folder, "study.png"))
+
+    sheets = {}
+    for method, rate in results.best.items():
+        sheet = os.path.join(folder, f"{prefix}-{safe_name(f'{method}-{rate:g}-0')}.png")
+        if os.path.exists(sheet):
+            sheets[method] = sheet
+    if {method for _, method, _ in SAMPLES} <= set(sheets):
+        draw_samples(results, sheets, os.path.join(folder, "samples.png"))
+    else:
+        print(f"no samples.png: the pictures of the runs do not lie in {folder}", file=sys.stderr)

@@ -1,0 +1,301 @@
+"""checkpoint.py: files that notice damage, the states of a run, weights to begin with."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from helpers import (
+    SMALL,
+    make_checkpoint,
+    randn,
+    random_model,
+    run_script,
+    state,
+    train_config,
+    weights,
+)
+
+import checkpoint as ckpt
+import files
+
+ABOUT = dict(
+    config={},
+    guidance=dict(sampler="constant", w=1, w_min=1, w_max=1),
+    data=dict(class_counts=[], mean=[], std=[]),
+)
+
+
+def train(*arguments):
+    return run_script("train.py", *SMALL, *arguments)
+
+
+def write(path, content):
+    with open(path, "wb") as f:
+        f.write(content)
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# ---- one file ------------------------------------------------------------------------------------
+
+
+def test_checkpoints_notice_damage(folder):
+    """Whatever bit is flipped, wherever the file ends: what is loaded is what was written, or
+    nothing is."""
+    tensors = {
+        "a": randn(3, 5),
+        "b": torch.tensor(7.0),
+        "half": randn(2, 2).bfloat16(),
+        "c": randn(4, 3).t(),
+        "none": torch.zeros(0, 2),
+    }
+    ckpt.save_tensors("x", tensors, ABOUT)
+    with open("x", "rb") as f:
+        whole = f.read()
+    for loaded in (ckpt.load_tensors("x")[0], safetensors.torch.load_file("x")):
+        assert equal(loaded, tensors)
+
+    dice = random.Random(0)
+    damaged = 0
+    for place in range(len(whole)):
+        flipped = whole[place] ^ (1 << dice.randrange(8))
+        write("x", whole[:place] + bytes([flipped]) + whole[place + 1 :])
+        try:
+            loaded, about = ckpt.load_tensors("x")
+        except ckpt.Damaged:
+            damaged += 1
+        else:
+            assert about == ABOUT
+            assert all(torch.equal(loaded[key], value) for key, value in tensors.items())
+    # A file may have no checksum: its first bytes may be others.
+    assert damaged >= len(whole) - len(ckpt.START)
+
+    for size in range(0, len(whole), 7):
+        write("x", whole[:size])
+        with pytest.raises(ckpt.Damaged):
+            ckpt.load_tensors("x")
+
+
+def test_headers_that_nobody_wrote(folder):
+    """Each is one line, whatever stands in the file."""
+    tensors = {"a": torch.zeros(2)}
+    for tvm, words in (
+        ("[" * 10**5, "not a whole safetensors file"),
+        ("{", "not a whole safetensors file"),
+        ("[1]", "no whole config, guidance, data"),
+        ('{"config": 3}', "no whole config, guidance, data"),
+        ('{"config": {}, "guidance": {"w": 1}, "data": []}', "no whole guidance, data"),
+    ):
+        safetensors.torch.save_file(tensors, "x", metadata={"tvm": tvm})
+        with pytest.raises(files.CheckpointError, match=words):
+            ckpt.load_tensors("x")
+    for path, words in (("nowhere", "no checkpoint nowhere"), (".", "cannot read .")):
+        with pytest.raises(files.CheckpointError, match=words):
+            ckpt.load_tensors(path)
+
+
+# ---- states --------------------------------------------------------------------------------------
+
+
+def test_states(folder, capsys):
+    """The last ones are kept, a damaged one is passed over and then replaced, and it takes one
+    whole one to go on."""
+    assert ckpt.load_newest(".") is None
+    assert ckpt.last_good(".") == "nothing was saved yet"
+    for step in (5, 90, 100):
+        ckpt.save_state(".", step, {"a": torch.full((9,), float(step))}, ABOUT, keep=2)
+    assert list(ckpt.states(".")) == [90, 100]
+    assert ckpt.load_newest(".")[2]["step"] == 100
+    with open("state_100.safetensors", "rb+") as f:
+        f.truncate(200)
+    path, tensors, _ = ckpt.load_newest(".")
+    assert path == "./state_90.safetensors"
+    assert (tensors["a"] == 90).all()
+    assert capsys.readouterr().err.count("\n") == 1
+    ckpt.save_state(".", 95, tensors, ABOUT, keep=2)
+    assert list(ckpt.states(".")) == [90, 95]
+    assert ckpt.last_good(".").endswith("./state_95.safetensors")
+    for path in ckpt.states(".").values():
+        open(path, "w").close()
+    with pytest.raises(files.CheckpointError, match="no state in . is whole"):
+        ckpt.load_newest(".")
+
+
+def test_a_state_stands_for_its_evaluation_network(folder):
+    tensors = {"model.a": randn(1), "eval.a": randn(2), "eval.pos_embed": randn(3), "x": randn(4)}
+    ckpt.save_tensors("x", tensors, ABOUT)
+    found, about = ckpt.load_checkpoint("x")
+    assert equal(found, {"a": tensors["eval.a"], "pos_embed": tensors["eval.pos_embed"]})
+    assert about == ABOUT
+
+
+# ---- continuing a run ----------------------------------------------------------------------------
+
+
+def test_a_run_from_before_a_constant(folder, capsys):
+    """What the old state does not know has today's value, which is said. What it knows and today's
+    train.py does not is no matter."""
+    assert train("--steps=1") is None
+    path = "out/digits/state_1.safetensors"
+    tensors, about = ckpt.load_tensors(path)
+    del about["train"]["warmup"]
+    del about["train"]["kappa"]
+    about["train"]["gone"] = 3
+    ckpt.save_tensors(path, tensors, about)
+    capsys.readouterr()
+    assert train("--steps=2") is None
+    lines = [line for line in capsys.readouterr().out.splitlines() if "from before" in line]
+    assert lines == [
+        f"{path} is from before these constants, which have today's value: kappa=0.5, warmup=0"
+    ]
+    assert train("--steps=3") is None  # by now it knows them
+    assert "from before" not in capsys.readouterr().out
+
+
+def test_a_renamed_run(folder, capsys):
+    assert train("--name=a", "--steps=1") is None
+    os.rename("out/a", "out/b")
+    assert train("--name=b", "--steps=2") is None
+    assert "from step 1" in capsys.readouterr().out
+    assert list(ckpt.states("out/b")) == [1, 2]
+
+
+def test_a_preset_that_is_spelled_out(folder, capsys):
+    """A run that began with --preset goes on with the same constants as flags, and back."""
+    assert run_script("prepare.py", "shapes", "--n", 60, "--size", 8) is None
+    common = (*SMALL, "--batch_size=4", "--classifier=1-nn", "--ema_eval=0.9")
+    begun = ("--preset=shapes", "--name=x", "--steps=1")
+    assert run_script("train.py", *begun, *common) is None
+    flags = ("--dataset=shapes", "--name=x", "--steps=2", "--patch_size=4", "--lr=1e-3", "--w=2.0")
+    flags += ("--mu_s=0.4",)
+    assert run_script("train.py", *flags, *common) is None
+    assert run_script("train.py", "--preset=shapes", "--name=x", "--steps=3", *common) is None
+    assert "from step 2" in capsys.readouterr().out
+
+
+def test_changes_on_purpose(folder, capsys):
+    """--change allows what it names, once; the state then has the new value."""
+    assert train("--steps=1") is None
+    refused = train("--steps=2", "--lr=0.1", "--beta2=0.9")
+    assert "beta2 0.95 -> 0.9" in refused
+    assert "lr 0.002 -> 0.1" in refused
+    assert "--change=" in refused
+    refused = train("--steps=2", "--lr=0.1", "--beta2=0.9", "--change=lr")
+    assert "beta2 0.95 -> 0.9" in refused
+    assert "lr 0.002" not in refused
+    assert "did you mean lr" in train("--steps=2", "--lr=0.1", "--change=lrr")
+    before = state("digits")
+    assert train("--steps=2", "--lr=0.1", "--weight_decay=0.5", "--change=lr,weight_decay") is None
+    assert "from step 1" in capsys.readouterr().out
+    assert train_config("digits")["lr"] == 0.002  # of the first line of the log
+    after = state("digits")
+
+    # AdamW by hand: what the new learning rate and weight decay make of the first state.
+    name = "final_layer.linear.bias"
+    first, second = (after[f"optimizer.{name}.exp_avg{kind}"] for kind in ("", "_sq"))
+    direction = (first / (1 - 0.9**2)) / ((second / (1 - 0.95**2)).sqrt() + 1e-8)
+    expected = before[f"model.{name}"] * (1 - 0.1 * 0.5) - 0.1 * direction
+    assert (after[f"model.{name}"] - expected).abs().max() < 1e-5
+
+    assert "lr 0.1 -> 0.002" in train("--steps=3", "--weight_decay=0.5")
+    assert train("--steps=3", "--lr=0.1", "--weight_decay=0.5") is None
+
+
+def test_runs_that_do_not_go_on(folder):
+    assert train("--steps=2") is None
+    assert "beyond steps 1" in train("--steps=1")
+    assert "lr 0.002 -> 0.1" in train("--steps=2", "--lr=0.1")
+    os.replace("out/digits/ckpt.safetensors", "out/digits/state_3.safetensors")
+    assert "is not the state of a run" in train("--steps=4")
+    os.remove("out/digits/state_3.safetensors")
+    assert run_script("prepare.py", "digits", "--seed", 1, "--overwrite") is None
+    assert "was trained on other data" in train("--steps=3")
+
+
+# ---- init_from -----------------------------------------------------------------------------------
+
+
+def test_init_from(folder, capsys):
+    """A checkpoint or the state of a run begins another run; a network that is other is refused."""
+    assert train("--name=first", "--steps=2", "--ema_eval=0.5") is None
+    sampled = ckpt.load_tensors("out/first/ckpt.safetensors")[0]
+    for name, path in (("a", "ckpt"), ("b", "state_2")):
+        source = f"--init_from=out/first/{path}.safetensors"
+        assert train(f"--name={name}", "--steps=1", "--lr=0.0", source) is None
+        begun = state(name)
+        for kind in ("model", "target", "eval"):
+            assert equal(weights(begun, kind), sampled)
+        refused = train("--name=no", "--depth=2", source)
+        assert "init_from" in refused
+        assert "depth 1 -> 2" in refused
+        assert "--init_partly=True" in refused
+        assert "scaled True -> False" in train("--name=no", "--scaled=False", source)
+    assert "not taken" not in capsys.readouterr().out
+    assert not os.path.exists("out/no")
+    assert "no checkpoint nowhere" in train("--name=no", "--init_from=nowhere")
+
+
+def test_init_from_other_units(folder):
+    """Weights are of normalized data: other means and deviations are other inputs."""
+    make_checkpoint("x.safetensors", depth=1)
+    tensors, about = ckpt.load_tensors("x.safetensors")
+    about["data"]["std"] = [64.0]
+    ckpt.save_tensors("x.safetensors", tensors, about)
+    assert "std [64.0] -> [127.5]" in train("--init_from=x.safetensors")
+    about["config"]["unknown"] = 3
+    ckpt.save_tensors("x.safetensors", tensors, about)
+    assert "init_from" in train("--init_from=x.safetensors")
+
+
+def test_init_partly(folder, capsys):
+    """Another number of classes and blocks: what fits is taken, the rest is named, each once."""
+    net = make_checkpoint("x.safetensors", depth=2, num_classes=3)
+    flags = ("--steps=1", "--lr=0.0", "--init_partly=True", "--init_from=x.safetensors")
+    assert train(*flags) is None
+    lines = capsys.readouterr().out.splitlines()
+    named = [line.split()[3] for line in lines if line.startswith("init_from: not taken:")]
+    theirs = net.state_dict()
+    own = weights(state("digits"), "model")
+    expected = {key for key in theirs if key not in own or theirs[key].shape != own[key].shape}
+    assert set(named) == expected
+    assert len(named) == len(expected)
+    assert any(key.startswith("blocks.1.") for key in named)
+    tables = [key for key in named if not key.startswith("blocks.1.")]
+    assert len(tables) == 1
+    assert any("(3 + 1" in line or "the network's (11" in line for line in lines)
+    taken = theirs.keys() & own.keys() - expected
+    assert len(taken) > 10
+    assert all(torch.equal(own[key], theirs[key]) for key in taken)
+
+
+def test_init_partly_from_another_maker(folder, capsys):
+    """A safetensors file without anything of this project in it, or with nothing that fits."""
+    net = random_model(torch.float32, depth=1, in_channels=1, input_size=8, num_classes=10)
+    theirs = dict(net.state_dict())
+    del theirs["final_layer.linear.bias"]
+    theirs["extra"] = torch.zeros(3)
+    theirs["pos_embed"] = theirs["pos_embed"].clone()
+    safetensors.torch.save_file(theirs, "x.safetensors")
+    flags = ("--steps=1", "--lr=0.0", "--init_from=x.safetensors")
+    assert "not a checkpoint of this project" in train(*flags)
+    assert train("--init_partly=True", *flags) is None
+    lines = [line for line in capsys.readouterr().out.splitlines() if "not taken" in line]
+    assert lines == [
+        "init_from: not taken: extra (the network has no such tensor)",
+        "init_from: not taken: final_layer.linear.bias "
+        "(not in the file, stays as it was initialized)",
+    ]
+    own = weights(state("digits"), "model")
+    assert all(torch.equal(own[key], theirs[key]) for key in theirs if key != "extra")
+
+    safetensors.torch.save_file({"extra": torch.zeros(3)}, "x.safetensors")
+    refused = train("--name=no", "--init_partly=True", *flags)
+    assert "nothing in x.safetensors fits this network: extra (the network has no" in refused
+    np.save("x.safetensors", np.zeros(3))
+    os.replace("x.safetensors.npy", "x.safetensors")
+    assert "not a whole safetensors file" in train("--name=no", "--init_partly=True", *flags)

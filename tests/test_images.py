@@ -1,0 +1,459 @@
+"""images.py: which files are images, what is told about the others, and how each kind is read."""
+
+import io
+import json
+import os
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from helpers import write_picture
+from PIL import Image
+
+import images
+
+RED = (200, 30, 40)
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="links and names as Linux has them")
+
+
+def touch(path, content=b"x"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def colour_of(file):
+    """The middle pixel of an image of one colour."""
+    pixels = images.open_image(file)
+    return tuple(pixels[len(pixels) // 2, pixels.shape[1] // 2].tolist())
+
+
+def nearly(colour, other, levels=6):
+    return max(abs(a - b) for a, b in zip(colour, other)) <= levels
+
+
+# ---- finding -------------------------------------------------------------------------------------
+
+
+@linux
+def test_one_rule_at_every_level(folder):
+    """The same odd entries in a folder, in one below, and in one below that."""
+    src = folder / "src"
+    write_picture(folder / "elsewhere" / "deep" / "far.png")
+    write_picture(folder / "other.png")
+    names, left_out = set(), {}
+    for level in ("", "a/", "a/b/"):
+        at = src / level
+        for suffix in ("jpg", "JPEG", "jpe", "jfif", "png", "WebP", "bmp", "tif", "TIFF"):
+            touch(at / f"x.{suffix}")
+            names.add(f"{level}x.{suffix}")
+        for name in (".hidden.png", "._x.png", ".ipynb_checkpoints", ".DS_Store"):
+            left_out[level + name] = "hidden"
+        for name in ("__MACOSX", "Thumbs.db", "desktop.ini"):
+            left_out[level + name] = "of the operating system"
+        for name in (".hidden.png", "._x.png", ".DS_Store", "Thumbs.db", "desktop.ini"):
+            touch(at / name)
+        write_picture(at / ".ipynb_checkpoints" / "x.png")
+        write_picture(at / "__MACOSX" / "x.png")
+        for name in ("notes.txt", "x.gif", "x.ps", "png"):
+            touch(at / name)
+            left_out[level + name] = "its name is not that of an image"
+        os.symlink(folder / "other.png", at / "link.png")
+        os.symlink(folder / "elsewhere", at / "linked")
+        names |= {f"{level}link.png", f"{level}linked/deep/far.png"}
+        os.symlink(folder / "gone.png", at / "dangling.png")
+        left_out[f"{level}dangling.png"] = "a link to nothing"
+        os.symlink(src, at / "loop")
+        left_out[f"{level}loop"] = "a link to a folder that it lies in"
+        os.symlink("self.png", at / "self.png")
+        left_out[f"{level}self.png"] = "cannot be opened: Too many levels of symbolic links"
+        os.mkfifo(at / "pipe.png")
+        left_out[f"{level}pipe.png"] = "not a file"
+        (at / "folder.jpg").mkdir()
+        left_out[f"{level}folder.jpg"] = "an empty folder"
+        write_picture(at / "full.jpg" / "in.png")
+        names.add(f"{level}full.jpg/in.png")
+    found = images.find_images(str(src))
+    assert set(found.names) == names
+    assert dict(found.left_out) == left_out
+    assert found.files == [os.path.join(src, name) for name in found.names]
+    assert found.folders == ["a", "folder.jpg", "full.jpg", "linked"]
+
+
+def test_order(folder):
+    """Compared folder by folder, by the numbers of their letters."""
+    for name in ("b.png", "a.b/0.png", "a/9.png", "a/10.png", "Z.png", "a-b/0.png", "a/b/0.png"):
+        touch(folder / "src" / name)
+    expected = ["Z.png", "a/10.png", "a/9.png", "a/b/0.png", "a-b/0.png", "a.b/0.png", "b.png"]
+    assert images.find_images("src").names == expected
+
+
+def test_no_folder(folder):
+    touch(folder / "a.png")
+    touch(folder / "broken.zip")
+    for path, complaint in (("gone", "no folder"), ("a.png", "no folder"), ("broken.zip", "zip")):
+        with pytest.raises(images.ImageError, match=complaint):
+            images.find_images(path)
+
+
+@linux
+def test_a_folder_that_may_not_be_entered(folder, monkeypatch):
+    """It is named. (Tests may run as root, who may enter any: so the system's answer is made.)"""
+    write_picture(folder / "src" / "a.png")
+    write_picture(folder / "src" / "shut" / "b.png")
+    scandir = os.scandir
+
+    def refuse(path):
+        if path.endswith("shut"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(images.os, "scandir", refuse)
+    found = images.find_images("src")
+    assert found.names == ["a.png"]
+    assert found.left_out == [("shut", "a folder that cannot be opened: Permission denied")]
+
+
+# ---- labels --------------------------------------------------------------------------------------
+
+
+def test_hidden_and_system_folders_are_no_classes(folder):
+    for name in (".ipynb_checkpoints/0.png", "__MACOSX/cats/._0.png", "cats/0.png", "dogs/0.png"):
+        write_picture(folder / "src" / name)
+    labelled = images.find_labelled("src")
+    assert labelled.classes == ["cats", "dogs"]
+    assert labelled.names == ["cats/0.png", "dogs/0.png"] and labelled.labels == [0, 1]
+    assert [name for name, _ in labelled.left_out] == [".ipynb_checkpoints", "__MACOSX"]
+
+
+def test_every_suffix_is_a_class(folder):
+    """A class of .webp must not vanish and shift the next one's number."""
+    for label, suffix in enumerate(images.SUFFIXES):
+        touch(folder / "src" / f"class{label}" / f"x{suffix}")
+    labelled = images.find_labelled("src")
+    assert labelled.labels == list(range(len(images.SUFFIXES)))
+
+
+@pytest.mark.parametrize("content", ["notes.txt", ".hidden.png", "deeper/x.gif", None])
+def test_a_class_without_images_is_named(folder, content):
+    write_picture(folder / "src" / "cats" / "0.png")
+    (folder / "src" / "dogs").mkdir()
+    if content:
+        touch(folder / "src" / "dogs" / content)
+    with pytest.raises(images.ImageError, match="src/dogs looks like a class and holds no image"):
+        images.find_labelled("src")
+
+
+def test_images_beside_classes(folder):
+    write_picture(folder / "src" / "cats" / "0.png")
+    write_picture(folder / "src" / "0.png")
+    with pytest.raises(images.ImageError, match="beside its class folders"):
+        images.find_labelled("src")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train/cats/0.png", "train/dogs/0.png", "val/cats/0.png"],
+        ["train/0.png", "test/0.png"],
+        ["Train/0.png"],
+        ["training/cats/0.png", "extra/0.png", "more/0.png"],
+        ["cats/0.png", "dogs/0.png", "train/0.png", "valid/0.png"],
+    ],
+)
+def test_splits_are_no_classes(folder, names):
+    for name in names:
+        write_picture(folder / "src" / name)
+    with pytest.raises(images.ImageError, match="not classes: give src/[Tt]rain"):
+        images.find_labelled("src")
+
+
+def test_a_class_may_be_called_train(folder):
+    """As in CIFAR-100 and COCO: one folder with images among other classes."""
+    for name in ("bus", "car", "train"):
+        write_picture(folder / "src" / name / "0.png")
+    assert images.find_labelled("src").classes == ["bus", "car", "train"]
+
+
+EDM = {"labels": [["00000/img0.png", 3], ["00000/img1.png", 0], ["00001/img2.png", 3]]}
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_labels_of_a_dataset_json(folder, kind):
+    for row, (name, label) in enumerate(EDM["labels"]):
+        write_picture(folder / "edm" / name, colour=(60 * row, 9, label))
+    touch(folder / "edm" / "dataset.json", json.dumps(EDM).encode())
+    src = "edm"
+    if kind == "zip":
+        src = "edm.zip"
+        pack("edm", src)
+    labelled = images.find_labelled(src)
+    assert labelled.classes == ["0", "1", "2", "3"] and labelled.labels == [3, 0, 3]
+    assert labelled.names == [name for name, _ in EDM["labels"]] and labelled.left_out == []
+    for row, (file, label) in enumerate(zip(labelled.files, labelled.labels)):
+        assert colour_of(file) == (60 * row, 9, label)
+
+
+def pack(source, path):
+    """A folder as a .zip."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for at, _, names in os.walk(source):
+            for name in names:
+                file = os.path.join(at, name)
+                archive.write(file, os.path.relpath(file, source))
+
+
+def test_dataset_json_without_labels(folder):
+    write_picture(folder / "edm" / "00000" / "img0.png")
+    touch(folder / "edm" / "dataset.json", b'{"labels": null}')
+    labelled = images.find_labelled("edm")
+    assert labelled.classes == [] and labelled.labels == [0]
+
+
+def test_dataset_json_and_the_files_differ(folder):
+    """Images without a label and labels without an image are named; nothing outside is opened."""
+    write_picture(folder / "secret.png")
+    write_picture(folder / "edm" / "a.png")
+    write_picture(folder / "edm" / "b.png")
+    rows = [["a.png", 1], ["../secret.png", 0], [str(folder / "secret.png"), 0], ["gone.png", 0]]
+    touch(folder / "edm" / "dataset.json", json.dumps({"labels": rows}).encode())
+    labelled = images.find_labelled("edm")
+    assert labelled.names == ["a.png"] and labelled.labels == [1]
+    left_out = dict(labelled.left_out)
+    assert left_out.pop("b.png") == "it has no label in dataset.json"
+    assert set(left_out) == {"../secret.png", str(folder / "secret.png"), "gone.png"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{",
+        b"[" * 100_000,
+        b"[]",
+        b'{"a": 1}',
+        b'{"labels": 3}',
+        b'{"labels": [["a.png"]]}',
+        b'{"labels": [["a.png", -1]]}',
+        b'{"labels": [["a.png", true]]}',
+        b'{"labels": [["a.png", [0.5, 1]]]}',
+        b'{"labels": [["a.png", 1e99]]}',
+        b'{"labels": [["b.png", 0]]}',
+    ],
+)
+def test_dataset_json_that_cannot_be(folder, content):
+    write_picture(folder / "edm" / "a.png")
+    touch(folder / "edm" / "dataset.json", content)
+    with pytest.raises(images.ImageError, match="dataset.json"):
+        images.find_labelled("edm")
+
+
+def test_a_zip_of_class_folders(folder):
+    """The rules are those of a folder; nothing is written, inside or outside."""
+    picture = io.BytesIO()
+    Image.new("RGB", (9, 9), RED).save(picture, "PNG")
+    with zipfile.ZipFile("pets.zip", "w") as archive:
+        for name in ("dogs/0.png", "cats/deep/1.PNG", "cats/0.png", "__MACOSX/cats/._0.png"):
+            archive.writestr(name, picture.getvalue())
+        for name in ("cats/.hidden.png", "cats/a.txt", "../out.png", "/root.png"):
+            archive.writestr(name, picture.getvalue())
+    labelled = images.find_labelled("pets.zip")
+    assert labelled.classes == ["cats", "dogs"] and labelled.labels == [0, 0, 1]
+    assert labelled.names == ["cats/0.png", "cats/deep/1.PNG", "dogs/0.png"]
+    assert dict(labelled.left_out) == {
+        "__MACOSX": "of the operating system",
+        "cats/.hidden.png": "hidden",
+        "cats/a.txt": "its name is not that of an image",
+        "../out.png": "its path is not a plain one",
+        "/root.png": "its path is not a plain one",
+    }
+    assert all(colour_of(file) == RED for file in labelled.files)
+    assert os.listdir() == ["pets.zip"]
+
+
+def test_zips_that_cannot_be(folder, monkeypatch):
+    """Damaged or too large: the image is named, and its neighbours are read."""
+    picture = io.BytesIO()
+    Image.new("RGB", (9, 9), RED).save(picture, "PNG")
+    for name in ("a.zip", "b.zip"):
+        with zipfile.ZipFile(name, "w") as archive:
+            archive.writestr("0.png", picture.getvalue())
+            archive.writestr("1.png", picture.getvalue() + bytes(1000))
+    content = bytearray((folder / "b.zip").read_bytes())
+    content[content.index(b"PNG") + 5] ^= 255  # so its checksum is wrong
+    (folder / "b.zip").write_bytes(content)
+    first, second = images.find_images("b.zip").files
+    with pytest.raises(images.ImageError, match="Bad CRC-32"):
+        images.open_image(first)
+    assert colour_of(second) == RED
+    monkeypatch.setattr(images, "MAX_MEMBER", 500)
+    with pytest.raises(images.ImageError, match="it takes more than"):
+        images.open_image(images.find_images("a.zip").files[1])
+    assert colour_of(images.find_images("a.zip").files[0]) == RED
+
+
+def test_what_is_left_out_is_told(capsys):
+    images.tell_left_out([])
+    assert capsys.readouterr().err == ""
+    images.tell_left_out([(f"{i}\n.gif", "its name") for i in range(13)])
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "left out: 13" and said[1] == "    0\\n.gif: its name"
+    assert said[-1] == "    and 3 more" and len(said) == 12
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+MODES = {
+    "JPEG": ["RGB", "CMYK", "YCbCr"],
+    "PNG": ["RGB", "RGBA", "P"],
+    "WEBP": ["RGB", "RGBA", "P"],
+    "BMP": ["RGB", "RGBA", "P"],
+    "TIFF": ["RGB", "RGBA", "P", "CMYK", "YCbCr"],
+}
+COMBINATIONS = [(suffix, mode) for suffix, kind in images.SUFFIXES.items() for mode in MODES[kind]]
+
+
+@pytest.mark.parametrize("suffix, mode", COMBINATIONS)
+def test_formats_and_modes(folder, suffix, mode):
+    """Each format in each colour mode that it can have is read with its colour."""
+    file = "x" + suffix
+    picture = Image.new("RGB", (20, 14), RED)
+    picture = picture.quantize(4) if mode == "P" else picture.convert(mode)
+    picture.save(file)
+    pixels = images.open_image(file)
+    assert pixels.shape == (14, 20, 3) and pixels.dtype == np.uint8
+    assert nearly(colour_of(file), RED, levels=12)
+
+
+def test_gray_modes(folder):
+    for mode, value, level in (("1", 1, 255), ("L", 77, 77), ("I;16", 30000, 117)):
+        Image.new(mode, (9, 9), value).save("x.png")
+        assert (images.open_image("x.png") == level).all()
+        assert (images.read_image("x.png", 4, gray=True) == level).all()
+    Image.new("I;16", (9, 9), 65535).save("deep.tif")
+    assert (images.open_image("deep.tif") == 255).all()
+
+
+def test_pixels_of_unknown_range(folder):
+    Image.new("F", (9, 9), 0.5).save("f.tif")
+    Image.new("I", (9, 9), 2**20).save("i.tif")
+    for file in ("f.tif", "i.tif"):
+        with pytest.raises(images.ImageError, match="whose range nobody knows"):
+            images.open_image(file)
+
+
+def test_transparency_shows_white(folder):
+    """A hidden colour is not seen, and half of it half."""
+    palette = Image.new("RGB", (9, 9), RED).quantize(2)
+    palette.save("p.png", transparency=palette.getpixel((0, 0)))
+    Image.new("RGB", (9, 9), RED).save("key.png", transparency=RED)
+    Image.new("L", (9, 9), 7).save("gray.png", transparency=7)
+    Image.new("LA", (9, 9), (0, 0)).save("la.png")
+    for name in ("rgba.png", "rgba.webp", "rgba.tif"):
+        Image.new("RGBA", (9, 9), (*RED, 0)).save(name)
+    for name in os.listdir():
+        assert colour_of(name) == (255, 255, 255), name
+    Image.new("RGBA", (9, 9), (0, 0, 0, 128)).save("half.png")
+    assert nearly(colour_of("half.png"), (127, 127, 127), levels=1)
+    assert (images.read_image("half.png", 8) == images.open_image("half.png")[0, 0, 0]).all()
+
+
+def turned(file, orientation):
+    """A 40 x 20 picture, its left half bright, with an EXIF orientation."""
+    picture = Image.new("L", (40, 20), 0)
+    picture.paste(255, (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture.convert("RGB").save(file, exif=exif)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_exif_orientation(folder, suffix):
+    """6: the camera was held upright, so the left side of what it stored is the top."""
+    file = f"phone.{suffix}"
+    turned(file, 6)
+    pixels = images.open_image(file)
+    assert pixels.shape == (40, 20, 3) and pixels[5].min() > 200 and pixels[-5].max() < 50
+    upright = images.read_image(file, 8)
+    assert upright[:, :3].min() > 200 and upright[:, 5:].max() < 50
+    if suffix == "tif":  # Pillow itself turns these
+        return
+    as_stored = images.read_image(file, 8, upright=False)
+    assert as_stored[:, :, :3].min() > 200 and as_stored[:, :, 5:].max() < 50
+
+
+def test_exif_that_is_broken(folder):
+    Image.new("RGB", (9, 9), RED).save("x.jpg", exif=b"Exif\0\0MM\0*\0\0\0\xff\xff\xff")
+    assert nearly(colour_of("x.jpg"), RED)
+
+
+def test_the_content_counts_and_not_the_name(folder):
+    Image.new("RGB", (9, 9), RED).save("webp.jpg", "WEBP", lossless=True)
+    assert colour_of("webp.jpg") == RED
+    assert images.open_picture("webp.jpg").kind == "WEBP"
+    assert images.is_misnamed("webp.jpg", "WEBP") and not images.is_misnamed("a.JPE", "JPEG")
+
+
+def test_no_program_is_opened(folder):
+    """PostScript is one; and formats that nobody asked for have decoders with faults of theirs."""
+    Image.new("RGB", (9, 9), RED).save("gif.png", "GIF")
+    touch(folder / "ps.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    for file in ("gif.png", "ps.png"):
+        with pytest.raises(images.ImageError, match="cannot identify image file"):
+            images.open_image(file)
+
+
+def test_reasons_are_one_line(folder):
+    Image.effect_noise((64, 64), 50).save("whole.png")
+    touch(folder / "cut.png", (folder / "whole.png").read_bytes()[:900])
+    touch(folder / "empty.png", b"")
+    touch(folder / "text\n.png", b"hello")
+    for file, reason in (
+        ("cut.png", "truncated"),
+        ("empty.png", "the file is empty"),
+        ("text\n.png", "UnidentifiedImageError"),
+        ("gone.png", "FileNotFoundError"),
+    ):
+        with pytest.raises(images.ImageError, match=reason) as caught:
+            images.open_image(file)
+        assert "\n" not in str(caught.value)
+        assert images.read_image(file, 8) == str(caught.value)
+
+
+def test_first_of_several_frames(folder):
+    frames = [Image.new("RGB", (9, 9), colour) for colour in (RED, (0, 0, 255))]
+    for file in ("x.webp", "x.tif", "x.png"):
+        frames[0].save(file, save_all=True, append_images=frames[1:])
+        assert nearly(colour_of(file), RED)
+
+
+# ---- cropping ------------------------------------------------------------------------------------
+
+
+def test_sixteen_bit_gray(folder):
+    Image.fromarray(np.full((9, 9), 30000, np.uint16)).save("deep.png")
+    assert (images.read_image("deep.png", 8) == round(30000 / 257)).all()
+
+
+def test_centre_crop():
+    """40 wide and 8 high: a ramp."""
+    ramp = np.tile(np.arange(40, dtype=np.uint8) * 6, (8, 1))
+    cropped = np.asarray(images.centre_crop(Image.fromarray(ramp), 8))
+    assert cropped.tolist() == [[6 * x for x in range(16, 24)]] * 8
+    assert images.centre_crop(Image.new("RGB", (33, 70)), 16).size == (16, 16)
+
+
+def test_centre_crop_halves_with_a_box():
+    pixels = np.random.default_rng(0).integers(256, size=(16, 16), dtype=np.uint8)
+    halved = np.asarray(images.centre_crop(Image.fromarray(pixels), 8))
+    assert np.abs(halved - pixels.reshape(8, 2, 8, 2).mean((1, 3))).max() <= 1
+
+
+def test_read_image_is_the_middle_in_three_channels(folder):
+    write_picture(folder / "a.png", size=(30, 20), colour=RED)
+    pixels = images.read_image("a.png", 8)
+    assert pixels.shape == (3, 8, 8) and pixels[:, 4, 4].tolist() == list(RED)
+    gray = images.read_image("a.png", 8, gray=True)
+    assert gray.shape == (1, 8, 8)
+    assert gray[0, 4, 4] == np.asarray(Image.new("RGB", (1, 1), RED).convert("L"))[0, 0]

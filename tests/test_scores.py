@@ -1,0 +1,122 @@
+"""scores.py: against closed forms and distances that are written out."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import randn
+
+import fid
+import scores
+import shapes
+
+
+def brute_distances(a, b):
+    """(N, D) and (M, D) -> (N, M)."""
+    return np.linalg.norm(np.asarray(a)[:, None] - np.asarray(b)[None], axis=2)
+
+
+@pytest.fixture(scope="module")
+def points():
+    """Two sets of 600 points in 4 dimensions, of one distribution."""
+    return [randn(600, 4, seed=i, dtype=torch.float32) for i in range(2)]
+
+
+def test_moments():
+    x = randn(50, 2, 3)
+    mu, sigma = scores.moments(x)
+    assert np.allclose(mu, x.flatten(1).numpy().mean(0))
+    assert np.allclose(sigma, np.cov(x.flatten(1).numpy().T))
+    mu, sigma = scores.moments(randn(4000, 5, seed=8))
+    assert fid.frechet_distance(mu, sigma, torch.zeros(5), torch.eye(5)) < 5 * 2 * 5 / 4000
+
+
+def test_two_sample_accuracy(points):
+    a, b = points
+    assert scores.two_sample_accuracy(a, a.clone()) == 0  # every image's nearest is its copy
+    assert scores.two_sample_accuracy(a, a + 100) == 1
+    assert abs(scores.two_sample_accuracy(a, b) - 0.5) < 4 * 0.5 / math.sqrt(1200)
+    far = randn(600, 4, seed=2, dtype=torch.float32) + 100
+    assert scores.two_sample_accuracy(a, far) == 1
+    with pytest.raises(ValueError, match="one size"):
+        scores.two_sample_accuracy(a, b[:5])
+
+
+def test_nearest_ratio(points):
+    a, b = points
+    assert scores.nearest_ratio(a, b, a) == 0  # memorized
+    assert scores.nearest_ratio(b, b, a) == 1
+    mixed = torch.cat([b[300:], a[300:]])
+    assert abs(scores.nearest_ratio(a[:300], b[:300], mixed) - 1) < 0.15
+    assert scores.nearest_ratio(a, b, a, leave_out=torch.arange(600)) > 0.8
+
+
+def test_label_accuracy(points):
+    a, _ = points
+    labels = (a[:, 0] > 0).long()
+    assert scores.label_accuracy(a, labels, a, labels) == 1
+    assert scores.label_accuracy(a, 1 - labels, a, labels) == 0
+    assert scores.label_accuracy(a, labels, a, labels, leave_out=torch.arange(600)) < 1
+
+
+def test_nearest_neighbours_in_parts(points):
+    a, b = points
+    distance, index = scores.nearest_neighbours(b, a, rows=77)
+    brute = brute_distances(b, a)
+    assert np.allclose(distance, brute.min(1), atol=1e-5)
+    assert (index.numpy() == brute.argmin(1)).all()
+
+
+def test_nearest_neighbours_that_leave_one_out():
+    a = randn(600, 4)
+    distance, index = scores.nearest_neighbours(a, a, leave_out=torch.arange(600), rows=77)
+    brute = brute_distances(a, a) + np.diag(np.full(600, np.inf))
+    assert np.allclose(distance, brute.min(1), atol=1e-5)
+    assert (index.numpy() == brute.argmin(1)).all()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_all_scores_by_hand(channels):
+    """The first 30 of 60 training images as samples, each leaving itself out."""
+    rng = np.random.default_rng(0)
+    train = rng.integers(256, size=(60, channels, 2, 2), dtype=np.uint8)
+    held_out = rng.integers(256, size=(30, channels, 2, 2), dtype=np.uint8)
+    labels = rng.integers(3, size=60)
+    samples, y, itself = train[:30], torch.from_numpy(labels[:30]), torch.arange(30)
+    got = scores.small_data_scores(samples, y, held_out, train, labels, itself)
+
+    flat_train, flat_held_out = (a.reshape(len(a), -1) / 255 for a in (train, held_out))
+    to_train = brute_distances(flat_train[:30], flat_train)
+    to_train[itself, itself] = np.inf
+    from_held_out = brute_distances(flat_held_out, flat_train)
+    assert got["label"] == (labels[to_train.argmin(1)] == labels[:30]).mean()
+    expected = to_train.min(1).mean() / from_held_out.min(1).mean()
+    assert got["nearest_ratio"] == pytest.approx(expected)
+    (m1, s1), (m2, s2) = (
+        (pixels.mean(0), np.cov(pixels.T)) for pixels in (flat_train[:30], flat_held_out)
+    )
+    assert got["frechet_pixels"] == pytest.approx(fid.frechet_distance(m1, s1, m2, s2))
+    assert got["two_sample"] == scores.two_sample_accuracy(samples, held_out)
+
+
+def test_scores_that_say_nothing_are_nan():
+    rng = np.random.default_rng(0)
+    large = rng.integers(256, size=(8, 1, 65, 64), dtype=np.uint8)
+    one_class = np.zeros(8, dtype=np.int64)
+    got = scores.small_data_scores(large[:4], one_class[:4], large[4:], large, one_class)
+    assert math.isnan(got["label"]) and math.isnan(got["frechet_pixels"])
+    assert 0 <= got["two_sample"] <= 1
+
+
+def test_classifier_learns():
+    """Disks and bars. As the judge of small_data_scores it says the same."""
+    images = [shapes.draw_shape(10 * (i // 2) + 5 * (i % 2), size=12) for i in range(300)]
+    images, labels = np.stack(images), np.arange(300) % 2
+    net = scores.train_classifier(images[:200], labels[:200], 2, "cpu", epochs=8, batch=50)
+    right = (scores.classify(net, images[200:]).numpy() == labels[200:]).mean()
+    assert right > 0.9
+    by_judge = scores.small_data_scores(
+        images[200:], labels[200:], images[:100], images[:200], labels[:200], judge=net
+    )
+    assert by_judge["label"] == right
