@@ -1223,7 +1223,10 @@ def _choose_tile(call, build):
         return TINY_TILE, None, True
     if table_of(call.device) is not None:
         short = call.name == "forward" and chunk_widths(D) == (64, 0) and call.steps < 512
-        return table_tile("short" if short else call.name, D, call.device), None, True
+        tile = table_tile("short" if short else call.name, D, call.device)
+        if call.masked == DENSE_MASK.value:  # whose tiles take shared memory, too
+            tile = tile._replace(stages=min(tile.stages, 2))
+        return tile, None, True
     if not TUNE:
         return SMALL_TILE, None, True
     if torch.cuda.is_current_stream_capturing():

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import socket
 
 import numpy as np
 import pytest
@@ -29,8 +30,8 @@ def start(folder, monkeypatch):
     context.set_forkserver_preload(["helpers", "torch._dynamo", "matplotlib.figure"])
     processes = []
 
-    def start(*arguments):
-        process = context.Process(target=train_here, args=(str(folder), arguments))
+    def start(*arguments, **options):
+        process = context.Process(target=train_here, args=(str(folder), arguments), kwargs=options)
         process.start()
         processes.append(process)
         return process
@@ -39,6 +40,30 @@ def start(folder, monkeypatch):
     for process in processes:
         process.kill()
         process.join()
+
+
+@pytest.fixture
+def two_ranks(start):
+    """two_ranks(script, "--steps=3", ...) runs a script on two ranks, and returns their exit codes.
+
+    The environment is that of torchrun, and the processes start faster. torchrun itself is in
+    test_ranks_end_together.
+    """
+
+    def run(script, *arguments):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        processes = []
+        for rank in (0, 1):
+            environment = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2")
+            environment.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            processes.append(start(*arguments, script=str(script), environment=environment))
+        for process in processes:
+            process.join(100)
+        return [process.exitcode for process in processes]
+
+    return run
 
 
 @pytest.fixture(scope="module")

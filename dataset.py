@@ -42,7 +42,10 @@ def is_numbers(value, length, least=-np.inf, kinds=(int, float)):
 
 
 def right_shape(header):
-    return is_numbers(header["shape"], 3, least=1, kinds=(int,))
+    shape = header["shape"]
+    if not isinstance(shape, list) or len(shape) < 2:
+        return False
+    return is_numbers(shape, len(shape), least=1, kinds=(int,))
 
 
 def right_dtype(header):
@@ -78,7 +81,7 @@ def right_std(header):
 # What a header holds at least, and how each value is checked, in this order.
 CHECKS = {
     "name": None,
-    "shape": right_shape,  # [C, H, W]
+    "shape": right_shape,  # [C, H, W]; of other data [C, ...]
     "dtype": right_dtype,
     "count": right_count,  # {"train": N, "test": M}
     "num_classes": right_num_classes,
@@ -119,7 +122,7 @@ def load_dataset(path):
     """
     header = load_header(path)
     is_latent = "vae" in header
-    channels, height, width = header["shape"]
+    channels, *sides = header["shape"]
     stored_channels = 2 * channels if is_latent else channels
     num_labels = max(1, header["num_classes"])
     arrays = {}
@@ -128,7 +131,7 @@ def load_dataset(path):
         rows = count
         if is_latent and split == "train":
             rows += header.get("skipped", 0)  # their rows are at the end
-        image_shape = (rows, stored_channels, height, width)
+        image_shape = (rows, stored_channels, *sides)
         images = load_array(path, f"{split}_images", image_shape, header["dtype"], mmap_mode="r")
         labels = load_array(path, f"{split}_labels", (rows,), "int64")
         arrays[f"{split}_images"] = images[:count]
@@ -227,7 +230,7 @@ def refuse_existing(path, overwrite):
 
 
 def put_back(path):
-    """Undo a replacement that a kill has cut in two. See Writer.finish."""
+    """Undo a replacement that a kill has cut in two. See Writer.rename."""
     replaced = path + ".replaced"
     if os.path.exists(replaced):
         if os.path.exists(path):
@@ -256,7 +259,8 @@ class Writer:
             try:
                 need_room(path, sum(count.values()), shape, dtype)
             except DataError:
-                abandon(path, self.lock)
+                if not lock:  # else the caller abandons it
+                    abandon(path, self.lock)
                 raise
         self.arrays = {}
         for split, rows in count.items():

@@ -3,10 +3,9 @@ Which files are images, and how one is read. prepare.py and fid.py both go by th
 
     found = find_images("photos")            # all images below a folder or in a .zip, sorted
     pixels = open_image(found.files[0])      # uint8 (H, W, 3), upright, on white
-    labelled = find_labelled("photos")       # the same with a label for each image
     pixels = read_image(file, 64)            # cropped and resized, uint8 (3, 64, 64)
 
-In this order: what counts, finding, labels, reading, cropping, all cores at work.
+In this order: what counts, finding, reading, cropping, all cores at work. Labels are in labels.py.
 
 An image is a file with one of the SUFFIXES, in any case, at any depth. Links to files and folders
 are followed. Hidden entries (a leading dot) and those of operating systems never count. Whatever is
@@ -18,7 +17,6 @@ import contextlib
 import ctypes
 import functools
 import io
-import json
 import os
 import signal
 import sys
@@ -49,8 +47,6 @@ SUFFIXES = {
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # no other: PostScript, say, is a program
 OF_SYSTEMS = {"__macosx", "thumbs.db", "desktop.ini"}
 LABELS = "dataset.json"  # of EDM and StyleGAN, at the top of a folder or a .zip
-SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
-MAX_LABEL = 10**6
 MAX_MEMBER = 2**30  # bytes of an image in a .zip, which is read into memory
 
 
@@ -112,7 +108,7 @@ def find_images(path):
     elif os.path.isfile(path) and suffix_of(path) == ".zip":
         images, left_out, folders = walk_zip(path)
     else:
-        raise ImageError(f"no folder and no .zip {printable(path)}")
+        raise ImageError(f"no folder and no .zip {printable(str(path))}")
     images.sort()
     left_out.sort()
     names = ["/".join(parts) for parts in images]
@@ -200,7 +196,7 @@ def walk_zip(path):
     try:
         members = open_zip(path).namelist()
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise ImageError(f"cannot read {printable(path)}: {error}") from None
+        raise ImageError(f"cannot read {printable(str(path))}: {error}") from None
     images, left_out, folders = set(), {}, set()
     for member in members:
         parts = tuple(member.rstrip("/").split("/"))
@@ -234,137 +230,6 @@ def open_zip(path):
 def open_zip_once(path, file_number, time, process):
     """Each process needs one of its own: two would share one place in the file."""
     return zipfile.ZipFile(path)
-
-
-# ---- labels --------------------------------------------------------------------------------------
-
-
-class Labelled(NamedTuple):
-    classes: list  # their names; empty where there are no labels
-    names: list  # paths of the images below the folder, with "/", sorted
-    files: list  # what read_image takes, one for each name
-    labels: list  # whole numbers, one for each name; all 0 where there are no labels
-    left_out: list  # (name, reason)
-
-
-def find_labelled(src):
-    """The images of a folder or a .zip, with their labels.
-
-    The labels are those of its dataset.json where it has one: {"labels": [["a/0.png", 3], ...]} or
-    {"labels": null}, as EDM and StyleGAN write it. Else each folder in it is a class, in sorted
-    order. Images that lie in it side by side have no labels. Raises ImageError where that cannot be
-    told, and where a class has no image.
-    """
-    found = find_images(src)
-    content = read_labels_file(src)
-    if content is None:
-        return label_by_folders(src, found)
-    return label_by_table(src, found, content)
-
-
-def label_by_folders(src, found):
-    """Each folder in src is a class."""
-    tops = [name.partition("/")[0] for name in found.names if "/" in name]
-    if len(tops) < len(found.names) and tops:
-        raise ImageError(f"{src} holds images beside its class folders: which label have they?")
-    if not found.names:
-        raise ImageError(f"no {', '.join(SUFFIXES)} file in {src}{example(found)}")
-    if not tops:
-        labels = [0] * len(found.names)
-        return Labelled([], found.names, found.files, labels, found.left_out)
-    refuse_splits(src, found, tops)
-    barren = [folder for folder in found.folders if folder not in set(tops)]
-    if barren:
-        raise ImageError(
-            f"{src}/{barren[0]} looks like a class and holds no image{example(found, barren[0])}. "
-            "Move it away, or give its name a leading dot"
-        )
-    number = {name: place for place, name in enumerate(found.folders)}
-    labels = [number[top] for top in tops]
-    return Labelled(found.folders, found.names, found.files, labels, found.left_out)
-
-
-def example(found, folder=""):
-    """ " (a.gif: its name ...)" where something in the folder is left out, else nothing."""
-    for name, reason in found.left_out:
-        if not folder or name == folder or name.startswith(folder + "/"):
-            return f" ({name}: {reason})"
-    return ""
-
-
-def refuse_splits(src, found, tops):
-    """Raise ImageError where the folders in src are parts of a data set, and not classes.
-
-    One folder `train` with images in it, among other folders, is a class: CIFAR-100 has it.
-    """
-    splits = [folder for folder in found.folders if folder.lower() in SPLITS]
-    if not splits:
-        return
-    is_deep = any(name.startswith(splits[0] + "/") and name.count("/") > 1 for name in found.names)
-    if len(splits) == 1 and len(set(tops)) > 2 and not is_deep:
-        return
-    wanted = next((folder for folder in splits if folder.lower().startswith("train")), splits[0])
-    raise ImageError(
-        f"{' and '.join(splits)} in {src} are parts of a data set, not classes: "
-        f"give {os.path.join(src, wanted)}"
-    )
-
-
-def read_labels_file(src):
-    """The text of src's dataset.json, as bytes; None where it has none."""
-    try:
-        if not os.path.isdir(src):
-            return open_zip(src).read(LABELS)
-        with open(os.path.join(src, LABELS), "rb") as file:
-            return file.read()
-    except (FileNotFoundError, KeyError):
-        return None
-    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-        raise ImageError(f"cannot read {src}/{LABELS}: {error}") from None
-
-
-def label_by_table(src, found, content):
-    """The labels are those of a dataset.json. Only images that were found are ever opened."""
-    label_of = parse_labels(src, content)
-    if label_of is None:
-        labels = [0] * len(found.names)
-        return Labelled([], found.names, found.files, labels, found.left_out)
-    left_out = list(found.left_out)
-    names = []
-    for name in found.names:
-        if name in label_of:
-            names.append(name)
-        else:
-            left_out.append((name, f"it has no label in {LABELS}"))
-    for name in sorted(set(label_of) - set(names)):
-        left_out.append((name, f"it is in {LABELS}, and not an image that is there"))
-    if not names:
-        raise ImageError(f"no image in {src} has a label in its {LABELS}")
-    labels = [label_of[name] for name in names]
-    classes = [str(label) for label in range(max(labels) + 1)]
-    return Labelled(classes, names, files_at(src, names), labels, left_out)
-
-
-def parse_labels(src, content):
-    """{name: label} of a dataset.json; None where it says that there are no labels."""
-    try:
-        table = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ImageError(f"{src}/{LABELS} is not JSON: {error}") from None
-    wanted = f'{src}/{LABELS} must be {{"labels": [["NAME", LABEL], ...]}} or {{"labels": null}}'
-    if not isinstance(table, dict) or "labels" not in table:
-        raise ImageError(f"{wanted}; move it away if it is not about labels")
-    if table["labels"] is None:
-        return None
-    if not isinstance(table["labels"], list):
-        raise ImageError(wanted)
-    label_of = {}
-    for row in table["labels"]:
-        is_pair = isinstance(row, list) and len(row) == 2 and isinstance(row[0], str)
-        if not is_pair or type(row[1]) is not int or not 0 <= row[1] < MAX_LABEL:
-            raise ImageError(f"{wanted}, with whole numbers from 0; not {str(row)[:100]}")
-        label_of[row[0].replace("\\", "/")] = row[1]
-    return label_of
 
 
 def tell_left_out(left_out, most=10):
@@ -422,8 +287,8 @@ def read_picture(file, size, upright=True, gray=False):
         return str(error)
 
 
-def read_batch(files, size, upright=True):
-    return [read_image(file, size, upright) for file in files]
+def read_pictures(files, size, upright=True):
+    return [read_picture(file, size, upright) for file in files]
 
 
 @contextlib.contextmanager
@@ -441,6 +306,17 @@ def as_image_errors():
 def is_misnamed(name, kind):
     """Whether an image is of another format than its name says."""
     return SUFFIXES.get(suffix_of(name), kind) != kind
+
+
+def tell_misnamed(misnamed):
+    """Print how many images are misnamed, (name, kind) each, and one of them."""
+    if misnamed:
+        name, kind = min(misnamed)
+        print(
+            f"{len(misnamed)} of another format than the name says, read as what they are: "
+            f"{printable(name)} is {kind}",
+            file=sys.stderr,
+        )
 
 
 def open_bytes(file):

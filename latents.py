@@ -26,18 +26,20 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset import DataError, Writer, claim, clear, describe_classes, load_dataset
+from dataset import DataError, Writer, abandon, claim, clear, describe_classes, load_dataset
 from device import from_rank_0, join_ranks, ranks_of_torchrun
 from files import written
 from images import (
     ImageError,
     end_with_parent,
     files_at,
-    find_labelled,
+    is_misnamed,
     printable,
-    read_batch,
+    read_pictures,
     tell_left_out,
+    tell_misnamed,
 )
+from labels import find_labelled
 from vae import PUBLISHED, decode, encode, latent_moments, load_vae
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
@@ -125,13 +127,18 @@ def begin(path, plan, labelled, shape):
             f"{path}.partial was begun with another {' and another '.join(differing)}: "
             "delete it to start over"
         )
-    if not begun:
-        clear(path)
     channels, height, width = shape
     rows = len(labelled.files)
     stored_shape = (2 * channels, height, width)
     count = {"train": rows, "test": 0}
-    writer = Writer(path, stored_shape, count, np.float16, begun=bool(begun), lock=lock)
+    try:
+        if not begun:
+            clear(path)
+        writer = Writer(path, stored_shape, count, np.float16, begun=bool(begun), lock=lock)
+    except DataError:  # no room
+        if not begun:
+            abandon(path, lock)
+        raise
     if not begun:
         writer.arrays["train_labels"][:] = labelled.labels
         writer.arrays["train_labels"].flush()
@@ -150,11 +157,11 @@ def encode_rows(path, plan, labelled, vae, rank, ranks):
     loader = DataLoader(
         labelled.files,
         batch_sampler=batches,
-        collate_fn=partial(read_batch, size=plan["image_size"], upright=False),
+        collate_fn=partial(read_pictures, size=plan["image_size"], upright=False),
         num_workers=max(1, (os.cpu_count() or 1) // ranks),
         worker_init_fn=end_with_parent,
     )
-    skipped = []
+    skipped, misnamed = [], []
     bar = tqdm(
         total=len(done),
         initial=np.count_nonzero(done),
@@ -163,17 +170,24 @@ def encode_rows(path, plan, labelled, vae, rank, ranks):
         disable=rank > 0,
     )
     with bar:
-        for rows, images in zip(batches, loader):
-            is_whole = np.array([not isinstance(image, str) for image in images])
-            for row in np.flatnonzero(~is_whole):
-                skipped.append((labelled.names[rows[row]], images[row]))
-            if is_whole.any():
-                whole = np.stack([images[i] for i in np.flatnonzero(is_whole)])
-                stored[rows[is_whole]] = encode(vae, whole)
+        for rows, pictures in zip(batches, loader):
+            whole = []
+            for row, picture in zip(rows, pictures):
+                name = labelled.names[row]
+                if isinstance(picture, str):
+                    skipped.append((name, picture))
+                    continue
+                whole.append(picture.pixels)
+                if is_misnamed(name, picture.kind):
+                    misnamed.append((name, picture.kind))
+            is_whole = np.array([not isinstance(picture, str) for picture in pictures])
+            if whole:
+                stored[rows[is_whole]] = encode(vae, np.stack(whole))
                 stored.flush()
             done[rows] = np.where(is_whole, ENCODED, UNREADABLE)
             bar.update(np.count_nonzero(done) - bar.n)  # of all ranks
     tell_left_out(skipped)
+    tell_misnamed(misnamed)
 
 
 def batches_to_do(done, batch, rank, ranks):
@@ -251,24 +265,35 @@ def refuse_empty_classes(done, labels, labelled, src):
 def check(path, src=None, vae_files=None, seed=0):
     """Print what a folder of data holds, and draw eight of its images into path/check.png.
 
-    src: where the images were that became latents, which are then drawn above them. Raises
-    DataError where something is wrong.
+    Data that are no images, such as sequences (C, L), are not drawn. src: where the images were
+    that became latents, which are then drawn above them. Raises DataError where something is wrong.
     """
     header, data = load_dataset(path)
     stored = data["train_images"]
-    is_latent = "vae" in header
+    if not len(stored):
+        raise DataError(f"{path} holds no training images")
     wrong = check_counts(path, header, data["train_labels"])
     rows = np.random.default_rng(seed).permutation(len(stored))
     rows = rows[: max(8, 2**27 // stored[0].size)]
     wrong += check_values(header, np.float32(stored[np.sort(rows)]))
 
-    rows = rows[:8]
-    lines = [stored[rows].transpose(0, 2, 3, 1)]  # of the picture: (8, H, W, C) each
+    if len(header["shape"]) == 3:
+        draw_examples(path, header, stored, rows[:8], src, vae_files)
+    if wrong:
+        raise DataError(f"{path}: {'; '.join(wrong)}")
+
+
+def draw_examples(path, header, stored, rows, src, vae_files):
+    """Draw these rows into path/check.png; latents under their originals if `src` is given."""
+    is_latent = "vae" in header
     if is_latent:
         vae = load_vae(vae_files or header["vae"], crc32=header.get("vae_crc32"))
         means = stored[rows, : header["shape"][0]]
-        lines = [decode(vae, torch.from_numpy(means))]
-    shown = "decoded examples" if is_latent else "examples"
+        lines = [decode(vae, torch.from_numpy(means))]  # of the picture: (8, H, W, C) each
+        shown = "decoded examples"
+    else:
+        lines = [stored[rows].transpose(0, 2, 3, 1)]
+        shown = "examples"
     if is_latent and src:
         originals = read_originals(path, header, src, rows, len(stored))
         lines.insert(0, originals)
@@ -277,8 +302,6 @@ def check(path, src=None, vae_files=None, seed=0):
         shown = "originals over decoded examples"
     draw(lines, os.path.join(path, "check.png"))
     print(f"{path}/check.png: {shown}")
-    if wrong:
-        raise DataError(f"{path}: {'; '.join(wrong)}")
 
 
 def check_counts(path, header, labels):
@@ -297,7 +320,7 @@ def check_counts(path, header, labels):
 
 
 def check_values(header, x):
-    """Print each channel's moments. x: (n, C, H, W) as stored. Returns what is wrong."""
+    """Print each channel's moments. x: (n, C, ...) as stored. Returns what is wrong."""
     wrong = []
     is_latent = "vae" in header
     flat = np.count_nonzero(np.ptp(x.reshape(len(x), -1), axis=1) == 0)
@@ -306,8 +329,9 @@ def check_values(header, x):
     if is_latent:
         means, stds = latent_moments(x)
     else:
-        means = np.mean(x, axis=(0, 2, 3), dtype=np.float64)
-        stds = np.std(x, axis=(0, 2, 3), dtype=np.float64)
+        others = tuple(axis for axis in range(x.ndim) if axis != 1)
+        means = np.mean(x, axis=others, dtype=np.float64)
+        stds = np.std(x, axis=others, dtype=np.float64)
     for channel in range(len(header["mean"])):
         mean = (means[channel] - header["mean"][channel]) / header["std"][channel]
         std = stds[channel] / header["std"][channel]
@@ -327,10 +351,11 @@ def read_originals(path, header, src, rows, count):
     if len(names) != count + 1 or "image_size" not in header:
         raise DataError(f"{path}/train_files.txt is not whole, or header.json lacks its image_size")
     files = files_at(src, [names[row] for row in rows])
-    originals = read_batch(files, header["image_size"], upright=False)
-    for original in originals:
-        if isinstance(original, str):
-            raise ImageError(f"an original in {src} cannot be read: {original}")
+    originals = []
+    for picture in read_pictures(files, header["image_size"], upright=False):
+        if isinstance(picture, str):
+            raise ImageError(f"an original in {src} cannot be read: {picture}")
+        originals.append(picture.pixels)
     return np.stack(originals).transpose(0, 2, 3, 1)
 
 

@@ -72,8 +72,10 @@ class DiTConfig:
 
     def __post_init__(self):
         """Raises ValueError for values that no network has."""
-        if isinstance(self.input_size, list):  # as JSON has it
-            object.__setattr__(self, "input_size", tuple(self.input_size))
+        if isinstance(self.input_size, (list, tuple)):
+            sides = tuple(self.input_size)
+            is_square = len(set(sides)) == 1
+            object.__setattr__(self, "input_size", sides[0] if is_square else sides)
         for name in ("in_channels", "patch_size", "hidden_size", "depth", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -30,6 +30,8 @@ NEW_NUMPY = ("numpy._core.", "numpy.core.")
 DTYPES = {"b1", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8"}
 BYTE_ORDERS = {"<", ">", "=", "|"}
 
+PLAIN = (str, bytes, int, float, type(None))  # what comes out of a pickle as it is
+
 
 class RefusedPickle(UserError):
     """A pickle that is not read, with the reason in one line."""
@@ -122,8 +124,6 @@ class HeldDtype:
 class HeldArray:
     """An array as a pickle describes it: made empty, then a state with all that it is."""
 
-    __hash__ = None  # so it is no key of a dict and in no set, where with_arrays does not look
-
     def __init__(self, *_):
         self.state = None
 
@@ -181,9 +181,7 @@ def with_arrays(thing, done):
     done: what was returned for each thing, by its id. A pickle may hold one list in many places,
     and even in itself.
     """
-    if not isinstance(thing, (HeldArray, dict, list, tuple)):
-        if isinstance(thing, HeldDtype) or callable(thing):
-            raise RefusedPickle("it holds a part of an array, or a function, by itself")
+    if isinstance(thing, PLAIN):
         return thing
     if id(thing) in done:
         return done[id(thing)]
@@ -191,11 +189,16 @@ def with_arrays(thing, done):
         done[id(thing)] = thing.array()
     elif isinstance(thing, tuple):
         done[id(thing)] = tuple([with_arrays(part, done) for part in thing])
-    else:
+    elif isinstance(thing, list):
         done[id(thing)] = thing
-        keys = list(thing) if isinstance(thing, dict) else range(len(thing))
-        for key in keys:
-            thing[key] = with_arrays(thing[key], done)
+        for i, part in enumerate(thing):
+            thing[i] = with_arrays(part, done)
+    elif isinstance(thing, dict) and all(isinstance(key, PLAIN) for key in thing):
+        done[id(thing)] = thing
+        for key, part in thing.items():
+            thing[key] = with_arrays(part, done)
+    else:
+        raise RefusedPickle(f"it holds a {type(thing).__name__}, which is not plain data")
     return done[id(thing)]
 
 

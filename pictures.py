@@ -43,11 +43,13 @@ def to_images(x0, header, vae=None):
     """Network units (B, C, H, W) -> images, uint8 (B, H, W, C).
 
     The data's header has the mean and the standard deviation of each channel. Latents go through
-    the VAE that it names.
+    the VAE that it names. Data of floats stay floats.
     """
     x0 = x0 * per_channel(header["std"], x0) + per_channel(header["mean"], x0)
     if "vae" in header:
         return decode(vae or find_vae(header, x0.device), x0)
+    if header.get("dtype", "uint8").startswith("float"):
+        return x0.float().movedim(1, -1).cpu().numpy()
     pixels = x0.round().clamp(0, 255).to(torch.uint8)
     return pixels.movedim(1, -1).cpu().numpy()
 
@@ -122,7 +124,7 @@ def write_images(out, kind, batches, n, labels, columns):
 def write_npz(out, batches, n, labels):
     """Batch by batch, because 50,000 images of 256 x 256 are 10 GB."""
     first = next(batches)
-    about = dict(descr="|u1", fortran_order=False, shape=(n, *first.shape[1:]))
+    about = dict(descr=first.dtype.str, fortran_order=False, shape=(n, *first.shape[1:]))
     with written(out) as f, ZipFile(f, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as array:
             np.lib.format.write_array_header_1_0(array, about)

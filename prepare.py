@@ -10,9 +10,9 @@ Raw images -> data/NAME/, the memory-mapped arrays that train.py reads.
     python prepare.py check NAME [--src SRC]          # is data/NAME what it should be? a picture
 
 `python prepare.py folder --help` lists the options of `folder`, and so on. SRC is a folder or a
-.zip. What counts as an image, and how one is read, is in images.py; so are labels from a
-dataset.json. Folders without class folders give data without labels. An imagenet command that was
-interrupted goes on where it was when it is given again.
+.zip. images.py says what counts as an image, and how one is read; labels.py, which label it has.
+A folder without class folders gives data without labels. An imagenet command that was interrupted
+goes on where it was when it is given again.
 
 A folder of data holds
     header.json                             what it is and how it was made
@@ -40,13 +40,14 @@ from numpy.lib.format import open_memmap
 from dataset import DataError, Writer, abandon, claim, need_room
 from files import HERE, UserError
 from images import (
-    find_labelled,
     is_misnamed,
     parallel,
     printable,
     read_picture,
     tell_left_out,
+    tell_misnamed,
 )
+from labels import find_labelled
 from options import Parser
 from pickles import RefusedPickle, load_arrays
 from shapes import SHAPES, draw_shape
@@ -152,7 +153,7 @@ def shapes(args):
 @with_seed
 @argument("src", help="a folder or a .zip; one folder in it is one class")
 @argument("--size", type=int, required=True, help="pixels of a side; images are cut square")
-@argument("--held-out", type=float, default=0.1, help="the share of images that is held out")
+@argument("--held-out", type=float, default=0.1, help="the share of each class that is held out")
 @argument("--gray", action="store_true", help="one channel instead of three")
 def folder(args):
     """Images of your own, cropped and resized."""
@@ -196,7 +197,7 @@ def write_folder(args, labelled, lock):
     rng = np.random.default_rng(args.seed)
     order = rng.permutation(total)
     labels, unreadable = read_into(images, args, labelled, order)
-    tell_left_out(labelled.left_out + unreadable)
+    tell_left_out(unreadable + labelled.left_out)
     refuse_empty_classes(args.src, labelled, labels, unreadable)
 
     held_out = choose_held_out(labels, args.held_out, rng)
@@ -226,16 +227,11 @@ def read_into(images, args, labelled, order):
             unreadable.append((name, picture))
             continue
         if is_misnamed(name, picture.kind):
-            misnamed.append(f"{printable(name)} is {picture.kind}")
+            misnamed.append((name, picture.kind))
         all_gray = all_gray and (picture.pixels == picture.pixels[:1]).all()
         images[len(labels)] = picture.pixels
         labels.append(labelled.labels[i])
-    if misnamed:
-        print(
-            f"{len(misnamed)} of another format than the name says, read as what they are: "
-            f"{min(misnamed)}",
-            file=sys.stderr,
-        )
+    tell_misnamed(misnamed)
     if labels and all_gray and not args.gray:
         print("all images are gray: --gray keeps one channel instead of three", file=sys.stderr)
     return np.array(labels, np.int64), sorted(unreadable)

@@ -316,7 +316,7 @@ class Report:
         moments = fid.Moments(fid.FEATURES)
         for first in range(0, len(mine), BATCH):
             images, _ = self.images_of(mine[first : first + BATCH], 1)
-            images = torch.from_numpy(images.transpose(0, 3, 1, 2)).to(self.device)
+            images = torch.from_numpy(np.moveaxis(images, -1, 1)).to(self.device)
             moments.add(self.inception(images.expand(-1, 3, -1, -1)))
         return moments
 
@@ -366,7 +366,7 @@ class Report:
                 leave_out = torch.from_numpy(real)  # no image is its own nearest neighbour
             else:
                 images, y = self.images_of(range(n), nfe)
-                images = images.transpose(0, 3, 1, 2)
+                images = np.moveaxis(images, -1, 1)
             found = small_data_scores(images, y, held_out, train, labels, leave_out, judge)
             print(
                 f"{nfe:>5} {found['two_sample']:>11.3f} {found['label']:>7.3f} "

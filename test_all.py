@@ -63,8 +63,7 @@ import attention_jvp as A
 import dataset
 import dual
 import files
-import model as m
-import sample as s
+import sample
 from checkpoint import save_tensors
 from device import Graph
 from dual import Dual, column
@@ -79,7 +78,7 @@ from loss import (
     sample_times,
     tvm_loss,
 )
-from model import Block, DiT, DiTConfig
+from model import Block, DiT, DiTConfig, Embedder, compile_blocks, load_model, positions
 
 
 def seeded(seed):
@@ -236,7 +235,7 @@ def test_initialization(time_init):
 def test_positions_and_time_features():
     """Some features of positions and times, by hand."""
     D = 16
-    table = m.positions(3, 3, D)
+    table = positions(3, 3, D)
     for row, col, j in [(0, 0, 0), (2, 1, 1), (1, 2, 3)]:
         omega = 10000 ** (-j / (D / 4))
         token = table[0, 3 * row + col]
@@ -248,7 +247,7 @@ def test_positions_and_time_features():
             math.cos(row * omega),
         ]
         assert np.allclose(found, expected, atol=1e-7)
-    features = m.Embedder.features(torch.tensor([0.3]))
+    features = Embedder.features(torch.tensor([0.3]))
     assert features.shape == (1, 256)
     assert features.dtype == F64
     a = float(np.float32(0.3)) * 10000 ** (-5 / 128)
@@ -267,10 +266,10 @@ def without_blocks(**kwargs):
 
 def moved_pixels(net, x, row, col):
     """(height, width) bool: where the output changes when the input does at one pixel."""
-    _, _, t, s_, y, w = random_inputs()
+    _, _, t, s, y, w = random_inputs()
     moved = x.clone()
     moved[:, 1, row, col] += 1
-    change = net(moved, t, s_, y, w) - net(x, t, s_, y, w)
+    change = net(moved, t, s, y, w) - net(x, t, s, y, w)
     return change.abs().sum((0, 1)) > 1e-9
 
 
@@ -324,16 +323,16 @@ def test_what_is_embedded():
     """The embedders are given t, t - s and 1/w."""
     asked = {}
     net = random_model()
-    x, _, t, s_, y, w = random_inputs()
+    x, _, t, s, y, w = random_inputs()
     for name in ("t", "s", "guidance"):
 
         def remember(module, arguments, name=name):
             asked[name] = arguments[0]
 
         net.get_submodule(name + "_embedder").register_forward_pre_hook(remember)
-    net(x, t, s_, y, w)
+    net(x, t, s, y, w)
     assert torch.equal(asked["t"], t)
-    assert torch.equal(asked["s"], t - s_)
+    assert torch.equal(asked["s"], t - s)
     assert torch.equal(asked["guidance"], 1 / w)
 
 
@@ -350,14 +349,14 @@ def test_initialization_gives_threads_back():
 def test_images_need_not_be_square(folder):
     """Images of 4 x 6: the patches' places, the positions' places, and the way through a file."""
     wide = dict(input_size=(4, 6))
-    x, _, t, s_, y, w = random_inputs(shape=(2, 4, 6))
+    x, _, t, s, y, w = random_inputs(shape=(2, 4, 6))
     net = random_model(**wide)
-    assert net(x, t, s_, y, w).shape == x.shape
+    assert net(x, t, s, y, w).shape == x.shape
     assert net.config.grid == (2, 3)
     where = moved_pixels(without_blocks(**wide), x, 1, 4)  # in patch (0, 2)
     assert where[:2, 4:].all()
     assert where.sum() == 4
-    two_of_three_rows = m.positions(3, 3, 32).view(3, 3, 32)[:2]
+    two_of_three_rows = positions(3, 3, 32).view(3, 3, 32)[:2]
     assert torch.equal(DiT(net.config).pos_embed.view(2, 3, 32), two_of_three_rows)
 
     net = net.float()
@@ -367,9 +366,9 @@ def test_images_need_not_be_square(folder):
         data=dict(class_counts=[1, 1, 1], mean=[0.0, 0.0], std=[1.0, 1.0]),
     )
     save_tensors("wide.safetensors", net.state_dict(), about)
-    loaded, _ = m.load_model("wide.safetensors")
+    loaded, _ = load_model("wide.safetensors")
     assert loaded.config == net.config
-    inputs = [a.float() if a.is_floating_point() else a for a in (x, t, s_, y, w)]
+    inputs = [a.float() if a.is_floating_point() else a for a in (x, t, s, y, w)]
     assert torch.equal(loaded(*inputs), net(*inputs))
 
 
@@ -390,42 +389,42 @@ def test_network_derivative(kwargs):
     """dF along x, t and s against PyTorch's own forward mode and central differences."""
     net = random_model(**kwargs)
     shape = (2, *net.config.height_and_width)
-    x, dx, t, s_, y, w = random_inputs(num_classes=net.config.num_classes, shape=shape)
+    x, dx, t, s, y, w = random_inputs(num_classes=net.config.num_classes, shape=shape)
     dt = randn(3, seed=4)
     ds = randn(3, seed=5)
     h = 1e-5
 
-    def f(x, t, s_):
-        return net(x, t, s_, y, w)
+    def f(x, t, s):
+        return net(x, t, s, y, w)
 
-    value, dF = net.jvp(x, t, s_, y, w, dx, dt, ds)
+    value, dF = net.jvp(x, t, s, y, w, dx, dt, ds)
     assert value.dtype == F64
     assert value.shape == x.shape
-    close(value, f(x, t, s_), 1e-13)
-    close(dF, torch.func.jvp(f, (x, t, s_), (dx, dt, ds))[1], 1e-12)
-    after = f(x + h * dx, t + h * dt, s_ + h * ds)
-    before = f(x - h * dx, t - h * dt, s_ - h * ds)
+    close(value, f(x, t, s), 1e-13)
+    close(dF, torch.func.jvp(f, (x, t, s), (dx, dt, ds))[1], 1e-12)
+    after = f(x + h * dx, t + h * dt, s + h * ds)
+    before = f(x - h * dx, t - h * dt, s - h * ds)
     close(dF, (after - before) / (2 * h), 1e-7)
-    only_s = net.jvp(x, t, s_, y, w, ds=torch.ones_like(s_))[1]
-    close(only_s, (f(x, t, s_ + h) - f(x, t, s_ - h)) / (2 * h), 1e-7)
+    only_s = net.jvp(x, t, s, y, w, ds=torch.ones_like(s))[1]
+    close(only_s, (f(x, t, s + h) - f(x, t, s - h)) / (2 * h), 1e-7)
 
 
 def test_gradient_through_the_derivative():
     """The gradient of F and dF/ds: reverse over forward against reverse over (reverse twice)."""
     net = random_model()
-    x, R, t, s_, y, w = random_inputs()
+    x, R, t, s, y, w = random_inputs()
 
     def some_loss(value, dF):
         return (dF * R).sum() + (value * R.sin()).sum()
 
-    ours = gradients(some_loss(*net.jvp(x, t, s_, y, w, ds=torch.ones_like(s_))), net)
+    ours = gradients(some_loss(*net.jvp(x, t, s, y, w, ds=torch.ones_like(s))), net)
 
     with sdpa_kernel(SDPBackend.MATH):  # the flash kernel has no second derivative
-        s_ = s_.clone().requires_grad_()
-        value = net(x, t, s_, y, w)
+        s = s.clone().requires_grad_()
+        value = net(x, t, s, y, w)
         probe = torch.zeros_like(value, requires_grad=True)
         # J^T probe is linear in the probe, and its derivative along the probe is J 1 = dF/ds.
-        (along,) = torch.autograd.grad(value, s_, probe, create_graph=True)
+        (along,) = torch.autograd.grad(value, s, probe, create_graph=True)
         (dF,) = torch.autograd.grad(along.sum(), probe, create_graph=True)
         reference = gradients(some_loss(value, dF), net)
     for a, b in zip(ours, reference, strict=True):
@@ -433,6 +432,12 @@ def test_gradient_through_the_derivative():
 
 
 # ---- blocks: masked, checkpointed, compiled ------------------------------------------------------
+
+
+def gradient_of_some_loss(out, x):
+    """Of a function of a Dual's value and tangent."""
+    loss = out.value.sin().sum() + out.tangent.square().sum()
+    return torch.autograd.grad(loss, x, retain_graph=True)[0]
 
 
 def test_masked_tokens_do_not_count():
@@ -459,18 +464,15 @@ def test_masked_tokens_do_not_count():
         close(ours.value, wanted.value, 1e-13)
         close(ours.tangent, wanted.tangent, 1e-13)
 
-        sums = [out.value.sin().sum() + out.tangent.square().sum() for out in (ours, wanted)]
-        of_ours, of_wanted = (
-            torch.autograd.grad(sum_, x.value, retain_graph=True)[0] for sum_ in sums
-        )
-        close(of_ours, of_wanted, 1e-12)
-        assert not of_ours[i, count:].any()
+        found_gradient = gradient_of_some_loss(ours, x.value)
+        close(found_gradient, gradient_of_some_loss(wanted, x.value), 1e-12)
+        assert not found_gradient[i, count:].any()
 
 
 def tvm_terms(net, target, inputs, **options):
     """The terms of the TVM loss, with s in the other order as s_fm."""
-    x0, noise, t, s_, y, w = inputs
-    return list(tvm_loss(net, target, x0, noise, y, w, t, s_, s_.flip(0), **options))
+    x0, noise, t, s, y, w = inputs
+    return list(tvm_loss(net, target, x0, noise, y, w, t, s, s.flip(0), **options))
 
 
 def loss_gradients(net, **options):
@@ -567,19 +569,19 @@ def test_blocks_compile_for_many_batch_sizes(dynamic, most, monkeypatch):
     net = random_model(depth=1).requires_grad_(False)
     compiled = copy.deepcopy(net)
     with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
-        m.compile_blocks(compiled, dynamic=dynamic)  # raises the limits
+        compile_blocks(compiled, dynamic=dynamic)  # raises the limits
         for B in range(1, 13):
-            x, _, t, s_, y, w = random_inputs(B)
-            close(compiled(x, t, s_, y, w), net(x, t, s_, y, w), 1e-14)
+            x, _, t, s, y, w = random_inputs(B)
+            close(compiled(x, t, s, y, w), net(x, t, s, y, w), 1e-14)
     assert 1 <= len(counter.graphs) <= most
 
 
 # ---- samplers ------------------------------------------------------------------------------------
 
 
-def p_value(sample, cdf):
-    """Of a Kolmogorov-Smirnov test: small where the sample is not from the distribution."""
-    return scipy.stats.kstest(sample, cdf).pvalue
+def p_value(draws, cdf):
+    """Of a Kolmogorov-Smirnov test: small where the draws are not from the distribution."""
+    return scipy.stats.kstest(draws, cdf).pvalue
 
 
 def logit_normal(mu, sigma):
@@ -591,10 +593,10 @@ def logit_normal(mu, sigma):
     return cdf
 
 
-def truncated(s_, top, mu, sigma):
+def truncated(s, top, mu, sigma):
     """Uniform on [0, 1] where s is a logit-normal truncated to s <= top."""
     cdf = logit_normal(mu, sigma)
-    return cdf(s_) / cdf(top)
+    return cdf(s) / cdf(top)
 
 
 def are_independent(a, b):
@@ -630,17 +632,17 @@ def test_time_samplers(sampler, mu, sigma):
         assert a.shape == (n,)
         assert a.min() >= 0
         assert a.max() <= 1
-    t, s_, s_fm = (a.double().numpy() for a in times)
-    assert (s_ <= t).all()
+    t, s, s_fm = (a.double().numpy() for a in times)
+    assert (s <= t).all()
 
     if sampler in ("gap", "gap*"):
-        gap = t - s_
-        u = truncated(s_, 1 - gap, mu_s, sigma_s)
+        gap = t - s
+        u = truncated(s, 1 - gap, mu_s, sigma_s)
         assert p_value(gap, logit_normal(mu, sigma)) > 1e-3
         assert p_value(u, "uniform") > 1e-3
         assert are_independent(u, gap)
     elif sampler == "trunc":
-        u = truncated(s_, t, mu_s, sigma_s)
+        u = truncated(s, t, mu_s, sigma_s)
         assert p_value(t, logit_normal(mu, sigma)) > 1e-3
         assert p_value(u, "uniform") > 1e-3
         assert are_independent(u, t)
@@ -650,7 +652,7 @@ def test_time_samplers(sampler, mu, sigma):
             return 1 - (1 - of_s(x)) * (1 - logit_normal(mu, sigma)(x))
 
         assert p_value(t, logit_normal(mu, sigma)) > 1e-3
-        assert p_value(s_, smaller_of_both) > 1e-3
+        assert p_value(s, smaller_of_both) > 1e-3
     else:  # two
 
         def larger(x):
@@ -660,15 +662,15 @@ def test_time_samplers(sampler, mu, sigma):
             return 1 - (1 - of_s(x)) ** 2
 
         assert p_value(t, larger) > 1e-3
-        assert p_value(s_, smaller) > 1e-3
-        one_of_each_pair = np.concatenate([t[::2], s_[1::2]])
+        assert p_value(s, smaller) > 1e-3
+        one_of_each_pair = np.concatenate([t[::2], s[1::2]])
         assert p_value(one_of_each_pair, of_s) > 1e-3
 
     if sampler == "gap*":
         assert p_value(s_fm, of_s) > 1e-3
-        assert are_independent(s_fm, s_)
+        assert are_independent(s_fm, s)
     else:
-        assert (s_fm == s_).all()
+        assert (s_fm == s).all()
 
 
 @pytest.mark.parametrize("sampler", ["gap*", "gap", "trunc", "clamp", "two"])
@@ -678,8 +680,8 @@ def test_share_of_equal_times(sampler):
     mu = {"gap*": -0.8, "gap": -0.5, "trunc": 1.0, "clamp": 1.0, "two": 0.0}[sampler]
     shares = []
     for p_equal in (0.0, 0.3):
-        t, s_, _ = sample_times(n, sampler=sampler, p_equal=p_equal, mu=mu, generator=seeded(1))
-        shares.append((t == s_).double().mean().item())
+        t, s, _ = sample_times(n, sampler=sampler, p_equal=p_equal, mu=mu, generator=seeded(1))
+        shares.append((t == s).double().mean().item())
     before, after = shares
     assert abs(after - (before + 0.3 * (1 - before))) < 4 * math.sqrt(0.21 / n)
 
@@ -690,15 +692,15 @@ def test_times_that_become_equal():
     def times(sampler, p_equal):
         return sample_times(2000, sampler=sampler, p_equal=p_equal, generator=seeded(1))
 
-    t, s_, s_fm = times("gap*", 0.3)
+    t, s, s_fm = times("gap*", 0.3)
     _, s_before, s_fm_before = times("gap*", 0.0)
-    assert (s_ == s_before).all()
+    assert (s == s_before).all()
     assert (s_fm == s_fm_before).all()
 
-    t, s_, s_fm = times("two", 0.3)
+    t, s, s_fm = times("two", 0.3)
     t_before, _, _ = times("two", 0.0)
     assert (t == t_before).all()
-    assert (s_fm == s_).all()
+    assert (s_fm == s).all()
 
 
 def test_guidance_samplers():
@@ -747,11 +749,11 @@ def test_gaussian_data(scaled, c, w):
     mean = 0.7
     x0 = mean + c * randn(n, *shape)
     noise = randn(n, *shape, seed=1)
-    t, s_, s_fm = (a.double() for a in sample_times(n, generator=seeded(0)))
+    t, s, s_fm = (a.double() for a in sample_times(n, generator=seeded(0)))
     guidance = torch.full((n,), w, dtype=F64)
     y = torch.zeros(n, dtype=torch.long)
     flow = GaussianFlow(mean, c, scaled)
-    terms = by_name(tvm_loss(flow, flow, x0, noise, y, guidance, t, s_, s_fm))
+    terms = by_name(tvm_loss(flow, flow, x0, noise, y, guidance, t, s, s_fm))
     assert terms["terminal"].loss.max() < 1e-12
 
     r = column(s_fm, x0)
@@ -763,7 +765,7 @@ def test_gaussian_data(scaled, c, w):
     assert abs(ratio - 1) < 4 * math.sqrt(2 / 18 / n)
 
 
-def naive_loss(net, target, x0, x1, y, w, t, s_, s_fm):
+def naive_loss(net, target, x0, x1, y, w, t, s, s_fm):
     """{term: (B,)} straight from the paper, one sample after the other.
 
     The derivative is taken by PyTorch's forward mode.
@@ -775,17 +777,17 @@ def naive_loss(net, target, x0, x1, y, w, t, s_, s_fm):
         x1_i = x1[i : i + 1]
         y_i = y[i : i + 1]
 
-        def call(net, x, t, s_, y=y_i, w=w[i]):
-            return net(x, t.view(1), s_.view(1), y, w.view(1))
+        def call(net, x, t, s, y=y_i, w=w[i]):
+            return net(x, t.view(1), s.view(1), y, w.view(1))
 
         x_t = (1 - t[i]) * x0_i + t[i] * x1_i
 
         def f(r, x_t=x_t, t=t[i], k=k, call=call):
             return (r - t) * k * call(net, x_t, t, r)
 
-        displacement, df = torch.func.jvp(f, (s_[i],), (torch.ones_like(s_[i]),))
-        u = k * call(target, (x_t + displacement).detach(), s_[i], s_[i])
-        if t[i] == s_[i]:
+        displacement, df = torch.func.jvp(f, (s[i],), (torch.ones_like(s[i]),))
+        u = k * call(target, (x_t + displacement).detach(), s[i], s[i])
+        if t[i] == s[i]:
             terminal.append(torch.zeros((), dtype=F64))
         else:
             terminal.append(((df - u.detach()) ** 2).mean() / w[i] ** 2)
@@ -804,10 +806,10 @@ def test_loss_against_a_naive_one(scaled):
     """Both terms and the whole gradient, with random networks, in float64."""
     net = random_model(scaled=scaled)
     target = random_model(scaled=scaled, seed=1)
-    x0, noise, t, s_, y, w = random_inputs(B=5)
-    s_[2] = t[2]
+    x0, noise, t, s, y, w = random_inputs(B=5)
+    s[2] = t[2]
     s_fm = torch.rand(5, dtype=F64, generator=seeded(9))
-    inputs = (net, target, x0, noise, y, w, t, s_, s_fm)
+    inputs = (net, target, x0, noise, y, w, t, s, s_fm)
     ours = by_name(tvm_loss(*inputs))
     naive = naive_loss(*inputs)
     assert ours["terminal"].loss[2] == 0
@@ -830,8 +832,8 @@ def test_detach_jvp_cuts_the_derivative_alone():
     """Its gradient is that of a network whose jvp has a detached derivative."""
     net = random_model()
     target = random_model(seed=1)
-    x0, noise, t, s_, y, w = random_inputs(B=5)
-    inputs = (net, target, x0, noise, y, w, t, s_, s_)
+    x0, noise, t, s, y, w = random_inputs(B=5)
+    inputs = (net, target, x0, noise, y, w, t, s, s)
     cut = gradients(total(tvm_loss(*inputs, detach_jvp=True)), net)
     jvp = net.jvp
 
@@ -872,31 +874,31 @@ def test_meanflow_on_gaussian_data(scaled, w):
     k = w if scaled else 1
     omega = 1 if w == 1 else w * (1 - kappa)
     times = sample_times(n, sampler="two", p_equal=0.3, generator=seeded(0))
-    t, s_, _ = (a.double() for a in times)
+    t, s, _ = (a.double() for a in times)
     x0 = mean + c * randn(n, 2, 3, 3)
     noise = randn(n, 2, 3, 3, seed=1)
     r = column(t, x0)
     x_t = (1 - r) * x0 + r * noise
     u = k * flow(x_t, t, t, y, guidance)
 
-    term = meanflow(flow, x_t - r * u, x_t + (1 - r) * u, y, guidance, t, s_, keep, kappa)
+    term = meanflow(flow, x_t - r * u, x_t + (1 - r) * u, y, guidance, t, s, keep, kappa)
     assert term.error.max() < 1e-24
 
     # F is linear in x, so a difference is its derivative.
-    slope = k * (flow(x_t + 1, t, s_, y, guidance) - flow(x_t, t, s_, y, guidance))
-    off = (1 + column(s_ - t, x0) * slope) * omega * (noise - x0 - u)
+    slope = k * (flow(x_t + 1, t, s, y, guidance) - flow(x_t, t, s, y, guidance))
+    off = (1 + column(s - t, x0) * slope) * omega * (noise - x0 - u)
     error = off.square().mean((1, 2, 3))
-    term = meanflow(flow, x0, noise, y, guidance, t, s_, keep, kappa)
+    term = meanflow(flow, x0, noise, y, guidance, t, s, keep, kappa)
     close(term.error, error, 1e-10)
     close(term.loss, error / (error + 1e-3), 1e-10)
     assert torch.equal(term.time, t)
 
     # A dropped class: nothing guides.
-    none = meanflow(flow, x0, noise, flow.no_condition(y), guidance, t, s_, ~keep, kappa)
+    none = meanflow(flow, x0, noise, flow.no_condition(y), guidance, t, s, ~keep, kappa)
     close(none.error, error / omega**2, 1e-10)
 
 
-def naive_meanflow(net, x0, x1, y, w, t, s_, drop, kappa, c, power):
+def naive_meanflow(net, x0, x1, y, w, t, s, drop, kappa, c, power):
     """(B,) straight from the paper, one sample after the other.
 
     The derivative is taken by PyTorch's forward mode.
@@ -917,12 +919,12 @@ def naive_meanflow(net, x0, x1, y, w, t, s_, drop, kappa, c, power):
             u_none = k * call(z, t[i], t[i], net.no_condition(y_i))
             v = omega * v + kappa * u + (1 - omega - kappa) * u_none
 
-        def mean_velocity(z, t, s_=s_[i], y=y_i, k=k, call=call):
-            return k * call(z, t, s_, y)
+        def mean_velocity(z, t, s=s[i], y=y_i, k=k, call=call):
+            return k * call(z, t, s, y)
 
         tangents = (v.detach(), torch.ones_like(t[i]))
         u, du = torch.func.jvp(mean_velocity, (z, t[i]), tangents)
-        error = ((u - (v - (t[i] - s_[i]) * du).detach()) ** 2).mean()
+        error = ((u - (v - (t[i] - s[i]) * du).detach()) ** 2).mean()
         losses.append(error / (error.detach() + c) ** power)
     return torch.stack(losses)
 
@@ -931,11 +933,11 @@ def naive_meanflow(net, x0, x1, y, w, t, s_, drop, kappa, c, power):
 def test_meanflow_against_a_naive_one(scaled):
     """Loss and gradients in float64, and the derivative against finite differences."""
     net = random_model(scaled=scaled)
-    x0, noise, t, s_, y, w = random_inputs(B=5)
-    s_[2] = t[2]
+    x0, noise, t, s, y, w = random_inputs(B=5)
+    s[2] = t[2]
     y[3] = 3  # "no class"
     w[4] = 1.0
-    inputs = (net, x0, noise, y, w, t, s_, y == 3, 0.4, 0.01, 0.7)
+    inputs = (net, x0, noise, y, w, t, s, y == 3, 0.4, 0.01, 0.7)
     ours = meanflow(*inputs).loss
     naive = naive_meanflow(*inputs)
     close(ours, naive, 1e-12)
@@ -944,9 +946,9 @@ def test_meanflow_against_a_naive_one(scaled):
     with torch.no_grad():
         h = 1e-6
         v = noise - x0
-        after = net(x0 + h * v, t + h, s_, y, w)
-        before = net(x0 - h * v, t - h, s_, y, w)
-        dF = net.jvp(x0, t, s_, y, w, dx=v, dt=torch.ones_like(t))[1]
+        after = net(x0 + h * v, t + h, s, y, w)
+        before = net(x0 - h * v, t - h, s, y, w)
+        dF = net.jvp(x0, t, s, y, w, dx=v, dt=torch.ones_like(t))[1]
         close(dF, (after - before) / (2 * h), 1e-7)
 
 
@@ -954,12 +956,12 @@ def test_flow_matching_is_the_fm_term():
     """Flow matching is TVM's second term alone, and is sampled by Euler steps."""
     net = random_model()
     target = random_model(seed=1)
-    x0, noise, t, s_, y, w = random_inputs(B=5)
-    alone = by_name(flow_matching_loss(net, target, x0, noise, y, w, s_))
-    both = by_name(tvm_loss(net, target, x0, noise, y, w, t, s_, s_))
+    x0, noise, t, s, y, w = random_inputs(B=5)
+    alone = by_name(flow_matching_loss(net, target, x0, noise, y, w, s))
+    both = by_name(tvm_loss(net, target, x0, noise, y, w, t, s, s))
     assert list(alone) == ["fm"]
     close(alone["fm"].loss, both["fm"].loss, 1e-12)
-    assert torch.equal(alone["fm"].time, s_)
+    assert torch.equal(alone["fm"].time, s)
     of_alone, of_both = (gradients(terms["fm"].loss.sum(), net) for terms in (alone, both))
     for a, b in zip(of_alone, of_both, strict=True):
         assert nearly_equal(a, b, 1e-10, 1e-13)
@@ -969,7 +971,7 @@ def test_flow_matching_is_the_fm_term():
         for time in (1.0, 0.75, 0.5, 0.25):
             t = torch.full((5,), time, dtype=F64)
             x = x - 0.25 * column(w, x) * net(x, t, t, y, w)
-    close(s.sample(net, noise, y, w, 4, euler=True), x, 1e-12)
+    close(sample.sample(net, noise, y, w, 4, euler=True), x, 1e-12)
 
 
 def test_other_objectives_train(folder):
@@ -978,11 +980,11 @@ def test_other_objectives_train(folder):
     assert run_script("train.py", *flow_matching) is None
     sampling = ("out/fm/ckpt.safetensors", "--n", 4, "--nfe", 3, "--out", "a.npz")
     assert run_script("sample.py", *sampling) is None
-    net, about = m.load_model("out/fm/ckpt.safetensors")
+    net, about = load_model("out/fm/ckpt.safetensors")
     assert about["objective"] == "flow_matching"
-    x1, y = s.draw(0, range(4), (1, 8, 8), about["data"]["class_counts"])
+    x1, y = sample.draw(0, range(4), (1, 8, 8), about["data"]["class_counts"])
     w = torch.full((4,), 1.25)
-    by_euler = s.to_images(s.sample(net, x1, y, w, 3, euler=True), about["data"])
+    by_euler = sample.to_images(sample.sample(net, x1, y, w, 3, euler=True), about["data"])
     assert (images_in("a.npz") == by_euler).all()
 
     of_meanflow = (
@@ -1058,13 +1060,13 @@ class Recorder(nn.Module):
     def no_condition(self, y):
         return torch.full_like(y, 3)
 
-    def forward(self, x, t, s_, y, w):
+    def forward(self, x, t, s, y, w):
         self.y = y
         self.w = w
         return torch.zeros_like(x)
 
-    def jvp(self, x, t, s_, y, w, **tangents):
-        return self(x, t, s_, y, w), torch.zeros_like(x)
+    def jvp(self, x, t, s, y, w, **tangents):
+        return self(x, t, s, y, w), torch.zeros_like(x)
 
 
 @pytest.mark.parametrize("kind", ["tvm", "flow_matching"])
@@ -1131,17 +1133,17 @@ class AnyShape(nn.Module):
         self.inner = nn.Linear(inputs, 16, dtype=F64)
         self.outer = nn.Linear(16, math.prod(shape), dtype=F64)
 
-    def forward(self, x, t, s_, y, w):
+    def forward(self, x, t, s, y, w):
         B = len(x)
-        numbers = torch.stack([t, s_, 1 / w], dim=1)
+        numbers = torch.stack([t, s, 1 / w], dim=1)
         inputs = [x.reshape(B, -1), y.reshape(B, -1).to(F64), numbers]
         return self.outer(torch.tanh(self.inner(torch.cat(inputs, dim=1)))).view_as(x)
 
-    def jvp(self, x, t, s_, y, w, dx=None, dt=None, ds=None):
-        def at(x, t, s_):
-            return self(x, t, s_, y, w)
+    def jvp(self, x, t, s, y, w, dx=None, dt=None, ds=None):
+        def at(x, t, s):
+            return self(x, t, s, y, w)
 
-        return jvp_of(at, (x, t, s_), (dx, dt, ds))
+        return jvp_of(at, (x, t, s), (dx, dt, ds))
 
     def no_condition(self, y):
         return torch.full_like(y, -1)
@@ -1173,7 +1175,7 @@ def test_objectives_of_any_shape(shape, condition_shape, kind):
     if not condition_shape:
         y = torch.arange(B)
     drawn = [a.double() if a.is_floating_point() else a for a in objective.draw(x0, 7)]
-    noise, t, s_, s_fm, w, drop = drawn
+    noise, t, s, s_fm, w, drop = drawn
     assert noise.shape == x0.shape
     assert 0 < drop.sum() < B
     loss, terms = objective(x0, y, *drawn)
@@ -1183,9 +1185,9 @@ def test_objectives_of_any_shape(shape, condition_shape, kind):
     w_fm = w.clone()
     w_fm[drop] = 1
     if kind == "meanflow":
-        naive = {"meanflow": naive_meanflow(net, x0, noise, asked, w, t, s_, drop, 0.5, 1e-3, 1.0)}
+        naive = {"meanflow": naive_meanflow(net, x0, noise, asked, w, t, s, drop, 0.5, 1e-3, 1.0)}
     else:
-        naive = naive_loss(net, target, x0, noise, asked, w_fm, t, s_, s_fm)
+        naive = naive_loss(net, target, x0, noise, asked, w_fm, t, s, s_fm)
     if kind == "flow_matching":
         del naive["terminal"]
     assert terms.keys() == naive.keys()
@@ -1291,7 +1293,7 @@ def refuse_to_go_on(arguments, monkeypatch):
 
 
 def same_data(one, other):
-    """Two folders of data are the same bytes, but for their names. Returns the header of `other`."""
+    """Two datasets are the same bytes, but for their names. Returns the header of `other`."""
     for file in os.listdir(f"data/{one}"):
         if file != "header.json":
             with open(f"data/{one}/{file}", "rb") as f, open(f"data/{other}/{file}", "rb") as g:
@@ -1322,19 +1324,19 @@ def train_on_latents(header, vae):
     losses = logged_losses("cut")
     assert len(losses) == 4
     assert np.allclose(losses, logged_losses("two"), rtol=1e-5)
-    about = m.load_model("out/cut/ckpt.safetensors")[1]
+    about = load_model("out/cut/ckpt.safetensors")[1]
     assert about["data"] == header
     assert about["step"] == 20
     assert about["config"]["in_channels"] == 4
 
 
 def sample_latents(vae):
-    """64 samples on two ranks, which are those of one process to a level. Returns the images."""
-    sampling = ("out/cut/ckpt.safetensors", "--n", 64, "--nfe", 2, "--vae", vae, "--out")
+    """24 samples on two ranks, which are those of one process to a level. Returns the images."""
+    sampling = ("out/cut/ckpt.safetensors", "--n", 24, "--nfe", 2, "--vae", vae, "--out")
     torchrun("sample.py", *sampling, "samples.npz")
     assert run_script("sample.py", *sampling, "one.npz") is None
     images = images_in("samples.npz")
-    assert images.shape == (64, 32, 32, 3)
+    assert images.shape == (24, 32, 32, 3)
     assert images.dtype == np.uint8
     assert images.std() > 1
     assert np.abs(images.astype(int) - images_in("one.npz")).max() <= 1
@@ -1400,9 +1402,9 @@ def step_gradients(device, dtype, half=False, compiled=False):
     net = random_model(depth=3, hidden_size=64).to(device, dtype)
     target = copy.deepcopy(net)
     module = TVM(net, target)
-    x0, noise, t, s_, y, w = (a.to(device) for a in random_inputs(6, dtype=dtype))
+    x0, noise, t, s, y, w = (a.to(device) for a in random_inputs(6, dtype=dtype))
     drop = torch.zeros_like(w, dtype=torch.bool)
-    inputs = (x0, y, noise, t, s_, s_.flip(0), w, drop)
+    inputs = (x0, y, noise, t, s, s.flip(0), w, drop)
 
     def step(*inputs):
         net.zero_grad()
@@ -1412,7 +1414,7 @@ def step_gradients(device, dtype, half=False, compiled=False):
 
     if compiled:
         torch._dynamo.reset()
-        m.compile_blocks(net, target)
+        compile_blocks(net, target)
         loss = Graph(step, inputs)(*inputs)
     else:
         with in_bfloat16(half):
@@ -1513,15 +1515,15 @@ def test_gpu_fast_sampling():
     """bfloat16, eager and compiled, against float32: the error of the one is that of the other."""
     net = random_model(torch.float32, depth=3, hidden_size=64).cuda()
     _, noise, _, _, y, w = (a.cuda() for a in random_inputs(6, dtype=torch.float32))
-    exact = s.sample(net, noise, y, w, 2)
+    exact = sample.sample(net, noise, y, w, 2)
     for compiled in (False, True):
-        with s.fast(net, compiled=compiled):
-            x0 = s.sample(net, noise, y, w, 2)
+        with sample.fast(net, compiled=compiled):
+            x0 = sample.sample(net, noise, y, w, 2)
         assert x0.dtype == F64
         assert not torch.equal(x0, exact)
         close(x0, exact, 2e-2)
-    with s.fast(net, half=False, compiled=False):
-        assert torch.equal(s.sample(net, noise, y, w, 2), exact)
+    with sample.fast(net, half=False, compiled=False):
+        assert torch.equal(sample.sample(net, noise, y, w, 2), exact)
 
 
 @gpu
@@ -1532,10 +1534,10 @@ def test_gpu_fast_sampling_of_many_batch_sizes():
     with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
         for B in range(1, 13):
             _, noise, _, _, y, w = (a.cuda() for a in random_inputs(B, dtype=torch.float32))
-            with s.fast(net):
-                x0 = s.sample(net, noise, y, w, 2)
-            with s.fast(net, half=False, compiled=False):
-                close(x0, s.sample(net, noise, y, w, 2), 2e-2)
+            with sample.fast(net):
+                x0 = sample.sample(net, noise, y, w, 2)
+            with sample.fast(net, half=False, compiled=False):
+                close(x0, sample.sample(net, noise, y, w, 2), 2e-2)
 
 
 @gpu

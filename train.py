@@ -211,10 +211,9 @@ mean = torch.tensor(header["mean"], device=device)
 std = torch.tensor(header["std"], device=device)
 
 # ---- networks, loss, optimizer -------------------------------------------------------------------
-height, width = header["shape"][1:]
 try:
     model_config = DiTConfig(
-        input_size=height if height == width else (height, width),
+        input_size=tuple(header["shape"][1:]),
         in_channels=header["shape"][0],
         num_classes=header["num_classes"],
         hidden_size=hidden_size,

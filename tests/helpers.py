@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 
 import checkpoint as ckpt
+import dataset
 import inception
 from dual import column
 from model import DiT, DiTConfig
@@ -200,6 +201,10 @@ def make_checkpoint(path, seed=0, guidance=CONSTANT, **kwargs):
 def run_script(script, *arguments):
     """A script in this process. Returns its one line of complaint, or None where it ended well."""
     argv = sys.argv
+    # What is alive now stays: the collector need not walk it, which takes as long as a short run.
+    freeze = gc.freeze
+    freeze()
+    gc.freeze = do_nothing  # train.py would freeze its own objects, its lock among them
     sys.argv = [script, *map(str, arguments)]
     try:
         runpy.run_path(os.path.join(HERE, script), run_name="__main__")
@@ -213,10 +218,14 @@ def run_script(script, *arguments):
         return stop.code
     finally:
         sys.argv = argv
+        gc.freeze = freeze
         if os.path.exists("out"):
-            gc.unfreeze()
             gc.collect()  # the script's globals, its lock among them
     return None
+
+
+def do_nothing():
+    pass
 
 
 def torchrun(script, *arguments):
@@ -227,15 +236,16 @@ def torchrun(script, *arguments):
     return subprocess.run(command, check=True, capture_output=True, timeout=100, env=environment)
 
 
-def train_here(folder, arguments):
+def train_here(folder, arguments, script="train.py", environment=None):
     """train.py in a process that the fixture `start` has made; what it says goes to folder/said."""
     os.chdir(folder)
+    os.environ.update(environment or {})
     said = os.open("said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(said, 1)
     os.dup2(said, 2)
     torch.set_num_threads(1)
-    sys.argv = ["train.py", *arguments]
-    runpy.run_path(os.path.join(HERE, "train.py"), run_name="__main__")
+    sys.argv = [script, *arguments]
+    runpy.run_path(os.path.join(HERE, script), run_name="__main__")
 
 
 def said():
@@ -290,6 +300,15 @@ def log_lines(name):
     with open(path) as f:
         texts = f.read().split("\n")[:-1]
     return [json.loads(text) for text in texts if text.endswith("}")]
+
+
+def write_dataset(name, shape, train=24, test=8, classes=2):
+    """Random images of a shape (C, H, W) as data/NAME, in classes of one size. 0: no labels."""
+    rng = np.random.default_rng(0)
+    writer = dataset.Writer(f"data/{name}", shape, {"train": train, "test": test})
+    for i in range(train + test):
+        writer.set(i, rng.integers(0, 256, shape, dtype=np.uint8), i % max(1, classes))
+    writer.finish(name, [f"class {c}" for c in range(classes)])
 
 
 def logged_losses(name):

@@ -598,7 +598,10 @@ def test_fid_on_two_ranks(pixels):
     whole = fid_main("a", "b.npz")
     with open("two.py", "w") as f:
         f.write(f"import sys\nsys.path.insert(0, {HERE!r})\n{SMALL_FID}\n{TWO_RANKS}")
-    torchrun(os.path.abspath("two.py"))
+    try:
+        torchrun(os.path.abspath("two.py"))
+    except subprocess.CalledProcessError as error:
+        pytest.fail(error.stderr.decode()[-3000:])
     x = np.random.default_rng(0).normal(1e3, 1, (101, 4))
     for rank in range(2):
         with np.load(f"moments{rank}.npz") as f:

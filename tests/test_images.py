@@ -1,4 +1,4 @@
-"""images.py: which files are images, what is told about the others, and how each kind is read."""
+"""images.py and labels.py: which files are images, their labels, and how each kind is read."""
 
 import io
 import json
@@ -12,6 +12,7 @@ from helpers import write_picture
 from PIL import Image
 
 import images
+import labels
 
 RED = (200, 30, 40)
 
@@ -121,7 +122,7 @@ def test_a_folder_that_may_not_be_entered(folder, monkeypatch):
 def test_hidden_and_system_folders_are_no_classes(folder):
     for name in (".ipynb_checkpoints/0.png", "__MACOSX/cats/._0.png", "cats/0.png", "dogs/0.png"):
         write_picture(folder / "src" / name)
-    labelled = images.find_labelled("src")
+    labelled = labels.find_labelled("src")
     assert labelled.classes == ["cats", "dogs"]
     assert labelled.names == ["cats/0.png", "dogs/0.png"] and labelled.labels == [0, 1]
     assert [name for name, _ in labelled.left_out] == [".ipynb_checkpoints", "__MACOSX"]
@@ -131,7 +132,7 @@ def test_every_suffix_is_a_class(folder):
     """A class of .webp must not vanish and shift the next one's number."""
     for label, suffix in enumerate(images.SUFFIXES):
         touch(folder / "src" / f"class{label}" / f"x{suffix}")
-    labelled = images.find_labelled("src")
+    labelled = labels.find_labelled("src")
     assert labelled.labels == list(range(len(images.SUFFIXES)))
 
 
@@ -142,14 +143,14 @@ def test_a_class_without_images_is_named(folder, content):
     if content:
         touch(folder / "src" / "dogs" / content)
     with pytest.raises(images.ImageError, match="src/dogs looks like a class and holds no image"):
-        images.find_labelled("src")
+        labels.find_labelled("src")
 
 
 def test_images_beside_classes(folder):
     write_picture(folder / "src" / "cats" / "0.png")
     write_picture(folder / "src" / "0.png")
     with pytest.raises(images.ImageError, match="beside its class folders"):
-        images.find_labelled("src")
+        labels.find_labelled("src")
 
 
 @pytest.mark.parametrize(
@@ -166,14 +167,14 @@ def test_splits_are_no_classes(folder, names):
     for name in names:
         write_picture(folder / "src" / name)
     with pytest.raises(images.ImageError, match="not classes: give src/[Tt]rain"):
-        images.find_labelled("src")
+        labels.find_labelled("src")
 
 
 def test_a_class_may_be_called_train(folder):
     """As in CIFAR-100 and COCO: one folder with images among other classes."""
     for name in ("bus", "car", "train"):
         write_picture(folder / "src" / name / "0.png")
-    assert images.find_labelled("src").classes == ["bus", "car", "train"]
+    assert labels.find_labelled("src").classes == ["bus", "car", "train"]
 
 
 EDM = {"labels": [["00000/img0.png", 3], ["00000/img1.png", 0], ["00001/img2.png", 3]]}
@@ -188,7 +189,7 @@ def test_labels_of_a_dataset_json(folder, kind):
     if kind == "zip":
         src = "edm.zip"
         pack("edm", src)
-    labelled = images.find_labelled(src)
+    labelled = labels.find_labelled(src)
     assert labelled.classes == ["0", "1", "2", "3"] and labelled.labels == [3, 0, 3]
     assert labelled.names == [name for name, _ in EDM["labels"]] and labelled.left_out == []
     for row, (file, label) in enumerate(zip(labelled.files, labelled.labels)):
@@ -207,7 +208,7 @@ def pack(source, path):
 def test_dataset_json_without_labels(folder):
     write_picture(folder / "edm" / "00000" / "img0.png")
     touch(folder / "edm" / "dataset.json", b'{"labels": null}')
-    labelled = images.find_labelled("edm")
+    labelled = labels.find_labelled("edm")
     assert labelled.classes == [] and labelled.labels == [0]
 
 
@@ -218,7 +219,7 @@ def test_dataset_json_and_the_files_differ(folder):
     write_picture(folder / "edm" / "b.png")
     rows = [["a.png", 1], ["../secret.png", 0], [str(folder / "secret.png"), 0], ["gone.png", 0]]
     touch(folder / "edm" / "dataset.json", json.dumps({"labels": rows}).encode())
-    labelled = images.find_labelled("edm")
+    labelled = labels.find_labelled("edm")
     assert labelled.names == ["a.png"] and labelled.labels == [1]
     left_out = dict(labelled.left_out)
     assert left_out.pop("b.png") == "it has no label in dataset.json"
@@ -240,12 +241,13 @@ def test_dataset_json_and_the_files_differ(folder):
         b'{"labels": [["a.png", 1e99]]}',
         b'{"labels": [["b.png", 0]]}',
     ],
+    ids=range(11),
 )
 def test_dataset_json_that_cannot_be(folder, content):
     write_picture(folder / "edm" / "a.png")
     touch(folder / "edm" / "dataset.json", content)
     with pytest.raises(images.ImageError, match="dataset.json"):
-        images.find_labelled("edm")
+        labels.find_labelled("edm")
 
 
 def test_a_zip_of_class_folders(folder):
@@ -257,7 +259,7 @@ def test_a_zip_of_class_folders(folder):
             archive.writestr(name, picture.getvalue())
         for name in ("cats/.hidden.png", "cats/a.txt", "../out.png", "/root.png"):
             archive.writestr(name, picture.getvalue())
-    labelled = images.find_labelled("pets.zip")
+    labelled = labels.find_labelled("pets.zip")
     assert labelled.classes == ["cats", "dogs"] and labelled.labels == [0, 0, 1]
     assert labelled.names == ["cats/0.png", "cats/deep/1.PNG", "dogs/0.png"]
     assert dict(labelled.left_out) == {

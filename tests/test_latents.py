@@ -187,18 +187,20 @@ def test_what_imagenet_refuses(folder, source, monkeypatch):
     assert "pip install diffusers" in complain("imagenet", src, "--size", 32, *with_vae)
 
 
-def test_imagenet_keeps_the_orientation_that_is_stored(folder, source):
-    """As ADM does: a photograph lies on its side, and `check --src` compares with the same."""
+def test_imagenet_keeps_the_orientation_that_is_stored(folder, source, capsys):
+    """As ADM does: a photograph lies on its side, and `check --src` compares with the same. A name
+    that lies about the format is told."""
     picture = Image.new("RGB", (40, 40), (0, 0, 0))
     picture.paste((255, 255, 255), (0, 0, 20, 40))
     exif = Image.Exif()
     exif[0x0112] = 6
     os.makedirs("src/c")
     picture.save("src/c/0.png")
-    picture.save("src/c/1.png", exif=exif)
+    picture.save("src/c/1.png", "WEBP", lossless=True, exif=exif)
     assert (images.read_image("src/c/0.png", 32) != images.read_image("src/c/1.png", 32)).any()
     with_vae = ("--vae", source / "vae")
     assert complain("imagenet", "src", "--size", 32, "--name", "a", *with_vae) is None
+    assert "1 of another format than the name says" in capsys.readouterr().err
     stored = dataset.load_dataset("data/a")[1]["train_images"]
     assert (stored[0] == stored[1]).all()
     complain("check", "a", "--src", "src", *with_vae)
@@ -324,6 +326,8 @@ def test_check_of_pixels(folder):
     os.rename("data/digits", "moved")
     assert complain("check", "moved") is None
     assert "no data in data/digits" in complain("check", "digits")
+    dataset.Writer("data/none", (1, 8, 8), {"train": 0, "test": 0}).finish("none", [])
+    assert "no training images" in complain("check", "none")
 
 
 @pytest.mark.parametrize("channels, shown", [(1, [0, 0, 0]), (2, [0, 0, 0]), (5, [0, 1, 2])])
@@ -340,6 +344,17 @@ def test_check_draws_any_number_of_channels(folder, channels, shown):
     first = np.random.default_rng(0).permutation(8)[0]
     assert sheet.shape == (6, 8 * 9, 3)
     assert (sheet[:, :9] == stored[first][shown].transpose(1, 2, 0)).all()
+
+
+def test_check_of_sequences(folder, capsys):
+    """Their moments are printed, and nothing is drawn."""
+    writer = dataset.Writer("data/a", (2, 50), {"train": 8, "test": 0}, np.float32)
+    for i, sequence in enumerate(np.random.default_rng(0).standard_normal((8, 2, 50))):
+        writer.set(i, sequence, 0)
+    writer.finish("a", [], mean=[0.0, 0.0], std=[1.0, 1.0])
+    assert complain("check", "a") is None
+    assert "8 images, 2x50" in capsys.readouterr().out
+    assert not os.path.exists("data/a/check.png")
 
 
 @gpu

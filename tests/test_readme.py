@@ -239,13 +239,20 @@ def test_presets():
 # ---- what others are told to write ---------------------------------------------------------------
 
 
+def snippets_of_attention():
+    """The blocks of Python in docs/attention.md, after the first, which is two signatures."""
+    blocks = re.findall(r"```python\n(.*?)```", read("docs/attention.md"), re.DOTALL)
+    assert blocks[0].startswith("from attention_jvp import attention, attention_jvp\n")
+    return blocks[1:]
+
+
 def test_snippets_of_attention():
-    """They run, their derivative is the finite difference, their gradient reaches everything."""
+    """MeanFlow and TVM run, the derivative is the finite difference, gradients reach everything."""
     import torch
     from helpers import close
 
-    snippets = re.findall(r"```python\n(.*?)```", read("docs/attention.md"), re.DOTALL)
-    assert len(snippets) >= 2
+    snippets = [snippet for snippet in snippets_of_attention() if "loss.backward()" in snippet]
+    assert len(snippets) == 2
     torch.manual_seed(0)
     names = {}
     for snippet, tangent in zip(snippets, ("xt", "s")):
@@ -264,6 +271,34 @@ def test_snippets_of_attention():
         h = 1e-6
         close(du, (along(h) - along(-h)) / (2 * h), 1e-5)
         net.zero_grad()
+
+
+def test_all_snippets_of_attention():
+    """Each of them runs, after those before it, on tensors of the names that it uses."""
+    import torch
+
+    from attention_jvp import attention_jvp
+
+    def heads(number, tokens):
+        return torch.randn(2, number, tokens, 8)
+
+    names = {"attention_jvp": attention_jvp, "tokens": 5, "lengths": torch.tensor([3, 0])}
+    for name in ("q", "tq", "k", "tk", "v", "tv"):
+        names[name] = heads(4, 6)
+    for name in ("k_text", "v_text"):
+        names[name] = heads(4, 5)
+    for name in ("q16", "tq16"):
+        names[name] = heads(16, 6)
+    for name in ("k4", "tk4", "v4", "tv4"):
+        names[name] = heads(4, 6)
+    of_heads = dict(names)
+    for snippet in snippets_of_attention():
+        if "attention_jvp(q" in snippet:
+            names.update(of_heads)  # the recipes of networks use the name v, too
+        exec(snippet, names)
+        for result in ("loss", "dF", "to"):
+            if result in names:
+                assert names[result].isfinite().all()
 
 
 def test_lines_for_wandb(tmp_path, monkeypatch):

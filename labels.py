@@ -1,0 +1,147 @@
+"""
+Which label an image has: that of its folder, or that which a dataset.json gives it.
+
+    labelled = find_labelled("photos")     # photos/cats/0.jpg, photos/dogs/0.jpg, ...
+    labelled.classes, labelled.labels      # ["cats", "dogs"], [0, ..., 1, ...]
+
+images.py says which files are images, and reads them.
+"""
+
+import json
+import os
+import zipfile
+from typing import NamedTuple
+
+from images import LABELS, SUFFIXES, ImageError, files_at, find_images, open_zip
+
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+MAX_LABEL = 10**6
+
+
+class Labelled(NamedTuple):
+    classes: list  # their names; empty where there are no labels
+    names: list  # paths of the images below the folder, with "/", sorted
+    files: list  # what read_image takes, one for each name
+    labels: list  # whole numbers, one for each name; all 0 where there are no labels
+    left_out: list  # (name, reason)
+
+
+def find_labelled(src):
+    """The images of a folder or a .zip, with their labels.
+
+    The labels are those of its dataset.json where it has one: {"labels": [["a/0.png", 3], ...]} or
+    {"labels": null}, as EDM and StyleGAN write it. Else each folder in it is a class, in sorted
+    order. Images that lie in it side by side have no labels. Raises ImageError where that cannot be
+    told, and where a class has no image.
+    """
+    found = find_images(src)
+    content = read_labels_file(src)
+    if content is None:
+        return label_by_folders(src, found)
+    return label_by_table(src, found, content)
+
+
+def label_by_folders(src, found):
+    """Each folder in src is a class."""
+    tops = [name.partition("/")[0] for name in found.names if "/" in name]
+    if len(tops) < len(found.names) and tops:
+        raise ImageError(f"{src} holds images beside its class folders: which label have they?")
+    if not found.names:
+        raise ImageError(f"no {', '.join(SUFFIXES)} file in {src}{example(found)}")
+    if not tops:
+        labels = [0] * len(found.names)
+        return Labelled([], found.names, found.files, labels, found.left_out)
+    refuse_splits(src, found, tops)
+    with_images = set(tops)
+    barren = [folder for folder in found.folders if folder not in with_images]
+    if barren:
+        raise ImageError(
+            f"{src}/{barren[0]} looks like a class and holds no image{example(found, barren[0])}. "
+            "Move it away, or give its name a leading dot"
+        )
+    number = {name: place for place, name in enumerate(found.folders)}
+    labels = [number[top] for top in tops]
+    return Labelled(found.folders, found.names, found.files, labels, found.left_out)
+
+
+def example(found, folder=""):
+    """ " (a.gif: its name ...)" where something in the folder is left out, else nothing."""
+    for name, reason in found.left_out:
+        if not folder or name == folder or name.startswith(folder + "/"):
+            return f" ({name}: {reason})"
+    return ""
+
+
+def refuse_splits(src, found, tops):
+    """Raise ImageError where the folders in src are parts of a data set, and not classes.
+
+    One folder `train` with images in it, among other folders, is a class: CIFAR-100 has it.
+    """
+    splits = [folder for folder in found.folders if folder.lower() in SPLITS]
+    if not splits:
+        return
+    is_deep = any(name.startswith(splits[0] + "/") and name.count("/") > 1 for name in found.names)
+    if len(splits) == 1 and len(set(tops)) > 2 and not is_deep:
+        return
+    wanted = next((folder for folder in splits if folder.lower().startswith("train")), splits[0])
+    raise ImageError(
+        f"{' and '.join(splits)} in {src} are parts of a data set, not classes: "
+        f"give {os.path.join(src, wanted)}"
+    )
+
+
+def read_labels_file(src):
+    """The text of src's dataset.json, as bytes; None where it has none."""
+    try:
+        if not os.path.isdir(src):
+            return open_zip(src).read(LABELS)
+        with open(os.path.join(src, LABELS), "rb") as file:
+            return file.read()
+    except (FileNotFoundError, KeyError):
+        return None
+    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        raise ImageError(f"cannot read {src}/{LABELS}: {error}") from None
+
+
+def label_by_table(src, found, content):
+    """The labels are those of a dataset.json. Only images that were found are ever opened."""
+    label_of = parse_labels(src, content)
+    if label_of is None:
+        labels = [0] * len(found.names)
+        return Labelled([], found.names, found.files, labels, found.left_out)
+    left_out = list(found.left_out)
+    names = []
+    for name in found.names:
+        if name in label_of:
+            names.append(name)
+        else:
+            left_out.append((name, f"it has no label in {LABELS}"))
+    for name in sorted(set(label_of) - set(names)):
+        left_out.append((name, f"it is in {LABELS}, and not an image that is there"))
+    if not names:
+        raise ImageError(f"no image in {src} has a label in its {LABELS}")
+    labels = [label_of[name] for name in names]
+    classes = [str(label) for label in range(max(labels) + 1)]
+    return Labelled(classes, names, files_at(src, names), labels, left_out)
+
+
+def parse_labels(src, content):
+    """{name: label} of a dataset.json; None where it says that there are no labels."""
+    try:
+        table = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ImageError(f"{src}/{LABELS} is not JSON: {error}") from None
+    wanted = f'{src}/{LABELS} must be {{"labels": [["NAME", LABEL], ...]}} or {{"labels": null}}'
+    if not isinstance(table, dict) or "labels" not in table:
+        raise ImageError(f"{wanted}; move it away if it is not about labels")
+    if table["labels"] is None:
+        return None
+    if not isinstance(table["labels"], list):
+        raise ImageError(wanted)
+    label_of = {}
+    for row in table["labels"]:
+        is_pair = isinstance(row, list) and len(row) == 2 and isinstance(row[0], str)
+        if not is_pair or type(row[1]) is not int or not 0 <= row[1] < MAX_LABEL:
+            raise ImageError(f"{wanted}, with whole numbers from 0; not {str(row)[:100]}")
+        label_of[row[0].replace("\\", "/")] = row[1]
+    return label_of

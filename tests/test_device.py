@@ -1,0 +1,159 @@
+"""device.py: the device, the ranks of torchrun, what they tell each other, requests to stop."""
+
+import os
+import signal
+from datetime import timedelta
+
+import pytest
+import torch
+from helpers import SMALL, run_script
+
+import device
+from files import UserError
+
+TORCHRUN = dict(
+    **dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1"),
+    **dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"),
+)
+
+
+def set_environment(monkeypatch, **variables):
+    """The variables of torchrun are these, and no other of them is set."""
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+# ---- devices -------------------------------------------------------------------------------------
+
+
+def test_devices(monkeypatch):
+    assert device.find_device("cpu") == torch.device("cpu")
+    assert device.abilities(torch.device("cpu")) == (False, False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert device.find_device() == torch.device("cpu")
+    for name in ("gpu", "meta", "xpu:0", " "):
+        with pytest.raises(UserError, match="there are cpu, cuda and mps"):
+            device.find_device(name)
+    for name in ("cuda:many", "cpu:", "cuda:99"):
+        with pytest.raises(UserError, match=f"no device '{name}' here"):
+            device.find_device(name)
+
+
+def test_train_refuses_devices(folder):
+    assert "no device 'gpu'" in run_script("train.py", "--device=gpu")
+    assert "no device 'cuda:77' here" in run_script("train.py", "--device=cuda:77")
+
+
+# ---- ranks ---------------------------------------------------------------------------------------
+
+
+def test_ranks_of_torchrun(monkeypatch):
+    set_environment(monkeypatch)
+    assert device.ranks_of_torchrun() == (0, 1, 0)
+    set_environment(monkeypatch, **TORCHRUN)
+    assert device.ranks_of_torchrun() == (1, 2, 1)
+
+
+WRONG_ENVIRONMENTS = [
+    (dict(WORLD_SIZE="2"), "WORLD_SIZE=2 but no RANK: start several ranks with torchrun"),
+    (dict(RANK="x"), "RANK must be a whole number, not 'x'"),
+    (dict(RANK="1"), "RANK 1 and WORLD_SIZE 1, which cannot be"),
+    (dict(WORLD_SIZE="0"), "RANK 0 and WORLD_SIZE 0, which cannot be"),
+    (dict(WORLD_SIZE="two"), "WORLD_SIZE must be a whole number"),
+    (dict(TORCHRUN, RANK="2"), "RANK 2 and WORLD_SIZE 2, which cannot be"),
+    (dict(TORCHRUN, LOCAL_RANK="-1"), "LOCAL_RANK must be at least 0"),
+    (dict(TORCHRUN, MASTER_PORT="abc"), "MASTER_PORT must be a whole number, not 'abc'"),
+    (dict(TORCHRUN, MASTER_PORT="70000"), "MASTER_PORT must be below 65536"),
+    (dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0"), "WORLD_SIZE=2 but no MASTER_ADDR"),
+]
+
+
+@pytest.mark.parametrize("environment, words", WRONG_ENVIRONMENTS)
+def test_train_refuses_half_an_environment(folder, monkeypatch, environment, words):
+    """One line and an exit code that is not 0 (run_script checks both)."""
+    set_environment(monkeypatch, **environment)
+    assert words in run_script("train.py", *SMALL)
+    assert not os.listdir()
+
+
+def test_ranks_that_do_not_find_each_other(monkeypatch):
+    set_environment(monkeypatch, **TORCHRUN)
+    with pytest.raises(UserError, match="rank 1 cannot join the 2 ranks"):
+        device.join_ranks("gloo", timedelta(seconds=1))
+
+
+def test_restarts_on_several_machines(monkeypatch):
+    set_environment(monkeypatch, **TORCHRUN)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        device.join_ranks("gloo", timedelta(seconds=1))
+
+
+def test_one_rank_talks_to_itself(monkeypatch):
+    set_environment(monkeypatch)
+    device.join_ranks("gloo", timedelta(seconds=1))
+    assert device.from_rank_0("a") == "a"
+    assert device.from_all_ranks("a") == ["a"]
+
+
+def test_all_reduce_in_several_messages(monkeypatch):
+    """Messages hold at most 8 numbers, but for a tensor that is larger."""
+    tensors = [torch.full((1, n), float(n)) for n in (3, 4, 5, 9, 2)]
+    messages = []
+
+    def all_reduce(message):
+        messages.append(len(message))
+        message.mul_(2)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    device.all_reduce(tensors, limit=8)
+    assert messages == [7, 5, 9, 2]
+    assert all((t == 2 * t.numel()).all() for t in tensors)
+
+
+def test_ranks_agree(monkeypatch):
+    """Of two ranks that are imitated: the other one's weights differ by `difference`."""
+    weights = [torch.ones(4, 4), torch.zeros(3), torch.full((2,), -5.0)]
+    difference = torch.zeros(3)
+
+    def all_reduce(both, operation):
+        other = torch.cat([both[:3] + difference, both[3:] - difference])
+        both.copy_(torch.maximum(both, other))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    assert device.ranks_agree(weights)
+    for i, least in ((0, 4e-5), (2, 7e-5)):  # 1e-5 of the norms, 4 and 7.07
+        for sign in (-1, 1):
+            difference.zero_()
+            difference[i] = sign * least / 2
+            assert device.ranks_agree(weights)
+            difference[i] = sign * least * 2
+            assert not device.ranks_agree(weights)
+
+
+# ---- signals -------------------------------------------------------------------------------------
+
+
+def test_stop_request(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    request = device.StopRequest()
+    assert not request.asked()
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)  # too soon to count
+    assert request.asked()
+    assert request.exit_code() == 130
+    request.restore()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    request = device.StopRequest()
+    assert not request.asked()
+    request.parent = -1  # torchrun was killed
+    assert request.asked()
+    assert request.exit_code() == 143
+    request.restore()

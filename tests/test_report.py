@@ -1,0 +1,333 @@
+"""report.py: the log, the pictures, FID and the scores of a run, none of which may end it."""
+
+import glob
+import math
+import os
+import subprocess
+import sys
+import types
+
+import matplotlib.axes
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    HERE,
+    SMALL,
+    SMALL_FID,
+    log_lines,
+    logged_losses,
+    run_script,
+    seeded_inception,
+    write_dataset,
+)
+from PIL import Image
+
+import checkpoint as ckpt
+import fid
+import report
+import scores
+from loss import Term
+
+PLAIN = ("--w=1", "--patch_size=2", "--sample_every=1")
+
+
+def train(*arguments):
+    return run_script("train.py", *SMALL, *arguments)
+
+
+def warnings(capsys):
+    """What train.py has said to go on without."""
+    errors = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    return [line for line in errors if "could not write" in line]
+
+
+# ---- pictures and scores -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "channels, mode, classifier", [(2, "L", "1-nn"), (4, "RGB", "1-nn"), (5, "RGB", "cnn")]
+)
+def test_any_number_of_channels(folder, capsys, channels, mode, classifier):
+    """A picture shows the first three channels or the first; all of them are scored."""
+    write_dataset("odd", (channels, 8, 8))
+    flags = ("--dataset=odd", "--steps=2", f"--classifier={classifier}", *PLAIN)
+    assert train(*flags) is None
+    assert not warnings(capsys)
+    for step in (1, 2):
+        assert Image.open(f"out/odd/samples_{step}.png").mode == mode
+    assert [line["nfe"] for line in log_lines("odd") if "nfe" in line] == ["real", 1, 2, 4]
+
+
+def test_images_that_are_not_square(folder, capsys):
+    """They are trained on, drawn and scored, and a run with them goes on as if it had not ended."""
+    write_dataset("wide", (1, 4, 8))
+    flags = ("--dataset=wide", *PLAIN)
+    assert train("--steps=1", *flags) is None
+    assert train("--steps=2", *flags) is None
+    assert "from step 1" in capsys.readouterr().out
+    assert train("--steps=2", "--name=whole", *flags) is None
+    one, other = (ckpt.load_newest(f"out/{name}") for name in ("wide", "whole"))
+    assert all(torch.equal(one[1][key], value) for key, value in other[1].items())
+    picture = Image.open("out/wide/samples_2.png")
+    # Three rows and two columns of images that are twice as wide as high, with gaps of 2 pixels.
+    assert (picture.width - 2) / 2 == 2 * (picture.height - 4) / 3
+    source = "--init_from=out/wide/ckpt.safetensors"
+    assert train("--steps=1", "--name=from", source, *flags) is None
+
+
+class Broken(ValueError):
+    """An error of a library."""
+
+
+def broken(*arguments, **options):
+    raise Broken("it is\nbroken")
+
+
+def full(*arguments, **options):
+    raise OSError("no room")
+
+
+def test_a_picture_that_fails_is_said_once(folder, capsys, monkeypatch):
+    monkeypatch.setattr("report.grid", broken)
+    assert train("--steps=3", *PLAIN) is None
+    (warning,) = warnings(capsys)
+    assert warning == (
+        "train.py: could not write samples_1.png, and go on without it: Broken: it is broken"
+    )
+    assert len(logged_losses("digits")) == 3
+    assert ckpt.load_tensors("out/digits/ckpt.safetensors")[1]["step"] == 3
+    assert not glob.glob("out/digits/*.p[na]*g")[1:]  # only curve.png
+    assert train("--steps=4", *PLAIN) is None  # and not at each restart
+
+
+def test_scores_that_fail(folder, capsys, monkeypatch):
+    monkeypatch.setattr("report.small_data_scores", broken)
+    monkeypatch.setattr("report.Report.draw_curve", broken)
+    assert train("--steps=1") is None
+    assert [line.split(",")[0] for line in warnings(capsys)] == [
+        "train.py: could not write the scores",
+        "train.py: could not write curve.png",
+    ]
+    assert os.path.exists("out/digits/ckpt.safetensors")
+
+
+def test_a_full_disk_is_said_each_time(folder, capsys, monkeypatch):
+    """It may have had room in between."""
+    monkeypatch.setattr("report.grid", full)
+    assert train("--steps=2", *PLAIN) is None
+    assert [line.split(",")[0] for line in warnings(capsys)] == [
+        "train.py: could not write samples_1.png",
+        "train.py: could not write samples_2.png",
+    ]
+
+
+def test_full_disk(folder, capsys):
+    """Warnings and a run that goes on; at its end an error, and the state before it."""
+    resource = pytest.importorskip("resource")
+    assert train("--steps=1") is None
+    with open("out/digits/state_1.safetensors", "rb") as f:
+        before = f.read()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        complaint = train("--steps=4", "--save_every=2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert complaint == (
+        "train.py: the save of step 4 failed; "
+        "the last good checkpoint is out/digits/state_1.safetensors"
+    )
+    of_steps = [line for line in warnings(capsys) if "write the checkpoint of step" in line]
+    assert len(of_steps) == 2
+    assert "File too large" in of_steps[0]
+    with open("out/digits/state_1.safetensors", "rb") as f:
+        assert f.read() == before
+    assert not glob.glob("out/digits/*.partial")
+    assert train("--steps=4") is None
+    assert list(ckpt.states("out/digits")) == [1, 4]
+
+
+def test_small_things_of_a_run(folder, monkeypatch):
+    """A range of weights is sampled at its geometric mean, and real images leave themselves out."""
+    asked = []
+
+    def spied_sample(net, x1, y, w, *rest):
+        asked.append(w)
+        return sample(net, x1, y, w, *rest)
+
+    sample = report.sample
+    monkeypatch.setattr(report, "sample", spied_sample)
+    assert train("--steps=1", "--guidance=inverse", "--w_max=4") is None
+    assert asked
+    assert all((w == 2).all() for w in asked)
+    (line,) = [line for line in log_lines("digits") if line.get("nfe") == "real"]
+    assert 0.5 < line["nearest_ratio"] < 2
+
+
+def test_what_a_stop_has_cost(folder, monkeypatch):
+    """An evaluation network that was not saved with the last state is written by the next run. The
+    curve does not run backwards."""
+    drawn = []
+    plot = matplotlib.axes.Axes.plot
+
+    def spied_plot(axes, x, y, **how):
+        drawn.append(x)
+        return plot(axes, x, y, **how)
+
+    assert train("--steps=1") is None
+    os.replace("out/digits/ckpt.safetensors", "was.safetensors")
+    with open("out/digits/log.jsonl", "a") as f:
+        f.write('{"step": 0, "loss": 2, "fm": 1, "terminal": 1}\n')
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", spied_plot)
+    assert train("--steps=1") is None
+    assert drawn == [[0, 1]] * 2
+    again, about = ckpt.load_tensors("out/digits/ckpt.safetensors")
+    before, _ = ckpt.load_tensors("was.safetensors")
+    assert about["step"] == 1
+    assert all((again[key] == t).all() for key, t in before.items())
+
+
+# ---- the log -------------------------------------------------------------------------------------
+
+
+def term(name, error, time):
+    error = torch.tensor(error)
+    return Term(name, 2 * error, error, torch.tensor(time))
+
+
+def test_losses_by_quarters():
+    """Micro-batches add up. A step that was skipped leaves nothing."""
+    losses = report.Losses(torch.device("cpu"))
+    batches = types.SimpleNamespace(waited=3.0)
+    losses.begin_step()
+    losses.add({"a": term("a", [9.0], [0.5])})  # is skipped
+    losses.begin_step()
+    losses.add({"a": term("a", [1.0, 2.0], [0.0, 1.0]), "b": term("b", [4.0, 4.0], [0.3, 0.3])})
+    losses.add({"a": term("a", [5.0, 2.0], [0.1, 0.8]), "b": term("b", [8.0, 8.0], [0.3, 0.7])})
+    assert losses.of_step() == 34
+    losses.end_step(0.5)
+
+    logged = []
+    self = types.SimpleNamespace(
+        device=torch.device("cpu"), ranks=1, log=lambda **x: logged.append(x)
+    )
+    shown = report.Report.losses(self, 7, losses, batches, skipped=1)
+    (line,) = logged
+    assert (line["step"], line["a"], line["b"], line["loss"]) == (7, 2.5, 6.0, 8.5)
+    assert line["a_by_time"] == [3.0, None, None, 2.0]
+    assert line["b_by_time"] == [None, 16 / 3, 8.0, None]
+    assert (line["grad_norm"], line["skipped"]) == (0.5, 1)
+    assert shown.startswith("a 2.5000 b 6.0000")
+    assert shown.endswith(", 1 skipped")
+    assert batches.waited == 0
+
+    # Nothing is logged where every step was skipped, and the time of these steps is forgotten.
+    batches.waited = 3.0
+    losses.since = 0.0
+    assert report.Report.losses(self, 8, losses, batches, skipped=2) == "2 skipped"
+    assert len(logged) == 1
+    assert batches.waited == 0
+    assert losses.since > 0
+
+
+def test_a_line_after_a_crash(folder):
+    """A line that was cut off stays on its own. Numbers that JSON does not have are refused."""
+    self = types.SimpleNamespace(out=".")
+    for before, between in (("", ""), ('{"step": 1}\n', ""), ('{"step": 1}\n{"st', "\n")):
+        with open("log.jsonl", "w") as f:
+            f.write(before)
+        report.Report.append(self, {"step": 2})
+        with open("log.jsonl") as f:
+            assert f.read() == before + between + '{"step": 2}\n'
+    with pytest.raises(ValueError, match="JSON"):
+        report.Report.append(self, {"step": math.nan})
+
+
+# ---- FID -----------------------------------------------------------------------------------------
+
+
+class Inception:
+    """Two features: the mean of an image's first channel, and its square."""
+
+    fc = torch.nn.Linear(2, 1)
+    digest = "0123456789"
+
+    def __call__(self, images, resize="tf1"):
+        assert images.dtype == torch.uint8
+        assert images.shape[1:] == (3, 8, 8)
+        mean = images[:, 0].double().mean((1, 2))
+        return mean[:, None] ** torch.arange(1, 3)
+
+
+@pytest.fixture
+def small_inception(monkeypatch, folder):
+    inception = Inception()
+
+    def load_inception(path=None, device="cpu"):
+        return inception
+
+    monkeypatch.setattr(fid, "load_inception", load_inception)
+    monkeypatch.setattr(fid, "FEATURES", 2)
+    np.savez("ref.npz", mu=np.zeros(2), sigma=np.eye(2))
+    return inception
+
+
+def test_train_logs_fid(small_inception):
+    """With a stand-in for Inception: the number is that of the same samples by sample.py."""
+    other = "resize torch, weights 01234567"
+    np.savez("other.npz", mu=np.zeros(2), sigma=np.eye(2), notes=other)
+    np.savez("wide.npz", mu=np.zeros(3), sigma=np.eye(3))
+    for name, words in (
+        ("gone.npz", "gone.npz"),
+        ("other.npz", "does not compare"),
+        ("wide.npz", "3 dimensions"),
+    ):
+        assert words in train(f"--fid_reference={name}")
+    flags = ("--steps=2", "--sample_every=2", "--fid_reference=ref.npz", "--fid_images=30")
+    assert train(*flags) is None
+    (line,) = [line for line in log_lines("digits") if "fid" in line]
+    command = ("sample.py", "out/digits/ckpt.safetensors", "--n", 30, "--out", "a.npz")
+    assert run_script(*command) is None
+    with np.load("a.npz") as f:
+        images = torch.from_numpy(f["arr_0"].transpose(0, 3, 1, 2)).expand(-1, 3, -1, -1)
+    moments = scores.moments(small_inception(images))
+    want = fid.frechet_distance(*moments, np.zeros(2), np.eye(2))
+    assert line["step"] == 2
+    assert line["images"] == 30
+    assert abs(line["fid"] / want - 1) < 1e-4
+
+
+def test_fid_that_fails(small_inception, capsys, monkeypatch):
+    """It is said once, and training goes on; a number of channels that it does not take is said
+    before training."""
+    flags = ("--fid_reference=ref.npz", "--fid_images=30", *PLAIN)
+    monkeypatch.setattr(fid, "frechet_distance", broken)
+    assert train("--steps=2", *flags) is None
+    monkeypatch.setattr(Inception, "__call__", broken)
+    assert train("--steps=2", "--name=b", *flags) is None
+    assert [line.split(",")[0] for line in warnings(capsys)] == [
+        "train.py: could not write the FID of step 1",
+        "train.py: could not write the FID of step 1",
+    ]
+    assert len(logged_losses("digits")) == len(logged_losses("b")) == 2
+    write_dataset("odd", (2, 8, 8))
+    assert "1 or 3 channels, not 2" in train("--dataset=odd", "--steps=1", *flags)
+
+
+def test_fid_of_all_ranks(folder, monkeypatch, two_ranks):
+    torch.save(seeded_inception().state_dict(), "w.pth")
+    np.savez("ref.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    with open(os.path.join(HERE, "train.py")) as f:
+        script = f.read()
+    with open("train.py", "w") as f:
+        f.write(SMALL_FID + script)
+    mine = str(folder / "train.py")
+    flags = (*SMALL, "--steps=1", "--fid_reference=ref.npz", "--fid_images=30", "--inception=w.pth")
+    environment = {**os.environ, "PYTHONPATH": HERE}
+    command = [sys.executable, mine, *flags, "--name=one"]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    assert two_ranks(mine, *flags, "--name=two") == [0, 0]
+    (one,) = [line["fid"] for line in log_lines("one") if "fid" in line]
+    (two,) = [line["fid"] for line in log_lines("two") if "fid" in line]
+    assert abs(one / two - 1) < 1e-4
