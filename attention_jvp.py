@@ -169,9 +169,6 @@ def _reference(q, k, v, tq, tk, tv, mask, dropout_p, causal, scale):
         else:  # rows where every key is hidden become zeros, and so do their gradients
             empty = hidden.all(-1, keepdim=True)
             P = S.masked_fill(hidden & ~empty, -math.inf).softmax(-1).masked_fill(hidden, 0)
-        o = P @ v
-
-        to = None
         tS = None
         if tq is not None:
             tS = tq @ k.mT
@@ -181,7 +178,12 @@ def _reference(q, k, v, tq, tk, tv, mask, dropout_p, causal, scale):
         if tS is not None:
             tS = tS * scale
             N = tS - (P * tS).sum(-1, keepdim=True)
-            to = (P * N) @ v
+            PN = P * N
+
+        o = P @ v
+        to = None
+        if tS is not None:
+            to = PN @ v
         if tv is not None:
             product = P @ tv
             to = product if to is None else to + product

@@ -41,7 +41,7 @@ from device import abilities, find_device, join_ranks, ranks_of_torchrun
 from dual import column, widest
 from files import CheckpointError, UserError
 from model import Block, compile_blocks, load_model
-from options import Parser
+from options import Parser, one_line
 from parts import Parts
 from pictures import (
     find_vae,
@@ -476,4 +476,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"sample.py: {' '.join(str(error).split())}")
+        sys.exit(f"sample.py: {one_line(error)}")

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from files import UserError, written
 from loss import TVM
 from model import DiTConfig
-from options import Parser
+from options import Parser, one_line
 
 F64 = torch.float64
 
@@ -449,4 +449,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError, ValueError) as error:
-        sys.exit(f"theory.py: {' '.join(str(error).split())}")
+        sys.exit(f"theory.py: {one_line(error)}")

@@ -39,6 +39,11 @@ def pages():
     return {name: read(name) for name in names}
 
 
+def without_blocks(text):
+    """A page without its fenced blocks, which are Python or diffs."""
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
 def rooms():
     """The .py files at the top."""
     return sorted(name for name in os.listdir(HERE) if name.endswith(".py"))
@@ -145,9 +150,10 @@ def test_links():
 
 
 def test_files():
-    """Each file that is named is there."""
+    """Each file that is named is there, or made by a diff on the page."""
     for page, text in pages().items():
-        for file in FILE.findall(text):
+        of_diffs = set(re.findall(r"^\+\+\+ b/(\S+)", text, re.MULTILINE))
+        for file in set(FILE.findall(without_blocks(text))) - of_diffs:
             near = [file, os.path.join("docs", file), os.path.join("tests", file)]
             there = [os.path.exists(os.path.join(HERE, path)) for path in near]
             assert any(there), f"{page} names {file}"
@@ -188,8 +194,9 @@ def test_rooms():
 
 
 def code_of(text):
-    """The pieces of code of a page: spans, and the lines of blocks."""
-    pieces = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    """The pieces of code of a page: spans, and the lines of indented blocks."""
+    text = without_blocks(text)
+    pieces = re.findall(r"`([^`\n]+)`", text)
     pieces += re.findall(r"^    (.*)$", text, re.MULTILINE)
     return [part for piece in pieces for part in re.split(r"&&|\s#|;", piece)]
 
