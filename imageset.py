@@ -129,7 +129,8 @@ class FolderImages:
         return image
 
     def cut(self, file):
-        image = read_image(file, self.size)
+        # Not turned by EXIF, as the images of prepare.py imagenet are not.
+        image = read_image(file, self.size, upright=False)
         if isinstance(image, str):
             tqdm.write(f"skipped {printable(str(file))}: {image}", file=sys.stderr)
             return None
