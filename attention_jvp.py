@@ -169,6 +169,9 @@ def _reference(q, k, v, tq, tk, tv, mask, dropout_p, causal, scale):
         else:  # rows where every key is hidden become zeros, and so do their gradients
             empty = hidden.all(-1, keepdim=True)
             P = S.masked_fill(hidden & ~empty, -math.inf).softmax(-1).masked_fill(hidden, 0)
+        o = P @ v
+
+        to = None
         tS = None
         if tq is not None:
             tS = tq @ k.mT
@@ -178,12 +181,7 @@ def _reference(q, k, v, tq, tk, tv, mask, dropout_p, causal, scale):
         if tS is not None:
             tS = tS * scale
             N = tS - (P * tS).sum(-1, keepdim=True)
-            PN = P * N
-
-        o = P @ v
-        to = None
-        if tS is not None:
-            to = PN @ v
+            to = (P * N) @ v
         if tv is not None:
             product = P @ tv
             to = product if to is None else to + product
@@ -890,7 +888,7 @@ HOPPER = {
         96: Tile(64, 64, 4, 2),
         128: Tile(128, 64, 8, 2),
         192: Tile(128, 32, 8, 2),
-        256: Tile(64, 32, 8, 2),
+        256: Tile(32, 16, 4, 2),
     },
     # Fewer than 512 keys: a short loop mostly waits at its ends, where three programs a
     # multiprocessor beat two.
@@ -914,14 +912,14 @@ HOPPER = {
         64: Tile(32, 64, 4, 3),
         96: Tile(64, 64, 4, 3),
         128: Tile(64, 64, 4, 2, tma=True),
-        192: Tile(32, 64, 8, 2),
-        256: Tile(32, 64, 8, 2),
+        192: Tile(32, 64, 4, 2),
+        256: Tile(32, 64, 4, 2),
     },
     # Above 128 the accumulators of two gradients do not fit: each has a pass of its own.
-    "dq": {192: Tile(64, 16, 8, 2), 256: Tile(64, 16, 8, 2)},
-    "dtq": {192: Tile(64, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
-    "dk": {192: Tile(16, 64, 4, 2), 256: Tile(16, 64, 4, 2)},
-    "dv": {192: Tile(32, 64, 8, 2), 256: Tile(32, 64, 8, 2)},
+    "dq": {192: Tile(64, 16, 4, 2), 256: Tile(64, 16, 4, 2)},
+    "dtq": {192: Tile(128, 32, 8, 2), 256: Tile(128, 32, 8, 2)},
+    "dk": {192: Tile(16, 64, 4, 2), 256: Tile(16, 64, 4, 3)},
+    "dv": {192: Tile(32, 64, 4, 2), 256: Tile(32, 64, 4, 2)},
 }
 TABLES = {9: HOPPER}  # by the major number of the compute capability
 
@@ -981,17 +979,24 @@ CANDIDATES = {
 # fmt: on
 
 
+@functools.cache
 def width_of(D):
     """The entry in tables that serves a head size."""
     padded = sum(chunk_widths(D))
     return min(width for width in WIDTHS if width >= padded)
 
 
+@functools.cache
+def capability_of(device):
+    """(major, minor) of a GPU; asking the driver takes as long as a small launch."""
+    return torch.cuda.get_device_capability(device)
+
+
 def table_of(device):
     """The table of tiles for a device, or None. (The interpreter takes Hopper's.)"""
     if device.type != "cuda":
         return HOPPER
-    return TABLES.get(torch.cuda.get_device_capability(device)[0])
+    return TABLES.get(capability_of(device)[0])
 
 
 def table_tile(name, D, device):
@@ -1135,6 +1140,7 @@ class Call(NamedTuple):
     given: tuple  # of the kernel's tensors, which exist
     strides: tuple  # of the kernel's large tensors, in elements
     masked: int  # 0, or one of the kinds of masks
+    mask_dtype: torch.dtype | None
     mask_strides: tuple | None
     causal: bool
 
@@ -1200,7 +1206,7 @@ def _candidates(call):
     """The tiles to time for a call on a GPU without a table."""
     width = width_of(call.shape[3])
     tiles = [Tile(*tile) for tile in CANDIDATES[call.name].get(width, ())]
-    if torch.cuda.get_device_capability(call.device)[0] >= 9:
+    if capability_of(call.device)[0] >= 9:
         # These GPUs have descriptors, so Hopper's own tiles are worth a try.
         names = (call.name, "short") if call.name == "forward" else (call.name,)
         tiles += [HOPPER[name][width] for name in names if width in HOPPER[name]]
@@ -1394,6 +1400,7 @@ def _forward_now(
         given=tuple(x is not None for x in tensors),
         strides=_strides(q, k, v, tq, tk, tv, o),
         masked=hidden.kind,
+        mask_dtype=None if hidden.tensor is None else hidden.tensor.dtype,
         mask_strides=hidden.strides,
         causal=causal,
     )
@@ -1478,6 +1485,7 @@ def _backward_now(
         given=(),
         strides=(*_strides(q, k, v, tq, tk, tv, *incoming), like_q),
         masked=hidden.kind,
+        mask_dtype=None if hidden.tensor is None else hidden.tensor.dtype,
         mask_strides=hidden.strides,
         causal=causal,
     )
@@ -1664,7 +1672,7 @@ def why_not_nested(tensors):
         return "torch.func.grad or vjp is at work: take gradients by backward"
     if active.count("Jvp") > 1:
         return "a torch.func.jvp is inside another"
-    if any(_tangent_of(x) is not None for x in tensors):
+    if fwAD._current_level >= 0 and any(_tangent_of(x) is not None for x in tensors):
         return "attention_jvp itself is inside torch.func.jvp or forward AD"
     return None
 
@@ -1687,7 +1695,7 @@ def why_not_fused(q, k, v):
         return f"the kernels run on NVIDIA GPUs, not on {name}"
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the kernels do not take {q.dtype}"
-    major, minor = torch.cuda.get_device_capability(q.device)
+    major, minor = capability_of(q.device)
     if major < 8:
         return f"the GPU has compute capability {major}.{minor}, the kernels need 8.0"
     if not FUSED:
@@ -1713,11 +1721,11 @@ class _Checked(NamedTuple):
 def _checked(name, q, k, v, tq, tk, tv, attn_mask, dropout_p, is_causal, scale, enable_gqa):
     # fmt: on
     """One set of checks for both functions, with and without tangents."""
-    _check_dtypes(name, [x for x in (q, k, v, tq, tk, tv) if x is not None], same=False)
     if _autocast_at_work(q.device.type) and q.dtype != torch.float64:
+        _check_dtypes(name, (q, k, v, tq, tk, tv), same=False)
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v, tq, tk, tv = (None if x is None else x.to(dtype) for x in (q, k, v, tq, tk, tv))
-    _check_dtypes(name, [x for x in (q, k, v, tq, tk, tv) if x is not None], same=True)
+    _check_dtypes(name, (q, k, v, tq, tk, tv), same=True)
     _check_shapes(name, q, k, v, tq, tk, tv, enable_gqa)
     if dropout_p != 0:
         raise ValueError(f"{name} has no dropout: dropout_p must be 0.0, got {dropout_p}")
@@ -1735,16 +1743,18 @@ def _autocast_at_work(device_type):
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def _check_dtypes(name, given, same):
+def _check_dtypes(name, tensors, same):
     """Floating tensors on one device, and of one dtype where `same`."""
-    first = given[0]
-    for x in given:
-        good = x.dtype.is_floating_point and x.device == first.device
-        if not good or (same and x.dtype != first.dtype):
-            kinds = ", ".join(f"{x.dtype} on {x.device}" for x in given)
-            raise ValueError(
-                f"{name} wants tensors of one floating dtype on one device, got {kinds}"
-            )
+    device = tensors[0].device
+    dtype = tensors[0].dtype
+    good = dtype.is_floating_point
+    for x in tensors:
+        if x is not None:
+            right = x.dtype == dtype if same else x.dtype.is_floating_point
+            good = good and right and x.device == device
+    if not good:
+        kinds = ", ".join(f"{x.dtype} on {x.device}" for x in tensors if x is not None)
+        raise ValueError(f"{name} wants tensors of one floating dtype on one device, got {kinds}")
 
 
 def _check_shapes(name, q, k, v, tq, tk, tv, enable_gqa):
