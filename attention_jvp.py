@@ -1695,9 +1695,9 @@ def why_not_fused(q, k, v):
         return f"the kernels run on NVIDIA GPUs, not on {name}"
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the kernels do not take {q.dtype}"
-    major, minor = capability_of(q.device)
-    if major < 8:
-        return f"the GPU has compute capability {major}.{minor}, the kernels need 8.0"
+    gpu = torch.cuda.get_device_properties(q.device)  # which torch.compile can trace
+    if gpu.major < 8:
+        return f"the GPU has compute capability {gpu.major}.{gpu.minor}, the kernels need 8.0"
     if not FUSED:
         return "FUSED is False"
     return None

@@ -13,6 +13,7 @@ A folder of data holds header.json and four arrays: {train,test}_images.npy (N, 
 called data/mine.partial, which one process holds from before its first byte.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -25,6 +26,22 @@ from images import printable
 
 FORMAT = "tvm-data-1"
 SPLITS = ("train", "test")
+LEFT_OUT = "left_out.txt"
+
+# All that prepare.py writes in NAME.partial. Nothing else is ever removed from there.
+OURS = {
+    "lock",
+    "header.json",
+    "train_images.npy",
+    "train_labels.npy",
+    "test_images.npy",
+    "test_labels.npy",
+    "scratch.npy",
+    "done.npy",
+    "plan.json",
+    "train_files.txt",
+    LEFT_OUT,
+}
 
 
 class DataError(UserError):
@@ -167,8 +184,16 @@ def need_room(path, count, shape, dtype=np.uint8):
     free = shutil.disk_usage(os.path.dirname(path) or ".").free
     if need > free:
         raise DataError(
-            f"{path} takes {need / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left"
+            f"{path} takes {describe_size(need)}, and its disk has {describe_size(free)} left"
         )
+
+
+def describe_size(count):
+    """A number of bytes, as text."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
 
 
 def claim(path, overwrite=False, keep=False, seconds=0):
@@ -177,10 +202,12 @@ def claim(path, overwrite=False, keep=False, seconds=0):
     Holds path.partial and returns its lock, for Writer. Waits `seconds` for another process that
     writes there; raises OSError where it goes on, and DataError where `path` is there already,
     unless it is a dataset and to be overwritten. What a killed run has left in path.partial is
-    removed, or kept for the caller to go on with.
+    removed, or kept for the caller to go on with. Raises DataError where something else is there.
     """
     refuse_existing(path, overwrite)
     partial = path + ".partial"
+    refuse_strangers(partial)
+    refuse_replaced(path)
     lock = hold(partial, seconds)
     leftovers = set(os.listdir(partial)) - {"lock"}
     put_back(path)
@@ -200,19 +227,43 @@ def claim(path, overwrite=False, keep=False, seconds=0):
     return lock
 
 
+def is_ours(name):
+    """Whether prepare.py writes a file of this name in NAME.partial."""
+    return name.removesuffix(".partial") in OURS
+
+
+def refuse_strangers(partial):
+    """Raise DataError where NAME.partial holds what prepare.py has not written."""
+    try:
+        names = os.listdir(partial)
+    except FileNotFoundError:
+        return
+    strangers = [name for name in sorted(names) if not is_ours(name)]
+    if "header.json" in names and "lock" not in names:
+        strangers.append("header.json")  # somebody's dataset that is called so
+    if strangers:
+        raise DataError(
+            f"{os.path.join(partial, strangers[0])} is not of an interrupted run: "
+            f"move it away, since {partial} is needed"
+        )
+
+
 def clear(path):
-    """Remove what path.partial holds, all but its lock."""
+    """Remove what a run has written in path.partial, all but its lock."""
     partial = path + ".partial"
     for name in os.listdir(partial):
-        if name != "lock":
+        if name != "lock" and is_ours(name):
             os.remove(os.path.join(partial, name))
 
 
 def abandon(path, lock):
-    """Remove path.partial, whose lock the caller holds."""
+    """Remove path.partial, whose lock the caller holds. What others have put there stays."""
     if os.name != "posix":
         lock.close()  # Windows does not remove an open file
-    shutil.rmtree(path + ".partial")
+    clear(path)
+    os.remove(os.path.join(path + ".partial", "lock"))
+    with contextlib.suppress(OSError):
+        os.rmdir(path + ".partial")
     lock.close()
 
 
@@ -230,13 +281,38 @@ def refuse_existing(path, overwrite):
 
 
 def put_back(path):
-    """Undo a replacement that a kill has cut in two. See Writer.rename."""
+    """Undo a replacement that a kill has cut in two. See Writer.rename and refuse_replaced."""
     replaced = path + ".replaced"
     if os.path.exists(replaced):
         if os.path.exists(path):
             shutil.rmtree(replaced)
         else:
             os.rename(replaced, path)
+
+
+def refuse_replaced(path):
+    """Raise DataError where path.replaced is there and no dataset, which may not be touched."""
+    replaced = path + ".replaced"
+    if not os.path.lexists(replaced):
+        return
+    # Of a removal that was cut off some of our files are left.
+    if os.path.exists(path) and all(is_ours(name) for name in os.listdir(replaced)):
+        return
+    try:
+        load_header(replaced)
+    except DataError:
+        raise DataError(
+            f"{replaced} is not a dataset of prepare.py: move it away, since its name is needed"
+        ) from None
+
+
+def write_left_out(folder, left_out):
+    """Write all that was left out, (name, reason) each, to folder/left_out.txt, if anything was."""
+    if not left_out:
+        return
+    with open(os.path.join(folder, LEFT_OUT), "w", encoding="utf-8") as f:
+        for name, reason in left_out:
+            f.write(f"{printable(name)}\t{printable(reason)}\n")
 
 
 class Writer:
@@ -339,12 +415,13 @@ class Writer:
         if os.name != "posix":
             self.lock.close()  # Windows does not rename a folder with an open file
         replaced = self.path + ".replaced"
-        if os.path.exists(self.path):
+        is_replacement = os.path.exists(self.path)
+        if is_replacement:
             os.rename(self.path, replaced)
         os.rename(self.partial, self.path)
         os.remove(os.path.join(self.path, "lock"))
         self.lock.close()
-        if os.path.exists(replaced):
+        if is_replacement:
             shutil.rmtree(replaced)
         if os.name == "posix":
             sync_folder(os.path.dirname(self.path) or ".")

@@ -33,10 +33,12 @@ from frechet import (
     FEATURES,
     Moments,
     frechet_distance,
+    is_of_save_stats,
     read_statistics,
     statistics_in,
     write_npz,
 )
+from images import tell_misnamed
 from imageset import arrays_in, images_in, kind_of, open_images, tell
 from inception import FidError, load_inception, reading
 from options import Parser, one_line
@@ -83,6 +85,7 @@ def measure(images, net, resize="tf1", batch=128, keep=True, state=None):
                 kept = [on_cpu(kept)]
                 write_npz(file, about=about, kept=kept[0], next=end, **moments.state())
                 saved = time.monotonic()
+    tell_misnamed(images.misnamed)
     if ranks == 1:
         return moments, on_cpu(kept)
     moments.all_reduce()
@@ -228,6 +231,9 @@ class Given:
             mu, sigma, self.notes = read_statistics(path)
             self.gaussian = mu, sigma
 
+    def dimensions(self):
+        return FEATURES if self.gaussian is None else len(self.gaussian[0])
+
     def measure(self, net, args, state):
         """Called by all ranks. The results are rank 0's."""
         if self.images is None:
@@ -306,6 +312,26 @@ def check(args):
                 "--size is at least 1 and goes with --save-stats of a folder, "
                 f"not {args.size} and {args.samples}"
             )
+    if args.save_stats and os.path.exists(args.reference):
+        check_replaced(args.samples, args.reference)
+
+
+def check_replaced(samples, path):
+    """Let --save-stats replace its own kind of file alone. Raises FidError for any other."""
+    with reading(samples):
+        is_input = os.path.samefile(samples, path)
+    if is_input:
+        raise FidError(f"--save-stats would replace the images that it is to measure, {path}")
+    if not os.path.isfile(path) or not is_of_save_stats(path):
+        raise FidError(f"--save-stats replaces no file but its own statistics, and not {path}")
+    tell(f"the statistics in {path} will be replaced")
+
+
+def refuse_other_dimensions(given):
+    """Raises FidError where means and covariances are of different dimensions."""
+    if len({one.dimensions() for one in given}) > 1:
+        each = " and ".join(f"{one.path} has {one.dimensions()}" for one in given)
+        raise FidError(f"only statistics of the same dimensions compare: {each}")
 
 
 def refuse_mixtures(given, net, resize):
@@ -327,6 +353,7 @@ def main(argv=None):
     if not args.save_stats:
         reference = Given(args.reference, is_reference=True)
         given.append(reference)
+    refuse_other_dimensions(given)
 
     join_ranks("gloo", timedelta(days=1))  # another rank may be slow
     net = None

@@ -9,6 +9,7 @@ Mean, covariance and the Frechet distance, which FID is made of; the files that 
 """
 
 import sys
+import zipfile
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 from device import ranks_of_torchrun
 from files import written
-from imageset import WANTED, kind_of
+from imageset import WANTED, arrays_in, kind_of
 from inception import FidError, reading
 from pickles import load_arrays, mapped
 
@@ -163,8 +164,11 @@ def read_statistics(path):
             found = npz_statistics(path)
         else:
             raise FidError(f"cannot read {path}: {WANTED}")
-        mu = np.asarray(found["mu"]).astype(np.float64, casting="same_kind")
-        sigma = np.asarray(found["sigma"]).astype(np.float64, casting="same_kind")
+        mu = np.asarray(found["mu"])
+        sigma = np.asarray(found["sigma"])
+        refuse_unless_real(path, mu.dtype, sigma.dtype)
+        mu = mu.astype(np.float64)
+        sigma = sigma.astype(np.float64)
         finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
         symmetric = sigma.shape == (mu.size, mu.size) and np.allclose(sigma, sigma.T)
         if mu.ndim != 1 or not finite or not symmetric or sigma.diagonal().min() < 0:
@@ -172,6 +176,12 @@ def read_statistics(path):
                 f"{path}: mu {mu.shape} and sigma {sigma.shape} are not a mean and a covariance"
             )
     return mu, sigma, str(found.get("notes", ""))
+
+
+def refuse_unless_real(path, *dtypes):
+    for dtype in dtypes:
+        if dtype.kind not in "biuf":
+            raise FidError(f"cannot read {path}: mu and sigma must be real numbers, not {dtype}")
 
 
 def pickled_statistics(path):
@@ -187,12 +197,15 @@ def pickled_statistics(path):
 
 def npz_statistics(path):
     with np.load(path, allow_pickle=False) as archive:
-        mu, sigma = names_of_statistics(path, archive.files)
+        arrays = arrays_in(archive.zip)  # {name: (shape, by columns, dtype)}
+        mu, sigma = names_of_statistics(path, arrays)
+        # Here, because numpy refuses objects with a word about pickles.
+        refuse_unless_real(path, arrays[mu][2], arrays[sigma][2])
         members = {f"{name}.npy" for name in (mu, sigma, "notes")}
         sizes = [part.file_size for part in archive.zip.infolist() if part.filename in members]
         if sum(sizes) > LARGEST:
             raise FidError(f"{path}: its statistics unpack to more than {LARGEST} bytes")
-        notes = archive["notes"] if "notes" in archive.files else ""
+        notes = archive["notes"] if "notes" in arrays else ""
         return {"mu": archive[mu], "sigma": archive[sigma], "notes": notes}
 
 
@@ -200,6 +213,17 @@ def statistics_in(arrays):
     """Whether the arrays of an .npz are statistics. arrays: of imageset.arrays_in."""
     pairs = [(mu, sigma) for mu, sigma in NAMES if mu in arrays and sigma in arrays]
     return any(len(arrays[mu][0]) == 1 for mu, _ in pairs)  # (D,)
+
+
+def is_of_save_stats(path):
+    """Whether a file is statistics that --save-stats has written, and nothing else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = set(arrays_in(archive))
+        read_statistics(path)
+    except Exception:  # zipfile, zlib and numpy raise many kinds
+        return False
+    return names == {"mu", "sigma", "notes"}
 
 
 def names_of_statistics(path, names):
@@ -213,5 +237,11 @@ def names_of_statistics(path, names):
 
 
 def write_npz(path, **arrays):
-    with written(path) as file:
-        np.savez(file, **arrays)
+    """Raises FidError, with the file's name, where the disk is full."""
+    try:
+        with written(path) as file:
+            np.savez(file, **arrays)
+    except OSError as error:
+        if error.filename:
+            raise
+        raise FidError(f"cannot write {path}: {error.strerror or error}") from None

@@ -26,7 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from files import UserError
@@ -71,7 +71,7 @@ def printable(text):
     """The text with escapes for what no terminal shows: line ends and bytes that are no UTF-8."""
     letters = []
     for letter in text:
-        if unicodedata.category(letter) in ("Cc", "Cs"):
+        if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp"):
             letter = letter.encode("unicode_escape").decode()
         letters.append(letter)
     return "".join(letters)
@@ -84,7 +84,7 @@ class Member(NamedTuple):
     """An image in a .zip, which is read without extracting it."""
 
     archive: str
-    name: str
+    name: str  # with "/" between folders
 
     def __str__(self):
         return f"{self.archive}/{self.name}"
@@ -97,16 +97,17 @@ class Found(NamedTuple):
     folders: list  # the folders directly in it that count, sorted
 
 
-def find_images(path):
+def find_images(path, top=""):
     """All images below a folder, or in a .zip, as Found.
 
-    Raises ImageError where there is no such folder or .zip. The file of labels counts neither as
-    an image nor as left out.
+    top: of a .zip only what is in this folder, such as "photos/"; all names are then those below
+    it. Raises ImageError where there is no such folder or .zip. The file of labels counts neither
+    as an image nor as left out.
     """
     if os.path.isdir(path):
         images, left_out, folders = walk_folder(path)
     elif os.path.isfile(path) and suffix_of(path) == ".zip":
-        images, left_out, folders = walk_zip(path)
+        images, left_out, folders = walk_zip(path, top)
     else:
         raise ImageError(f"no folder and no .zip {printable(str(path))}")
     images.sort()
@@ -114,7 +115,7 @@ def find_images(path):
     names = ["/".join(parts) for parts in images]
     return Found(
         names=names,
-        files=files_at(path, names),
+        files=files_at(path, [top + name for name in names]),
         left_out=[("/".join(parts), reason) for parts, reason in left_out if parts != (LABELS,)],
         folders=sorted(folders),
     )
@@ -186,19 +187,24 @@ def why_left_out(entry, above):
 
 
 def why_no_image(name):
+    if name == LABELS:
+        return "it counts only at the top"
     if suffix_of(name) not in SUFFIXES:
         return "its name is not that of an image"
     return None
 
 
-def walk_zip(path):
-    """As walk_folder, of the members of a .zip."""
+def walk_zip(path, top):
+    """As walk_folder, of the members of a .zip in its folder `top`."""
     try:
-        members = open_zip(path).namelist()
+        members = open_zip(path)[1]
+    except ImageError:
+        raise
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise ImageError(f"cannot read {printable(str(path))}: {error}") from None
+    inside = [name[len(top) :] for name in members if name.startswith(top) and name != top]
     images, left_out, folders = set(), {}, set()
-    for member in members:
+    for member in inside:
         parts = tuple(member.rstrip("/").split("/"))
         reasons = [never_counts(part) for part in parts]
         if any(part in ("", ".", "..") for part in parts):
@@ -221,7 +227,11 @@ def walk_zip(path):
 
 
 def open_zip(path):
-    """A .zip to read from, which stays open until another one is asked for."""
+    """A .zip, which stays open until another one is asked for: its ZipFile, and {name: ZipInfo}.
+
+    The names have "/" between folders, where some programs write a backslash. Raises ImageError
+    where two files have one name.
+    """
     status = os.stat(path)
     return open_zip_once(path, status.st_ino, status.st_mtime_ns, os.getpid())
 
@@ -229,18 +239,29 @@ def open_zip(path):
 @functools.lru_cache(maxsize=1)
 def open_zip_once(path, file_number, time, process):
     """Each process needs one of its own: two would share one place in the file."""
-    return zipfile.ZipFile(path)
+    archive = zipfile.ZipFile(path)
+    members = {}
+    for member in archive.infolist():
+        name = member.filename.replace("\\", "/")
+        if name in members and not name.endswith("/"):
+            raise ImageError(f"{printable(str(path))} holds two files {printable(name)}")
+        members[name] = member
+    return archive, members
 
 
-def tell_left_out(left_out, most=10):
-    """Print what was left out, (name, reason) each, to stderr: the first few by name."""
+def tell_left_out(left_out, file=None, most=10):
+    """Print what was left out, (name, reason) each, to stderr: the first few by name.
+
+    file: where all of them are written.
+    """
     if not left_out:
         return
     print(f"left out: {len(left_out)}", file=sys.stderr)
     for name, reason in left_out[:most]:
         print(f"    {printable(name)}: {printable(reason)}", file=sys.stderr)
     if len(left_out) > most:
-        print(f"    and {len(left_out) - most} more", file=sys.stderr)
+        where = f" (all in {printable(file)})" if file else ""
+        print(f"    and {len(left_out) - most} more{where}", file=sys.stderr)
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -298,6 +319,10 @@ def as_image_errors():
         yield
     except ImageError:
         raise
+    except UnidentifiedImageError:
+        raise ImageError(
+            "it is none of JPEG, PNG, WebP, BMP and TIFF, or its start is damaged"
+        ) from None
     except Exception as error:
         first_line = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ImageError(printable(first_line)) from None
@@ -322,10 +347,11 @@ def tell_misnamed(misnamed):
 def open_bytes(file):
     """An image's file, or member of a .zip, as a binary file."""
     if isinstance(file, Member):
-        archive = open_zip(file.archive)
-        if archive.getinfo(file.name).file_size > MAX_MEMBER:
+        archive, members = open_zip(file.archive)
+        member = members[file.name]
+        if member.file_size > MAX_MEMBER:
             raise ImageError(f"it takes more than {MAX_MEMBER >> 20} MB")
-        return io.BytesIO(archive.read(file.name))
+        return io.BytesIO(archive.read(member))
     return open(file, "rb")
 
 

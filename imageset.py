@@ -18,7 +18,15 @@ import numpy as np
 from tqdm import tqdm
 
 from device import ranks_of_torchrun
-from images import find_images, open_image, printable, read_image, tell_left_out
+from files import UserError
+from images import (
+    find_images,
+    is_misnamed,
+    open_picture,
+    printable,
+    read_picture,
+    tell_left_out,
+)
 from inception import FidError, reading
 
 WANTED = (
@@ -28,6 +36,7 @@ WANTED = (
 READERS_OF_HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
+    (3, 0): np.lib.format.read_array_header_2_0,  # differs in the letters of fields' names alone
 }
 
 
@@ -95,6 +104,7 @@ class FolderImages:
     def __init__(self, path, size=0):
         self.path = path
         self.size = size
+        self.misnamed = set()  # (file, format) of what is read and is not what its name says
         found = find_images(path)
         self.files = found.files
         if found.left_out and ranks_of_torchrun()[0] == 0:
@@ -120,7 +130,9 @@ class FolderImages:
         if self.size:
             return self.cut(file)
         with reading(printable(str(file))):
-            image = open_image(file)
+            picture = open_picture(file)
+        self.note_format(file, picture)
+        image = picture.pixels
         if self.first_shape and image.shape != self.first_shape:
             raise FidError(
                 f"{file} is {as_size(image.shape)}: all must be of one size, that of "
@@ -130,11 +142,16 @@ class FolderImages:
 
     def cut(self, file):
         # Not turned by EXIF, as the images of prepare.py imagenet are not.
-        image = read_image(file, self.size, upright=False)
-        if isinstance(image, str):
-            tqdm.write(f"skipped {printable(str(file))}: {image}", file=sys.stderr)
+        picture = read_picture(file, self.size, upright=False)
+        if isinstance(picture, str):
+            tqdm.write(f"skipped {printable(str(file))}: {picture}", file=sys.stderr)
             return None
-        return image.transpose(1, 2, 0)
+        self.note_format(file, picture)
+        return picture.pixels.transpose(1, 2, 0)
+
+    def note_format(self, file, picture):
+        if is_misnamed(str(file), picture.kind):
+            self.misnamed.add((str(file), picture.kind))
 
 
 def as_size(shape):
@@ -148,15 +165,17 @@ class NpyImages:
     """The images of an .npy file, mapped."""
 
     threads = 1
+    misnamed = ()
 
     def __init__(self, path):
         self.path = path
-        self.array = np.load(path, mmap_mode="r", allow_pickle=False)
-        shape, dtype = self.array.shape, self.array.dtype
+        with open(path, "rb") as file:
+            shape, _, dtype = read_header(file)
         if not may_be_images(shape, dtype):
             raise FidError(f"{path}: images must be uint8 (N, H, W, 3), not {dtype} {shape}")
-        if len(self) == 0:
+        if shape[0] == 0:
             raise FidError(f"no images in {path}")
+        self.array = np.load(path, mmap_mode="r", allow_pickle=False)
         self.about = f"{len(self)} images of {os.path.abspath(path)}, {size_and_time(path)}"
 
     def __len__(self):
@@ -170,6 +189,7 @@ class NpzImages:
     """The images of an .npz: of its arr_0, or of its only array that can be images."""
 
     threads = 1  # the file has one position
+    misnamed = ()
 
     def __init__(self, path):
         self.path = path
@@ -207,8 +227,15 @@ def as_rgb(image):
 
 
 def read_header(file):
-    """(shape, whether it is in Fortran's order, dtype) of an .npy file, up to the array itself."""
-    return READERS_OF_HEADERS[np.lib.format.read_magic(file)](file)
+    """(shape, whether it is in Fortran's order, dtype) of an .npy file, up to the array itself.
+
+    Raises UserError for a format that is not known, ValueError for a header that cannot be read.
+    """
+    version = np.lib.format.read_magic(file)
+    if version not in READERS_OF_HEADERS:
+        major, minor = version
+        raise UserError(f"an array must be of .npy's format 1.0, 2.0 or 3.0, not {major}.{minor}")
+    return READERS_OF_HEADERS[version](file)
 
 
 def arrays_in(archive):

@@ -372,7 +372,7 @@ def download():
     file = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(URL))
     first = ranks_of_torchrun()[2] == 0
     together = dist.is_initialized()
-    with reading(URL):
+    with reading(f"{URL} into {os.path.dirname(file)}"):
         if together and not first:
             dist.barrier()
         try:

@@ -9,10 +9,11 @@ images.py says which files are images, and reads them.
 
 import json
 import os
+import sys
 import zipfile
 from typing import NamedTuple
 
-from images import LABELS, SUFFIXES, ImageError, files_at, find_images, open_zip
+from images import LABELS, SUFFIXES, ImageError, find_images, open_zip, printable
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 MAX_LABEL = 10**6
@@ -24,25 +25,64 @@ class Labelled(NamedTuple):
     files: list  # what read_image takes, one for each name
     labels: list  # whole numbers, one for each name; all 0 where there are no labels
     left_out: list  # (name, reason)
+    notes: tuple = ()  # what a user may not expect, a line each
 
 
-def find_labelled(src):
+def tell_notes(labelled):
+    """Print the notes to stderr."""
+    for note in labelled.notes:
+        print(printable(note), file=sys.stderr)
+
+
+def find_labelled(src, top=""):
     """The images of a folder or a .zip, with their labels.
 
     The labels are those of its dataset.json where it has one: {"labels": [["a/0.png", 3], ...]} or
     {"labels": null}, as EDM and StyleGAN write it. Else each folder in it is a class, in sorted
-    order. Images that lie in it side by side have no labels. Raises ImageError where that cannot be
-    told, and where a class has no image.
+    order. Images that lie in it side by side have no labels. A .zip may hold one folder that holds
+    all this: that folder is taken, and `top` names it, such as "photos/". Raises ImageError where
+    the labels cannot be told, and where a class has no image.
     """
-    found = find_images(src)
-    content = read_labels_file(src)
-    if content is None:
+    found = find_images(src, top)
+    content = read_labels_file(src, top)
+    if content is not None:
+        return label_by_table(src, found, content)
+    wrapper = find_wrapper(found)
+    if wrapper is None:
         return label_by_folders(src, found)
-    return label_by_table(src, found, content)
+    if os.path.isdir(src):
+        raise ImageError(
+            f"the class folders or the {LABELS} of {src} lie one level lower: "
+            f"give {os.path.join(src, wrapper)}"
+        )
+    below = f"{wrapper}/"
+    labelled = find_labelled(src, top + below)
+    beside = [row for row in found.left_out if not row[0].startswith(below)]
+    inside = [(below + name, reason) for name, reason in labelled.left_out]
+    return labelled._replace(
+        names=[below + name for name in labelled.names],
+        left_out=beside + inside,
+        notes=(f"{src}: taken from the one folder in it, {top}{wrapper}", *labelled.notes),
+    )
+
+
+def find_wrapper(found):
+    """The only folder, where it is no class but what the class folders or dataset.json lie in."""
+    if len(found.folders) != 1 or any("/" not in name for name in found.names):
+        return None
+    folder = found.folders[0]
+    left_out = [name for name, _ in found.left_out]
+    has_table = f"{folder}/{LABELS}" in left_out
+    has_images = any(name.count("/") == 1 for name in found.names)
+    is_deep = bool(found.names) and not has_images
+    return folder if has_table or is_deep else None
 
 
 def label_by_folders(src, found):
     """Each folder in src is a class."""
+    for name, _ in found.left_out:
+        if name.endswith("/" + LABELS):
+            raise ImageError(f"{LABELS} counts only at the top of {src}: move {name} there or away")
     tops = [name.partition("/")[0] for name in found.names if "/" in name]
     if len(tops) < len(found.names) and tops:
         raise ImageError(f"{src} holds images beside its class folders: which label have they?")
@@ -59,6 +99,7 @@ def label_by_folders(src, found):
             f"{src}/{barren[0]} looks like a class and holds no image{example(found, barren[0])}. "
             "Move it away, or give its name a leading dot"
         )
+    refuse_twins(src, found.folders)
     number = {name: place for place, name in enumerate(found.folders)}
     labels = [number[top] for top in tops]
     return Labelled(found.folders, found.names, found.files, labels, found.left_out)
@@ -70,6 +111,15 @@ def example(found, folder=""):
         if not folder or name == folder or name.startswith(folder + "/"):
             return f" ({name}: {reason})"
     return ""
+
+
+def refuse_twins(src, folders):
+    """Raise ImageError where two class names differ by blanks at their ends only."""
+    seen = {}
+    for folder in folders:
+        twin = seen.setdefault(folder.strip(), folder)
+        if twin != folder:
+            raise ImageError(f"{src}: the classes {twin!r} and {folder!r} differ by blanks only")
 
 
 def refuse_splits(src, found, tops):
@@ -84,17 +134,20 @@ def refuse_splits(src, found, tops):
     if len(splits) == 1 and len(set(tops)) > 2 and not is_deep:
         return
     wanted = next((folder for folder in splits if folder.lower().startswith("train")), splits[0])
+    hint = f"give {os.path.join(src, wanted)}"
+    if not os.path.isdir(src):
+        hint = f"unpack it, and give its folder {wanted}"
     raise ImageError(
-        f"{' and '.join(splits)} in {src} are parts of a data set, not classes: "
-        f"give {os.path.join(src, wanted)}"
+        f"{' and '.join(splits)} in {src} are parts of a data set, not classes: {hint}"
     )
 
 
-def read_labels_file(src):
-    """The text of src's dataset.json, as bytes; None where it has none."""
+def read_labels_file(src, top=""):
+    """The text of src's dataset.json, as bytes; None where it has none. top: as of find_images."""
     try:
         if not os.path.isdir(src):
-            return open_zip(src).read(LABELS)
+            archive, members = open_zip(src)
+            return archive.read(members[top + LABELS])
         with open(os.path.join(src, LABELS), "rb") as file:
             return file.read()
     except (FileNotFoundError, KeyError):
@@ -121,8 +174,21 @@ def label_by_table(src, found, content):
     if not names:
         raise ImageError(f"no image in {src} has a label in its {LABELS}")
     labels = [label_of[name] for name in names]
+    file_of = dict(zip(found.names, found.files))
+    files = [file_of[name] for name in names]
     classes = [str(label) for label in range(max(labels) + 1)]
-    return Labelled(classes, names, files_at(src, names), labels, left_out)
+    return Labelled(classes, names, files, labels, left_out, describe_gaps(labels))
+
+
+def describe_gaps(labels, most=5):
+    """A line that says which labels below the largest have no image, in a tuple; or ()."""
+    empty = sorted(set(range(max(labels))) - set(labels))
+    if not empty:
+        return ()
+    shown = ", ".join(map(str, empty[:most]))
+    if len(empty) > most:
+        shown += ", ..."
+    return (f"{len(empty)} of the {max(labels) + 1} classes have no image: {shown}",)
 
 
 def parse_labels(src, content):
@@ -143,5 +209,8 @@ def parse_labels(src, content):
         is_pair = isinstance(row, list) and len(row) == 2 and isinstance(row[0], str)
         if not is_pair or type(row[1]) is not int or not 0 <= row[1] < MAX_LABEL:
             raise ImageError(f"{wanted}, with whole numbers from 0; not {str(row)[:100]}")
-        label_of[row[0].replace("\\", "/")] = row[1]
+        name, label = row[0].replace("\\", "/"), row[1]
+        other = label_of.setdefault(name, label)
+        if other != label:
+            raise ImageError(f"{src}/{LABELS} gives {name} two labels, {other} and {label}")
     return label_of

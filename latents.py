@@ -26,7 +26,17 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset import DataError, Writer, abandon, claim, clear, describe_classes, load_dataset
+from dataset import (
+    LEFT_OUT,
+    DataError,
+    Writer,
+    abandon,
+    claim,
+    clear,
+    describe_classes,
+    load_dataset,
+    write_left_out,
+)
 from device import from_rank_0, join_ranks, ranks_of_torchrun
 from files import written
 from images import (
@@ -35,11 +45,12 @@ from images import (
     files_at,
     is_misnamed,
     printable,
+    read_picture,
     read_pictures,
     tell_left_out,
     tell_misnamed,
 )
-from labels import find_labelled
+from labels import find_labelled, tell_notes
 from vae import PUBLISHED, decode, encode, latent_moments, load_vae
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
@@ -74,7 +85,8 @@ def imagenet(src, path, name, size, vae_files, vae_name, batch=0):
     writer = None
     complaint = None
     if rank == 0:
-        tell_left_out(labelled.left_out)
+        tell_notes(labelled)
+        tell_left_out(labelled.left_out, os.path.join(path, LEFT_OUT))
         print("EXIF orientation is not applied, as in ADM's ImageNet", file=sys.stderr)
         try:
             writer = begin(path, plan, labelled, shape)
@@ -186,7 +198,7 @@ def encode_rows(path, plan, labelled, vae, rank, ranks):
                 stored.flush()
             done[rows] = np.where(is_whole, ENCODED, UNREADABLE)
             bar.update(np.count_nonzero(done) - bar.n)  # of all ranks
-    tell_left_out(skipped)
+    tell_left_out(skipped, os.path.join(path, LEFT_OUT))
     tell_misnamed(misnamed)
 
 
@@ -206,6 +218,9 @@ def finish(writer, plan, labelled, src, name, shape):
     labels = writer.arrays["train_labels"]
     done = np.load(os.path.join(writer.partial, "done.npy"), mmap_mode="r+")
     refuse_empty_classes(done, labels, labelled, src)
+
+    unreadable = find_reasons(labelled, np.flatnonzero(done == UNREADABLE), plan["image_size"])
+    write_left_out(writer.partial, unreadable + labelled.left_out)
 
     # Rows from the end take the places of those that cannot be. Should this end here, it can be
     # done again with the same result.
@@ -240,6 +255,17 @@ def finish(writer, plan, labelled, src, name, shape):
     writer.finish(name, **plan, **about)
     for file in ("done.npy", "plan.json"):
         os.remove(os.path.join(writer.path, file))
+
+
+def find_reasons(labelled, rows, size):
+    """Why these rows could not be read, [(name, reason)]. Other ranks and earlier runs have read
+    some of them, so all are read once more."""
+    reasons = []
+    for row in rows:
+        picture = read_picture(labelled.files[row], size, upright=False)
+        reason = picture if isinstance(picture, str) else "it could not be read before"
+        reasons.append((labelled.names[row], reason))
+    return reasons
 
 
 def refuse_empty_classes(done, labels, labelled, src):

@@ -22,12 +22,13 @@ and a network's input is (image - mean) / std with the header's mean and std, on
 
 Latents (kind "latents", with the VAE's name) are stored as posteriors, (N, 2C, h, w) float16:
 C means and C standard deviations. The image in that formula is then mean + standard deviation *
-noise. train_files.txt holds the file of each row.
+noise. train_files.txt holds the file of each row. left_out.txt says which files were left out.
 
 Each command is one function below, with its options above it. A dataset of your own is one more.
 """
 
 import argparse
+import io
 import os
 import sys
 import tarfile
@@ -37,7 +38,7 @@ from functools import partial
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from dataset import DataError, Writer, abandon, claim, need_room
+from dataset import LEFT_OUT, DataError, Writer, abandon, claim, need_room, write_left_out
 from files import HERE, UserError
 from images import (
     is_misnamed,
@@ -47,7 +48,7 @@ from images import (
     tell_left_out,
     tell_misnamed,
 )
-from labels import find_labelled
+from labels import find_labelled, tell_notes
 from options import Parser
 from pickles import RefusedPickle, load_arrays
 from shapes import SHAPES, draw_shape
@@ -91,9 +92,13 @@ with_seed = argument("--seed", type=seed, default=0, help="of all that is drawn 
 
 
 def data_path(name):
-    """data/NAME. Raises DataError where the name is a path."""
+    """data/NAME. Raises DataError where no dataset can have this name."""
     if name != os.path.basename(name) or name in ("", ".", ".."):
         raise DataError(f"--name names a folder in data/, which {name!r} does not")
+    if name != printable(name):
+        raise DataError(f"--name must have no line ends and no control characters, not {name!r}")
+    if name.lower().endswith((".partial", ".replaced")):
+        raise DataError(f"--name must not end in .partial or .replaced, as {name!r} does")
     return os.path.join("data", name)
 
 
@@ -162,6 +167,7 @@ def folder(args):
     if not 0 <= args.held_out < 1:
         raise DataError(f"--held-out must be in [0, 1), not {args.held_out:g}")
     labelled = find_labelled(args.src)
+    tell_notes(labelled)
     lock = claim(args.path, args.overwrite)
     try:
         writer, skipped = write_folder(args, labelled, lock)
@@ -197,10 +203,17 @@ def write_folder(args, labelled, lock):
     rng = np.random.default_rng(args.seed)
     order = rng.permutation(total)
     labels, unreadable = read_into(images, args, labelled, order)
-    tell_left_out(unreadable + labelled.left_out)
+    left_out = unreadable + labelled.left_out
+    tell_left_out(left_out, os.path.join(args.path, LEFT_OUT))
     refuse_empty_classes(args.src, labelled, labels, unreadable)
+    write_left_out(args.path + ".partial", left_out)
 
     held_out = choose_held_out(labels, args.held_out, rng)
+    if args.held_out and not held_out.any():
+        print(
+            f"--held-out {args.held_out:g} of {len(labels)} images holds out none",
+            file=sys.stderr,
+        )
     count = {"train": int((~held_out).sum()), "test": int(held_out.sum())}
     writer = Writer(args.path, shape, count, lock=lock, overwrite=args.overwrite)
     rows = np.concatenate([np.flatnonzero(~held_out), np.flatnonzero(held_out)])
@@ -388,6 +401,7 @@ def imagenet(args):
     path = os.path.normpath(path)  # FOLDER/ is FOLDER
     name = args.name or os.path.basename(path)
     data_path(name)  # raises where it is no name
+    data_path(os.path.basename(path))
     vae = args.vae or latents.SD_VAE
     latents.imagenet(args.src, path, name, args.size, vae, args.vae_name or vae, args.batch)
 
@@ -406,7 +420,29 @@ def check(args):
     latents.check(path, args.src, args.vae, args.seed)
 
 
+def refuse_ranks(command):
+    """Raise UserError on all ranks of torchrun but the first, and where the environment has only a
+    part of what torchrun sets."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" and os.environ.get("RANK", "0") == "0":
+        return
+    from device import ranks_of_torchrun  # with torch, which takes seconds to import
+
+    rank = ranks_of_torchrun()[0]
+    if rank:
+        raise DataError(f"{command} takes one process: run it without torchrun")
+
+
+def refuse_no_value(args):
+    """Raise DataError where an option is given as --name=--, of which argparse makes []."""
+    for name, value in vars(args).items():
+        if isinstance(value, list):
+            option = name.replace("_", "-")
+            raise DataError(f"--{option} must have a value, which is not --")
+
+
 def main():
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a class name that it cannot show
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, function in COMMANDS.items():
@@ -417,8 +453,9 @@ def main():
     args = parser.parse_args()
     function = COMMANDS[args.command]
     try:
-        if function is not imagenet and os.environ.get("RANK", "0") != "0":
-            raise DataError(f"{args.command} takes one process: run it without torchrun")
+        refuse_no_value(args)
+        if function is not imagenet:
+            refuse_ranks(args.command)
         if hasattr(args, "overwrite"):
             args.path = data_path(args.name)
         function(args)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import traceback
+import types
 
 import numpy as np
 import pytest
@@ -471,8 +472,8 @@ def test_every_fallback_has_its_reason(monkeypatch):
         def size(self, _):
             return self.D
 
-    capability = [9, 0]
-    monkeypatch.setattr(A, "capability_of", lambda device: tuple(capability))
+    gpu = types.SimpleNamespace(major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(A, "triton", A.triton or object())
     x = Like()
     assert A.why_not_fused(x, x, x) is None
@@ -481,9 +482,9 @@ def test_every_fallback_has_its_reason(monkeypatch):
     assert "257 is over 256" in A.why_not_fused(Like(257), Like(257), Like(257))
     assert "values have head size 32" in A.why_not_fused(x, x, Like(32))
     assert "float64" in A.why_not_fused(Like(64, torch.float64), x, x)
-    capability[:] = [7, 5]
+    gpu.major, gpu.minor = 7, 5
     assert "7.5" in A.why_not_fused(x, x, x)
-    capability[:] = [8, 0]
+    gpu.major, gpu.minor = 8, 0
     monkeypatch.setattr(A, "FUSED", False)
     assert A.why_not_fused(x, x, x) == "FUSED is False"
     monkeypatch.setattr(A, "triton", None)

@@ -263,6 +263,52 @@ def test_one_writer_of_statistics(pixels):
     assert glob.glob("stats*") == ["stats.npz"]
 
 
+def test_save_stats_replaces_statistics_alone(pixels, moments, capfd):
+    (of_a, _), _ = moments
+    np.savez("keep.npz", arr_0=pixels)
+    np.savez("adm.npz", arr_0=pixels, mu=of_a[0], sigma=of_a[1])
+    np.savez("published.npz", mu=of_a[0], sigma=of_a[1])
+    np.savez("odd.npz", mu=pixels, sigma=pixels, notes="")
+    with open("text.npz", "w") as f:
+        f.write("hello")
+    os.symlink("a.npz", "link.npz")
+    for name in ("a.npz", "link.npz"):
+        text = fid_main("--save-stats", "a.npz", name)
+        assert text == (
+            f"refused: --save-stats would replace the images that it is to measure, {name}"
+        )
+    for name in ("keep.npz", "adm.npz", "published.npz", "odd.npz", "text.npz", "link.npz"):
+        with open(name, "rb") as f:
+            before = f.read()
+        text = fid_main("--save-stats", "b.npz", name)
+        assert text.startswith("refused") and text.endswith(f"its own statistics, and not {name}")
+        with open(name, "rb") as f:
+            assert f.read() == before
+    assert "cannot read gone" in fid_main("--save-stats", "gone", "keep.npz")
+
+    assert fid_main("--save-stats", "b.npz", "stats.npz") == ""
+    of_b = statistics()
+    assert "replaced" not in capfd.readouterr().err
+    assert fid_main("--save-stats", "a", "stats.npz") == ""
+    assert "fid.py: the statistics in stats.npz will be replaced\n" in capfd.readouterr().err
+    assert not np.allclose(statistics()[0], of_b[0])
+
+
+def test_other_dimensions_are_refused_before_the_work(pixels, monkeypatch):
+    for dim in (32, 64):
+        np.savez(f"d{dim}.npz", mu=np.zeros(dim), sigma=np.eye(dim))
+    np.savez("both.npz", arr_0=pixels, mu=np.zeros(64), sigma=np.eye(64))
+    monkeypatch.setattr(fid, "load_inception", None)  # calling it would be an error
+    for samples, reference, each in (
+        ("a", "d64.npz", "a has 2048 and d64.npz has 64"),
+        ("d64.npz", "b.npz", "d64.npz has 64 and b.npz has 2048"),
+        ("d64.npz", "d32.npz", "d64.npz has 64 and d32.npz has 32"),
+        ("a", "both.npz", "a has 2048 and both.npz has 64"),
+    ):
+        text = fid_main(samples, reference)
+        assert text == f"refused: only statistics of the same dimensions compare: {each}"
+
+
 # ---- images that are cut -------------------------------------------------------------------------
 
 
@@ -307,6 +353,29 @@ def test_size_leaves_out_what_cannot_be_read(mixed, capfd):
         assert f["n"] == 2 and f["next"] == 3
 
 
+def test_size_does_not_turn_images(pixels, capfd):
+    """EXIF's orientation 6 asks for a quarter turn, which prepare.py imagenet does not make either.
+
+    They are PNGs that are named as JPEGs, which is said, too.
+    """
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    os.makedirs("lying")
+    for i in range(12):
+        Image.fromarray(pixels[i]).save(f"lying/{i:02}.JPEG", format="PNG", exif=exif)
+    crops = [images.centre_crop(Image.fromarray(x), 16) for x in pixels[:12]]
+    np.savez("crops.npz", arr_0=[np.asarray(crop) for crop in crops])
+    turned = images.read_image("lying/00.JPEG", 16).transpose(1, 2, 0)
+    assert not np.array_equal(turned, crops[0])
+    assert fid_main("--save-stats", "lying", "lying.npz", "--size=16") == ""
+    said = capfd.readouterr().err
+    assert "12 of another format than the name says" in said
+    assert ": lying/00.JPEG is PNG\n" in said
+    assert fid_main("--save-stats", "crops.npz", "upright.npz") == ""
+    for got, want in zip(statistics("lying.npz"), statistics("upright.npz"), strict=True):
+        assert (got == want).all()
+
+
 # ---- what a person may hand over -----------------------------------------------------------------
 
 
@@ -336,10 +405,21 @@ def test_arrays_in_other_clothes(pixels, capfd):
     np.savez("named.npz", samples=pixels[:12], labels=np.arange(12))
     np.save("a.npy", pixels[:12])
     np.save("columns.npy", np.asfortranarray(pixels[:12]))
+    with open("format3.npy", "wb") as f:
+        np.lib.format.write_array(f, pixels[:12], version=(3, 0))
+    with zipfile.ZipFile("format3.npz", "w") as archive:
+        archive.write("format3.npy", "arr_0.npy")
     os.rename("a.npz", "no suffix")
     want = fid_main("no suffix", "b.npz")
     assert len(numbers(want)) == 4
-    for name in ("columns.npz", "named.npz", "a.npy", "columns.npy"):
+    for name in (
+        "columns.npz",
+        "named.npz",
+        "a.npy",
+        "columns.npy",
+        "format3.npy",
+        "format3.npz",
+    ):
         assert fid_main(name, "b.npz") == want
     assert "named.npz: its array samples is taken" in capfd.readouterr().err
 
@@ -361,6 +441,12 @@ def test_arrays_that_are_no_images(pixels):
     with open("text.npy", "wb") as f:
         f.write(b"\x93NUMPY nothing")
     np.save("float.npy", pixels / 255)
+    np.save("object.npy", np.array([None]), allow_pickle=True)
+    header = b"\x93NUMPY\x09\x01" + 99 * b" "
+    with open("later.npy", "wb") as f:
+        f.write(header)
+    with zipfile.ZipFile("later.npz", "w") as archive:
+        archive.writestr("arr_0.npy", header)
     for name, arrays, word in (
         ("float.npz", {"arr_0": pixels / 255}, "images must be uint8"),
         ("planes.npz", {"arr_0": planes}, "images must be uint8 .* np.moveaxis"),
@@ -372,6 +458,10 @@ def test_arrays_that_are_no_images(pixels):
         ("cut.npz", None, "cannot read cut.npz"),
         ("text.npy", None, "cannot read text.npy"),
         ("float.npy", None, "images must be uint8"),
+        ("object.npy", None, r"images must be uint8 \(N, H, W, 3\), not object \(1,\)"),
+        ("later.npy", None, "cannot read later.npy: .* format 1.0, 2.0 or 3.0, not 9.1"),
+        ("later.npz", None, "cannot read later.npz: .* format 1.0, 2.0 or 3.0, not 9.1"),
+        ("complex.npz", {"arr_0": pixels * 1j}, "images must be uint8 .* arr_0 complex128"),
         ("w.pth", None, "w.pth"),
     ):
         if arrays is not None:
@@ -454,11 +544,14 @@ def test_files_of_every_kind(pixels, capfd):
     for name in ("._00.png", "nothing.png", "notes.txt", "Thumbs.db", ".hidden.png"):
         assert name in said
     assert len(numbers(fid_main("odd", "b.npz"))) == 4
+    said = capfd.readouterr().err
+    assert "1 of another format than the name says, read as what they are: " in said
+    assert "odd/03.jpg is WEBP" in said
 
 
 def test_folders_that_are_refused(pixels):
     """Names what is in the way. (A score of fewer images than given would be wrong.)"""
-    for name in ("empty", "one", "sizes", "broken", "zero", "postscript"):
+    for name in ("empty", "one", "sizes", "broken", "zero", "postscript", "gif"):
         os.makedirs(name)
         if name != "empty":
             Image.fromarray(pixels[0]).save(f"{name}/1.png")
@@ -474,6 +567,7 @@ def test_folders_that_are_refused(pixels):
     ):
         with open(path, "wb") as f:
             f.write(content)
+    Image.fromarray(pixels[0]).save("gif/2.png", format="GIF")
     for path, word in (
         ("empty", "no images in empty"),
         ("one", "at least 2"),
@@ -481,6 +575,7 @@ def test_folders_that_are_refused(pixels):
         ("broken", "cannot read broken/2.png"),
         ("zero", "cannot read zero/2.png: the file is empty"),
         ("postscript", "cannot read postscript/2.png"),
+        ("gif", "cannot read gif/2.png: it is none of JPEG, PNG, WebP, BMP and TIFF"),
         ("gone", "cannot read gone"),
     ):
         text = fid_main(path, "b.npz")
@@ -494,7 +589,7 @@ def test_only_pictures_are_opened(folder, monkeypatch):
         f.write(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
         f.write(b"showpage\n%%EOF\n")
     monkeypatch.setattr("PIL.EpsImagePlugin.EpsImageFile._open", lambda self: 1 / 0)
-    assert "UnidentifiedImageError" in images.read_image("src/1.png", 8)
+    assert "none of JPEG, PNG, WebP" in images.read_image("src/1.png", 8)
     assert images.read_image("src/0.png", 8).shape == (3, 8, 8)
     with pytest.raises(fid.FidError, match="1.png"):
         imageset.open_images("src")[1]

@@ -4,6 +4,7 @@ import math
 import os
 import pickle
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from helpers import F64, GREEDY, Calling, randn
 
 import fid
 import frechet
-from frechet import Moments, frechet_distance, read_statistics
+from frechet import Moments, frechet_distance, read_statistics, write_npz
 
 
 def covariance(D, rank, seed):
@@ -218,8 +219,12 @@ BAD = {
     "askew.npz": ({"mu": MU, "sigma": SIGMA + np.triu(SIGMA)}, "askew.npz"),
     "minus.npz": ({"mu": MU, "sigma": -np.eye(5)}, "minus.npz"),
     "small.npz": ({"mu": MU, "sigma": SIGMA[:4]}, "small.npz"),
-    "object.npz": ({"mu": np.array([None]), "sigma": SIGMA}, "object.npz"),
-    "letters.npz": ({"mu": MU, "sigma": SIGMA.astype(str)}, "letters.npz"),
+    "object.npz": ({"mu": np.array([None]), "sigma": SIGMA}, "real numbers, not object"),
+    "letters.npz": ({"mu": MU, "sigma": SIGMA.astype(str)}, "real numbers, not <U"),
+    "complex.npz": (
+        {"mu": MU, "sigma": SIGMA * 1j},
+        "cannot read complex.npz: mu and sigma must be real numbers, not complex128",
+    ),
 }
 for word, content in GREEDY.items():
     BAD[f"greedy{len(BAD)}.pkl"] = content, re.escape(word)
@@ -253,3 +258,31 @@ def test_statistics_that_unpack_to_too_much(folder, monkeypatch):
     monkeypatch.setattr(frechet, "LARGEST", 2**10)
     with pytest.raises(fid.FidError, match="unpack to more"):
         read_statistics("s.npz")
+
+
+def test_statistics_of_formats_3_and_9(folder):
+    with zipfile.ZipFile("s.npz", "w") as archive:
+        for name, array in (("mu", MU), ("sigma", SIGMA)):
+            with archive.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, array, version=(3, 0))
+    assert (read_statistics("s.npz")[1] == SIGMA).all()
+    with zipfile.ZipFile("later.npz", "w") as archive:
+        archive.writestr("mu.npy", b"\x93NUMPY\x09\x01")
+    with pytest.raises(fid.FidError, match="cannot read later.npz: .* 3.0, not 9.1"):
+        read_statistics("later.npz")
+
+
+def test_a_full_disk_is_told_with_the_file(folder):
+    write_npz("s.npz", mu=MU, sigma=SIGMA, notes="")
+    resource = pytest.importorskip("resource")  # not on Windows
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        with pytest.raises(fid.FidError, match="cannot write s.npz: File too large"):
+            write_npz("s.npz", mu=np.zeros(9999))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert os.listdir() == ["s.npz"]
+    assert (read_statistics("s.npz")[0] == MU).all()
+    with pytest.raises(FileNotFoundError, match="gone"):  # names the file by itself
+        write_npz("gone/s.npz", mu=MU)

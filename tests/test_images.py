@@ -177,6 +177,39 @@ def test_a_class_may_be_called_train(folder):
     assert labels.find_labelled("src").classes == ["bus", "car", "train"]
 
 
+@pytest.mark.parametrize("names", [["red/a/0.png", "red/b/0.png"], ["red/a/b/0.png"]])
+def test_a_folder_that_is_one_level_too_high(folder, names):
+    """Else all images would be one class."""
+    for name in names:
+        write_picture(folder / "src" / name)
+    with pytest.raises(images.ImageError, match="one level lower: give src/red$"):
+        labels.find_labelled("src")
+    write_picture(folder / "src" / "red" / "0.png")
+    assert labels.find_labelled("src").classes == ["red"]
+
+
+def test_a_dataset_json_below_the_top(folder):
+    """It is never passed over: here its folder must be given, there it must be moved."""
+    write_picture(folder / "src" / "edm" / "0.png")
+    touch(folder / "src" / "edm" / "dataset.json", b'{"labels": [["0.png", 1]]}')
+    with pytest.raises(images.ImageError, match="one level lower: give src/edm$"):
+        labels.find_labelled("src")
+    write_picture(folder / "src" / "more" / "0.png")
+    with pytest.raises(images.ImageError, match="only at the top of src: move edm/dataset.json"):
+        labels.find_labelled("src")
+    touch(folder / "src" / "dataset.json", b'{"labels": [["edm/0.png", 0]]}')
+    left_out = dict(labels.find_labelled("src").left_out)
+    assert left_out["edm/dataset.json"] == "it counts only at the top"
+
+
+def test_class_names_that_differ_by_blanks(folder):
+    with zipfile.ZipFile("src.zip", "w") as archive:
+        for name in ("cat/0.png", "cat /0.png", "dog/0.png"):
+            archive.writestr(name, b"x")
+    with pytest.raises(images.ImageError, match="'cat' and 'cat ' differ by blanks only"):
+        labels.find_labelled("src.zip")
+
+
 EDM = {"labels": [["00000/img0.png", 3], ["00000/img1.png", 0], ["00001/img2.png", 3]]}
 
 
@@ -196,13 +229,85 @@ def test_labels_of_a_dataset_json(folder, kind):
         assert colour_of(file) == (60 * row, 9, label)
 
 
-def pack(source, path):
-    """A folder as a .zip."""
+def pack(source, path, top="", separator="/"):
+    """A folder as a .zip, all names below `top`."""
     with zipfile.ZipFile(path, "w") as archive:
         for at, _, names in os.walk(source):
             for name in names:
                 file = os.path.join(at, name)
-                archive.write(file, os.path.relpath(file, source))
+                member = top + os.path.relpath(file, source).replace(os.sep, separator)
+                archive.write(file, member)
+                archive.infolist()[-1].filename = member  # as it is, on Windows too
+
+
+def test_a_zip_of_splits(folder):
+    write_picture(folder / "src" / "train" / "a" / "0.png")
+    write_picture(folder / "src" / "val" / "a" / "0.png")
+    pack("src", "src.zip", "top/")
+    with pytest.raises(images.ImageError, match="unpack it, and give its folder train"):
+        labels.find_labelled("src.zip")
+
+
+@pytest.mark.parametrize("top", ["red/", "outer/red/"])
+def test_a_zip_with_one_top_folder(folder, top):
+    """As "Compress" makes it: its labels are those of the folder in it, and that is said."""
+    write_picture(folder / "src" / "a" / "0.png")
+    write_picture(folder / "src" / "b" / "1.png")
+    touch(folder / "src" / "b" / "notes.txt")
+    touch(folder / "src" / "c.txt")
+    pack("src", "red.zip", top)
+    with zipfile.ZipFile("red.zip", "a") as archive:
+        archive.writestr("__MACOSX/red/._a", b"x")
+    labelled = labels.find_labelled("red.zip")
+    assert labelled.classes == ["a", "b"] and labelled.labels == [0, 1]
+    assert labelled.names == [f"{top}a/0.png", f"{top}b/1.png"]
+    assert [file.name for file in labelled.files] == labelled.names
+    assert colour_of(labelled.files[1]) == RED
+    left_out = ["__MACOSX", f"{top}b/notes.txt", f"{top}c.txt"]
+    assert sorted(name for name, _ in labelled.left_out) == left_out
+    assert labelled.notes[-1] == f"red.zip: taken from the one folder in it, {top[:-1]}"
+
+
+def test_a_zip_with_a_dataset_json_in_its_top_folder(folder):
+    for name, _ in EDM["labels"]:
+        write_picture(folder / "edm" / name)
+    touch(folder / "edm" / "dataset.json", json.dumps(EDM).encode())
+    pack("edm", "edm.zip", "edm/")
+    labelled = labels.find_labelled("edm.zip")
+    assert labelled.labels == [3, 0, 3] and labelled.left_out == []
+    assert labelled.notes[1] == "2 of the 4 classes have no image: 1, 2"
+    assert colour_of(labelled.files[0]) == RED
+
+
+def test_a_zip_with_backslashes(folder):
+    """Some programs of Windows write them between folders."""
+    write_picture(folder / "src" / "a" / "0.png")
+    write_picture(folder / "src" / "b" / "1.png")
+    pack("src", "src.zip", separator="\\")
+    labelled = labels.find_labelled("src.zip")
+    assert labelled.classes == ["a", "b"] and labelled.names == ["a/0.png", "b/1.png"]
+    assert colour_of(labelled.files[1]) == RED
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("twin", ["a/0.png", "a\\0.png"])
+def test_a_zip_with_two_files_of_one_name(folder, twin):
+    with zipfile.ZipFile("src.zip", "w") as archive:
+        archive.writestr("a/0.png", b"x")
+        archive.writestr(twin, b"y")
+    with pytest.raises(images.ImageError, match="src.zip holds two files a/0.png"):
+        labels.find_labelled("src.zip")
+
+
+def test_a_dataset_json_that_names_a_file_twice(folder):
+    write_picture(folder / "edm" / "a" / "0.png")
+    rows = [["a/0.png", 1], ["a\\0.png", 1]]
+    touch(folder / "edm" / "dataset.json", json.dumps({"labels": rows}).encode())
+    assert labels.find_labelled("edm").labels == [1]
+    rows[1][1] = 2
+    touch(folder / "edm" / "dataset.json", json.dumps({"labels": rows}).encode())
+    with pytest.raises(images.ImageError, match="gives a/0.png two labels, 1 and 2"):
+        labels.find_labelled("edm")
 
 
 def test_dataset_json_without_labels(folder):
@@ -402,7 +507,7 @@ def test_no_program_is_opened(folder):
     Image.new("RGB", (9, 9), RED).save("gif.png", "GIF")
     touch(folder / "ps.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
     for file in ("gif.png", "ps.png"):
-        with pytest.raises(images.ImageError, match="cannot identify image file"):
+        with pytest.raises(images.ImageError, match="it is none of JPEG, PNG, WebP"):
             images.open_image(file)
 
 
@@ -414,7 +519,7 @@ def test_reasons_are_one_line(folder):
     for file, reason in (
         ("cut.png", "truncated"),
         ("empty.png", "the file is empty"),
-        ("text\n.png", "UnidentifiedImageError"),
+        ("text\n.png", "it is none of JPEG, PNG, WebP, BMP and TIFF"),
         ("gone.png", "FileNotFoundError"),
     ):
         with pytest.raises(images.ImageError, match=reason) as caught:

@@ -158,8 +158,11 @@ def test_imagenet(folder, source, capsys):
     again = v.encode(vae, np.stack(pixels))  # in another batch than before
     assert np.allclose(data["train_images"][pick], again, rtol=2**-9, atol=1e-3)
     assert header["vae_crc32"] == vae.crc32
+    kept = open("data/a/left_out.txt", encoding="utf-8").read()
+    assert kept.startswith("n01/25.JPEG\tOSError: ") and kept.count("\n") == 1
     assert sorted(os.listdir("data/a")) == [
         "header.json",
+        "left_out.txt",
         "test_images.npy",
         "test_labels.npy",
         "train_files.txt",
@@ -175,12 +178,15 @@ def test_what_imagenet_refuses(folder, source, monkeypatch):
     assert "multiple of 4" in complain("imagenet", src, "--size", 30, *with_vae)
     assert "--batch" in complain("imagenet", src, "--size", 32, "--batch", -1, *with_vae)
     assert "no folder" in complain("imagenet", "gone", "--size", 32, *with_vae)
+    for arguments in (["x.partial"], ["--name", "x.replaced"], ["x.partial", "--name", "x"]):
+        said = complain("imagenet", src, *arguments, "--size", 32, *with_vae)
+        assert "must not end in .partial or .replaced" in said
     os.makedirs("hollow")
     said = complain("imagenet", src, "--size", 32, "--vae", "hollow")
     assert "cannot load the VAE hollow" in said
     full_disk = types.SimpleNamespace(free=200_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full_disk)
-    assert "data/full takes 0.0 GB" in encode_all(source, "--name", "full")
+    assert "data/full takes 204.8 kB" in encode_all(source, "--name", "full")
     assert not os.path.exists("data") or os.listdir("data") == []
     monkeypatch.setitem(sys.modules, "diffusers", None)
     v.load_vae.cache_clear()
@@ -224,6 +230,15 @@ def test_imagenet_of_a_zip(folder, source, capsys):
     capsys.readouterr()
     assert complain("check", "zip", "--src", "src.zip", "--vae", source / "vae") is None
     assert "originals over decoded examples" in capsys.readouterr().out
+
+    shutil.make_archive("top", "zip", ".", "src")  # with src/ before all names
+    arguments = ("--size", 32, "--name", "top", "--vae", source / "vae", "--batch", 16)
+    assert complain("imagenet", "top.zip", *arguments) is None
+    assert "top.zip: taken from the one folder in it, src" in capsys.readouterr().err
+    assert open("data/top/train_files.txt").readline() == "src/n00/00.JPEG\n"
+    labels = [dataset.load_dataset(f"data/{name}")[1]["train_labels"] for name in ("zip", "top")]
+    assert (labels[0] == labels[1]).all()
+    assert complain("check", "top", "--src", "top.zip", "--vae", source / "vae") is None
 
 
 def test_imagenet_with_a_class_that_cannot_be_read(folder, source):

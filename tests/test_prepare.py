@@ -114,7 +114,7 @@ def test_folder(folder, capsys):
     assert complain("folder", "flat", "--size", 8, "--name", "flat") is None
     assert dataset.load_dataset("data/flat")[0]["num_classes"] == 0
     assert sorted(os.listdir("data")) == ["flat", "pets"]
-    assert sorted(os.listdir("data/flat")) == sorted(os.listdir("data/pets"))
+    assert sorted([*os.listdir("data/flat"), "left_out.txt"]) == sorted(os.listdir("data/pets"))
     assert len(os.listdir("data/flat")) == 5  # the header and four arrays
 
 
@@ -122,6 +122,11 @@ def test_what_folder_refuses(folder):
     write_pictures(folder / "flat", 1)
     assert "no folder" in complain("folder", "nowhere", "--size", 8)
     assert "names a folder" in complain("digits", "--name", "../photos")
+    assert "name must have a value" in complain("folder", "flat", "--size", 16, "--name=--")
+    for letter in "\n", "\r", "\x1b", "\u2028", "\udce9":
+        assert "no control characters" in complain("digits", "--name", f"a{letter}b")
+    for name in "mine.partial", "mine.replaced", "Mine.PARTIAL":
+        assert "must not end in .partial or .replaced" in complain("digits", "--name", name)
     assert "[0, 1)" in complain("folder", "flat", "--size", 8, "--held-out", 1.5)
     assert "at least 1" in complain("folder", "flat", "--size", 0)
     assert "unrecognized" in complain("digits", "--sise", 3)
@@ -174,7 +179,7 @@ def test_odd_files_are_all_accounted_for(folder, capsys):
     left_out = {
         "truncated.png": "OSError: image file is truncated",
         "empty.png": "the file is empty",
-        "text.jpg": "UnidentifiedImageError: cannot identify image file",
+        "text.jpg": "it is none of JPEG, PNG, WebP, BMP and TIFF",
         "dangling.png": "a link to nothing",
         "folder.jpg": "an empty folder",
         "notes.txt": "its name is not that of an image",
@@ -197,6 +202,46 @@ def test_odd_files_are_all_accounted_for(folder, capsys):
     of_gray = (np.abs(middles - 117).max(1) == 0).sum()
     white = (middles == 255).all(1).sum()
     assert (of_red, of_gray, white) == (9, 1, 1)
+
+
+def test_all_that_is_left_out_is_kept(folder, capsys):
+    """A line each, however many there are and whatever their names hold."""
+    write_pictures(folder / "src", 3)
+    (folder / "src" / "empty.png").write_bytes(b"")
+    for i in range(12):
+        (folder / "src" / f"n\t{i:02}.txt").write_text("hello")
+    assert complain("folder", "src", "--size", 8) is None
+    assert "    and 3 more (all in data/folder/left_out.txt)\n" in capsys.readouterr().err
+    with open("data/folder/left_out.txt", encoding="utf-8") as f:
+        lines = f.read().splitlines()
+    reason = "its name is not that of an image"
+    assert lines == ["empty.png\tthe file is empty"] + [
+        f"n\\t{i:02}.txt\t{reason}" for i in range(12)
+    ]
+
+
+def test_what_a_user_may_not_expect(folder, capsys):
+    """Classes without an image, and no image that is held out, are said in one line each."""
+    write_pictures(folder / "src", 9)
+    rows = [[f"{i:03}.png", 7] for i in range(9)]
+    (folder / "src" / "dataset.json").write_text(json.dumps({"labels": rows}))
+    assert complain("folder", "src", "--size", 8) is None
+    said = capsys.readouterr().err
+    assert "7 of the 8 classes have no image: 0, 1, 2, 3, 4, ...\n" in said
+    assert "--held-out 0.1 of 9 images holds out none\n" in said
+    assert complain("folder", "src", "--size", 8, "--held-out", 0, "--overwrite") is None
+    assert "holds out none" not in capsys.readouterr().err
+
+
+@linux
+def test_a_terminal_of_ascii(folder):
+    """It shows class names as escapes; the header keeps them."""
+    write_picture(folder / "src" / "caf\u00e9" / "0.png")
+    command = [sys.executable, os.path.join(HERE, "prepare.py"), "folder", "src", "--size", "8"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 class: caf\\xe9" in done.stdout
+    assert dataset.load_dataset("data/folder")[0]["class_names"] == ["caf\u00e9"]
 
 
 @linux
@@ -391,6 +436,74 @@ def test_two_ranks(folder):
     assert os.listdir("data") == ["a"]
 
 
+@pytest.mark.parametrize(
+    "variables, complaint",
+    [
+        ({"WORLD_SIZE": "2"}, "has WORLD_SIZE=2 but no RANK"),
+        ({"RANK": "x"}, "RANK must be a whole number, not 'x'"),
+        ({"RANK": "1"}, "has RANK 1 and WORLD_SIZE 1"),
+    ],
+)
+def test_a_part_of_what_torchrun_sets(folder, monkeypatch, variables, complaint):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert complaint in complain("digits")
+    assert os.listdir() == []
+
+
+def test_digits_do_without_torch(folder):
+    """Its import takes seconds."""
+    program = "import sys, prepare; prepare.main(); assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", program, "digits"]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": HERE})
+
+
+def test_files_of_others_stay(folder):
+    """Where NAME.partial or NAME.replaced holds anything of theirs, it is named and not touched."""
+    for name in "notes.txt", "notes.partial", "header.json":
+        path = folder / "data" / "a.partial" / name
+        path.parent.mkdir(parents=True)
+        path.write_text("x")
+        for more in ((), ("--overwrite",)):
+            said = complain("digits", "--name", "a", *more)
+            assert f"data/a.partial/{name} is not of an interrupted run" in said
+        assert os.listdir("data/a.partial") == [name]
+        path.unlink()
+        path.parent.rmdir()
+
+    notes = folder / "data" / "a.replaced" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("x")
+    assert "data/a.replaced is not a dataset" in complain("digits", "--name", "a")
+    assert os.listdir("data") == ["a.replaced"]
+    os.rename("data/a.replaced", "aside")
+    assert complain("digits", "--name", "a") is None
+    os.rename("aside", "data/a.replaced")
+    assert "data/a.replaced is not a dataset" in complain("digits", "--name", "a", "--overwrite")
+    assert os.listdir("data/a.replaced") == ["notes.txt"]
+
+    writer = dataset.Writer("data/b", (1, 8, 8), {"train": 1, "test": 0})
+    os.rename("data/a.replaced", "data/b.replaced")  # while it was at work
+    (folder / "data" / "b.partial" / "notes.txt").write_text("x")
+    dataset.abandon("data/b", writer.lock)
+    assert os.listdir("data/b.partial") == os.listdir("data/b.replaced") == ["notes.txt"]
+    os.remove("data/b.partial/notes.txt")
+    os.rename("data/b.replaced", "aside")
+    writer = dataset.Writer("data/b", (1, 8, 8), {"train": 1, "test": 0})
+    os.rename("aside", "data/b.replaced")
+    writer.finish("b", [])
+    assert os.listdir("data/b.replaced") == ["notes.txt"]
+
+
+def test_a_removal_that_was_cut_off(folder):
+    """The old dataset was half gone when the run was killed: the next one goes on."""
+    assert complain("digits") is None
+    os.mkdir("data/digits.replaced")
+    os.rename("data/digits/test_labels.npy", "data/digits.replaced/test_labels.npy")
+    assert complain("digits", "--overwrite") is None
+    assert os.listdir("data") == ["digits"] and len(os.listdir("data/digits")) == 5
+
+
 def test_one_writer_a_dataset(folder):
     writer = dataset.Writer("data/digits", (1, 8, 8), {"train": 2, "test": 0})
     writer.set(0, np.ones((1, 8, 8), np.uint8), 0)
@@ -448,13 +561,18 @@ def test_a_dataset_is_replaced_only_by_a_whole_one(folder, monkeypatch):
 def test_a_full_disk(folder, monkeypatch):
     write_pictures(folder / "red", 4)
     monkeypatch.setattr(dataset.shutil, "disk_usage", lambda path: Disk(100))
-    assert "its disk has 0.0 GB left" in complain("folder", "red", "--size", 8)
-    assert "its disk has 0.0 GB left" in complain("digits")
+    assert "its disk has 100 bytes left" in complain("folder", "red", "--size", 8)
+    assert "its disk has 100 bytes left" in complain("digits")
     assert os.listdir("data") == []
     room = iter([10**9, 100])  # another program fills it while the images are read
     monkeypatch.setattr(dataset.shutil, "disk_usage", lambda path: Disk(next(room)))
-    assert "its disk has 0.0 GB left" in complain("folder", "red", "--size", 8)
+    assert "its disk has 100 bytes left" in complain("folder", "red", "--size", 8)
     assert os.listdir("data") == []
+
+
+def test_sizes_are_shown_in_their_own_unit():
+    sizes = {999: "999 bytes", 1500: "1.5 kB", 2_340_000: "2.3 MB", 5_000_000_000: "5.0 GB"}
+    assert [dataset.describe_size(size) for size in sizes] == list(sizes.values())
 
 
 class Disk(NamedTuple):
