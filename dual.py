@@ -40,6 +40,9 @@ class Dual:
     def __sub__(self, other):
         return self + other * -1
 
+    def __rsub__(self, other):
+        return self * -1 + other
+
     __radd__ = __add__
     __rmul__ = __mul__
 
@@ -81,7 +84,7 @@ def linear(layer, x):
 
 
 def silu(x):
-    """x sigmoid(x)."""
+    """x g with g = sigmoid(x)."""
     if not isinstance(x, Dual):
         return F.silu(x)
     g = torch.sigmoid(x.value)
@@ -89,7 +92,7 @@ def silu(x):
 
 
 def gelu(x):
-    """The tanh form, which is x sigmoid(z) with z = 2 sqrt(2/pi) (x + 0.044715 x^3)."""
+    """The tanh form, x g with g = sigmoid(z), z = 2 sqrt(2/pi) (x + 0.044715 x^3); dz is dz/dx."""
     if not isinstance(x, Dual):
         return F.gelu(x, approximate="tanh")
     x, dx = x.value, x.tangent

@@ -362,7 +362,8 @@ def decode(file, upright):
             raise ImageError("the file is empty")
         content.seek(0)
         with Image.open(content, formats=FORMATS) as image:
-            kind = image.format
+            # "MPO" is a JPEG with more pictures behind the first, as some phones make them.
+            kind = "JPEG" if image.format == "MPO" else image.format
             image.load()
             if upright:
                 image = turn_upright(image)

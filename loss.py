@@ -10,16 +10,17 @@ Conventions, everywhere in this project:
     f(x, t, s) = (s-t) k F(x, t, s)   displacement from time t to time s
     u(x, s)    = k F(x, s, s)         velocity at time s
 
-The loss of one sample, with F* the target network (an EMA of the trained weights, rate 0.99):
-    terminal = || df/ds - k F*(x_t + f, s, s, y, w) ||^2 / w^2                              (12, 14)
+The loss of one sample, with F* the target network (an EMA of the trained weights, decay 0.99) and
+mean(...) over the elements:
+    terminal = mean (df/ds - k F*(x_t + f, s, s, y, w))^2 / w^2                            (12, 14)
                where df/ds = k (F + (s-t) dF/ds); zero where t = s
-    fm       = || k F(x_s', s', s', y, w) - [w v + (1-w) F*(x_s', s', s', none, 1)] ||^2 / w^2  (15)
-|| ||^2 is the mean over the elements. Gradients flow through df/ds, and so through dF/ds. The
-point x_t + f and everything of F* are constants.
+    fm       = mean (k F(x_s', s', s', y, w) - [w v + (1-w) F*(x_s', s', s', none, 1)])^2 / w^2 (15)
+Gradients flow through df/ds, and so through dF/ds. The point x_t + f and everything of F* are
+constants. A sample that loses its label has w = 1.
 
 In this file: the samplers, then one function an objective, then the module TVM that train.py calls.
 For comparison, on the same network, there are two more objectives: flow matching (fm alone; it is
-sampled by Euler steps F(x, t, t)) and MeanFlow (Geng et al., arXiv 2505.13447).
+sampled by Euler steps k F(x, t, t)) and MeanFlow (Geng et al., arXiv 2505.13447).
 
 Data x0 are (B, ...): images, but nothing here depends on that. Conditions y are (B, ...) tensors;
 what they mean is the model's business, and model.no_condition(y) is "no class".
@@ -53,7 +54,7 @@ def sample_times(
 ):
     """Times t, s, s_fm, each (n,) float32 in [0, 1] with s <= t (Table 3, Figure 9).
 
-    LN is a logit-normal. mu and sigma are those of the gap g (gap, gap*) or of t (trunc, clamp):
+    LN is a logit-normal, and g = t - s the gap. mu and sigma are those of g (gap, gap*) or of t:
 
     gap    g ~ LN(mu, sigma), s ~ LN(mu_s, sigma_s) truncated to s <= 1-g, t = s + g; s_fm = s
     gap*   the same, with s_fm ~ LN(mu_s, sigma_s) drawn on its own
@@ -79,7 +80,7 @@ def sample_times(
         return torch.rand(n, dtype=wide, device=device, generator=generator)
 
     def truncated(top):
-        """LN(mu_s, sigma_s) below `top`, by the inverse of its distribution function."""
+        """LN(mu_s, sigma_s) below `top`: its distribution function, drawn uniformly, inverted."""
         below = torch.special.ndtr((torch.logit(top) - mu_s) / sigma_s)  # P(LN <= top)
         s = torch.sigmoid(mu_s + sigma_s * torch.special.ndtri(uniform() * below))
         return torch.minimum(s, top)  # where rounding went above it
@@ -140,19 +141,19 @@ class Term(NamedTuple):
     name: str  # in the log
     loss: Tensor  # (B,), of which the mean is minimized
     error: Tensor  # (B,), what the log shows; often the same
-    time: Tensor  # (B,), by whose quarters the log sorts it
+    time: Tensor  # (B,) in [0, 1]; the log has the mean error of each quarter of it
 
 
-def tvm_loss(model, target, x0, noise, y, w, t, s, s_fm, detach_jvp=False):
+def tvm_loss(model, target, x0, x1, y, w, t, s, s_fm, detach_jvp=False):
     """Yields the terms "terminal" and "fm". Both are functions of the arguments alone.
 
-    model and target: __call__, jvp, no_condition and config.scaled as DiT has them. x0 and noise
+    model and target: __call__, jvp, no_condition and config.scaled as DiT has them. x0 and x1
     (B, ...); y (B, ...); w, t, s, s_fm (B,). detach_jvp cuts the gradient of dF/ds: that is
     faster, and biased. Calling backward on the first term before asking for the second lowers
     peak memory.
     """
     k = w if model.config.scaled else torch.ones_like(w)
-    v = noise - x0
+    v = x1 - x0
     x_t = x0 + column(t, x0) * v
     x_fm = x0 + column(s_fm, x0) * v  # the same noise for both points
 
@@ -163,28 +164,29 @@ def tvm_loss(model, target, x0, noise, y, w, t, s, s_fm, detach_jvp=False):
     df = column(k, x0) * (F + column(s - t, x0) * dF)  # df/ds
 
     with torch.no_grad():  # the target network, at both points in one call
-        x_s = x_t + column((s - t) * k, x0) * F
-        both_x = torch.cat([x_s, x_fm])
+        x_end = x_t + column((s - t) * k, x0) * F  # x_t + f
+        both_x = torch.cat([x_end, x_fm])
         both_s = torch.cat([s, s_fm])
         both_y = torch.cat([y, model.no_condition(y)])
         both_w = torch.cat([w, torch.ones_like(w)])
         F_both = target(both_x, both_s, both_s, both_y, both_w)
-        F_s, F_none = at_least_float32(F_both).chunk(2)
-        u_s = column(k, x0) * F_s
+        F_end, F_none = at_least_float32(F_both).chunk(2)
+        u_end = column(k, x0) * F_end
         u_fm = column(w, x0) * v + column(1 - w, x0) * F_none
 
-    terminal = mean_square(df - u_s) / w.square() * (t != s)
-    yield Term("terminal", terminal, terminal, t)
+    terminal = mean_square(df - u_end) / w.square()
+    terminal = terminal * (t != s)  # at t = s fm alone trains the velocity
+    yield Term("terminal", terminal, terminal, t)  # here backward frees what dF/ds has kept
 
     F_fm = at_least_float32(model(x_fm, s_fm, s_fm, y, w))
     fm = mean_square(column(k, x0) * F_fm - u_fm) / w.square()
     yield Term("fm", fm, fm, s_fm)
 
 
-def flow_matching_loss(model, target, x0, noise, y, w, s_fm):
-    """tvm_loss, of the same arguments, without its terminal term."""
+def flow_matching_loss(model, target, x0, x1, y, w, s_fm):
+    """The term fm of tvm_loss alone: flow matching with guidance built in."""
     k = w if model.config.scaled else torch.ones_like(w)
-    v = noise - x0
+    v = x1 - x0
     x_fm = x0 + column(s_fm, x0) * v
     with torch.no_grad():
         none = model.no_condition(y)
@@ -195,7 +197,7 @@ def flow_matching_loss(model, target, x0, noise, y, w, s_fm):
     yield Term("fm", fm, fm, s_fm)
 
 
-def meanflow_loss(model, x0, noise, y, w, t, s, drop, kappa=0.5, c=1e-3, p=1.0):
+def meanflow_loss(model, x0, x1, y, w, t, s, drop, kappa=0.5, c=1e-3, p=1.0):
     """MeanFlow in the symbols above, where k F is the mean velocity from t to s. One term:
 
         loss = || k F - [v~ + (s-t) k (v~ dF/dx + dF/dt)] ||^2  times a weight 1/(|| ||^2 + c)^p
@@ -206,19 +208,19 @@ def meanflow_loss(model, x0, noise, y, w, t, s, drop, kappa=0.5, c=1e-3, p=1.0):
     (drop (B,) bool, y is "no class" there) or w = 1. w is one constant.
     """
     k = column(w, x0) if model.config.scaled else 1
-    v = noise - x0
+    v = x1 - x0
     x_t = x0 + column(t, x0) * v
     with torch.no_grad():
         two_t = torch.cat([t, t])
         two_y = torch.cat([y, model.no_condition(y)])
         F_both = model(torch.cat([x_t, x_t]), two_t, two_t, two_y, torch.cat([w, w]))
         u, u_none = at_least_float32(F_both).chunk(2)
-        towards_data = column(w, x0) * v + (1 - column(w, x0)) * k * u_none
-        guided = (1 - kappa) * towards_data + kappa * k * u
-        v = torch.where(column(~drop & (w != 1), x0), guided, v)
-    F, dF = model.jvp(x_t, t, s, y, w, dx=v, dt=torch.ones_like(t))
+        guided = (1 - kappa) * (column(w, x0) * v + (1 - column(w, x0)) * k * u_none)
+        guided = guided + kappa * k * u
+        v_guided = torch.where(column(~drop & (w != 1), x0), guided, v)  # v~
+    F, dF = model.jvp(x_t, t, s, y, w, dx=v_guided, dt=torch.ones_like(t))
     F, dF = at_least_float32(F), at_least_float32(dF)
-    error = mean_square(k * F - (v + column(s - t, x0) * k * dF).detach())
+    error = mean_square(k * F - (v_guided + column(s - t, x0) * k * dF).detach())
     weight = 1 / (error.detach() + c) ** p
     yield Term("meanflow", error * weight, error, t)
 
@@ -279,7 +281,7 @@ class TVM(nn.Module):
         return self.detach_jvp or self.objective == "meanflow"
 
     def draw(self, x0, seed, first=0, total=None):
-        """Noise like x0, times t, s, s_fm and weights w (B,), and drop (B,) bool: labels to drop.
+        """Noise like x0; times t, s, s_fm, weights w (B,); drop (B,) bool: the labels to drop.
 
         They are those of rows first to first + B of a global batch of `total` (default B).
         """
@@ -290,24 +292,30 @@ class TVM(nn.Module):
         generator = torch.Generator(source).manual_seed(seed)
         options = dict(device=source, generator=generator)
 
-        noise = torch.randn(total, *x0.shape[1:], **options)
+        x1 = torch.randn(total, *x0.shape[1:], **options)
         t, s, s_fm = sample_times(total, **self.times, **options)
         w = sample_guidance(total, **self.guidance, **options)
         drop = torch.rand(total, **options) < self.label_dropout
-        return [a[first : first + B].to(x0.device) for a in (noise, t, s, s_fm, w, drop)]
+        return [a[first : first + B].to(x0.device) for a in (x1, t, s, s_fm, w, drop)]
 
-    def terms(self, x0, y, noise, t, s, s_fm, w, drop):
-        """The terms of the objective, one after the other. A new objective is one branch more."""
+    def terms(self, x0, y, x1, t, s, s_fm, w, drop):
+        """The terms of the objective: a generator. A new objective is one branch more.
+
+        Nothing is computed before forward() asks for a term, and forward() goes backward through
+        each term before it asks for the next.
+        """
         y = torch.where(column(drop, y), self.model.no_condition(y), y)
-        w_fm = w.masked_fill(drop, 1.0)
+        w_or_1 = w.masked_fill(drop, 1.0)  # without a class there is nothing to guide
         model, target = self.model, self.target
         if self.objective == "tvm":
-            return tvm_loss(model, target, x0, noise, y, w_fm, t, s, s_fm, self.detach_jvp)
+            return tvm_loss(model, target, x0, x1, y, w_or_1, t, s, s_fm, self.detach_jvp)
         if self.objective == "flow_matching":
-            return flow_matching_loss(model, target, x0, noise, y, w_fm, s_fm)
-        return meanflow_loss(model, x0, noise, y, w, t, s, drop, self.kappa)
+            return flow_matching_loss(model, target, x0, x1, y, w_or_1, s_fm)
+        if self.objective == "meanflow":
+            return meanflow_loss(model, x0, x1, y, w, t, s, drop, self.kappa)
+        raise ValueError(f"no objective {self.objective!r}")
 
-    def forward(self, x0, y, noise, t, s, s_fm, w, drop, backward=None):
+    def forward(self, x0, y, x1, t, s, s_fm, w, drop, backward=None):
         """x0 (B, ...), y (B, ...) and what was drawn -> (the loss, {name: Term, detached}).
 
         backward, a function, is given each part of the loss before the next one is computed; the
@@ -315,7 +323,7 @@ class TVM(nn.Module):
         """
         loss = 0
         terms = {}
-        for term in self.terms(x0, y, noise, t, s, s_fm, w, drop):
+        for term in self.terms(x0, y, x1, t, s, s_fm, w, drop):
             part = term.loss.mean()
             loss = loss + (backward(part) if backward else part)
             terms[term.name] = Term(

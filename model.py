@@ -130,7 +130,10 @@ class DiTConfig:
 
 
 class Embedder(nn.Module):
-    """A number in [0, 1] -> (B, D): sines and cosines of the raw value, then an MLP."""
+    """A number (B,) -> (B, D): sines and cosines, then an MLP.
+
+    Of the raw value and not, as in DiT, 1000 times it: the factor would multiply dF/ds.
+    """
 
     def __init__(self, hidden_size):
         super().__init__()
@@ -194,7 +197,7 @@ class Labels(nn.Module):
 
 
 class Scale(nn.Module):
-    """The weight of a query or key norm."""
+    """The weight of a query or key norm; a module, as its published name wants it."""
 
     def __init__(self, dim):
         super().__init__()
@@ -222,7 +225,8 @@ class Attention(nn.Module):
         return linear(self.proj, x)
 
     def heads(self, x):
-        # In this order the three gradients lie together, as the backward's product wants them.
+        # Taken apart here and transposed later, the gradients of q, k and v lie side by side, so
+        # that the backward of qkv is one product without a copy.
         return x.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
 
 
@@ -245,6 +249,7 @@ class Modulated(nn.Module):
         self.norm = rms_norm if config.rms_norm else layer_norm
         self.mod_norm = config.mod_norm
         self.vectors = vectors
+        # Its SiLU is never called: embed() applies it once, for all blocks. It keeps the names.
         self.adaLN_modulation = nn.Sequential(
             nn.SiLU(), nn.Linear(config.hidden_size, vectors * config.hidden_size)
         )
@@ -263,7 +268,7 @@ class Block(Modulated):
         self.attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, c, mask=None):  # (B, T, D), (B, D), as in attend
+    def forward(self, x, c, mask=None):  # x (B, T, D), c (B, D), mask as in dual.attend
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)  # (B, 1, D) each
         x = x + gate1 * self.attn(modulate(self.norm(x), shift1, scale1), mask)
         x = x + gate2 * self.mlp(modulate(self.norm(x), shift2, scale2))
@@ -300,15 +305,14 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(positions(*config.grid, config.hidden_size), False)
         self.x_embedder = Patches(config)
         self.t_embedder = Embedder(config.hidden_size)  # of t
-        self.s_embedder = Embedder(config.hidden_size)  # of t - s
+        self.s_embedder = Embedder(config.hidden_size)  # of t - s, under its published name
         self.guidance_embedder = Embedder(config.hidden_size)  # of 1 / w
         self.y_embedder = Labels(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = Final(config)
         self.run_block = Block.forward  # or what compile_blocks puts here
-        # In a pass with a derivative, so many blocks keep only their input for the backward, and
-        # run again there. A pass without a derivative goes backward on its own and keeps less, so
-        # there half of them are enough.
+        # Activation checkpointing: so many blocks are computed again in the backward. In passes
+        # without a tangent, which need less memory, half as many.
         self.checkpoint_blocks = 0
         self.initialize()
 
@@ -340,7 +344,7 @@ class DiT(nn.Module):
         """
         x, *conditions = self.embed(x, t, s, y, w)
         checkpointed = self.checkpoint_blocks
-        if not isinstance(conditions[0], Dual):
+        if not any(isinstance(a, Dual) for a in (x, *conditions)):
             checkpointed = checkpointed // 2
         for i, block in enumerate(self.blocks):
             if torch.is_grad_enabled() and i < checkpointed:

@@ -137,7 +137,7 @@ def write_npz(out, batches, n, labels):
 
 def write_folder(out, batches, labels):
     """PNGs. dataset.json has the form that `prepare.py folder` reads, which is EDM's."""
-    partial = out + ".partial"
+    partial = out + ".tvm-partial"  # a name that nobody else gives to a folder
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was cut off
     os.makedirs(partial)
     names = []

@@ -74,7 +74,7 @@ class Report:
     def __init__(self, out, config, header, data, network, device, rank, ranks):
         """out: the folder. config: the constants. header, data: of dataset.load_dataset.
 
-        network: the one that is sampled (theta**). Only rank 0 writes.
+        network: the evaluation network, an EMA of the model. Only rank 0 writes.
         """
         self.out = out
         self.config = config

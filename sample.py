@@ -205,6 +205,15 @@ def prepare_out(args):
     if os.path.exists(args.out) and not is_folder and args.kind == "folder":
         raise CheckpointError(f"--out: {args.out} is there already, as a file")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    args.before = stamp(args.out)
+
+
+def stamp(path):
+    """What tells whether somebody has written `path` since; None where there is nothing."""
+    if not os.path.exists(path):
+        return None
+    status = os.stat(path)
+    return status.st_ino, status.st_mtime_ns
 
 
 def guidance_weight(asked, trained):
@@ -440,6 +449,9 @@ def main():
     parts = Parts(args.out + ".parts", key, plan.batches())
     if rank == 0:
         parts.hold()
+        if not args.fid and stamp(args.out) != args.before:  # while this run waited for the lock
+            parts.remove()
+            raise CheckpointError(f"--out: another run has just written {args.out}")
         if plan.class_counts:
             tell_classes(plan.classes, class_names(header))
     wait_for_all()

@@ -9,7 +9,7 @@ Train a TVM model. The constants below are the default run, real handwritten dig
 
 The presets im256_* and im512_* are DiT-XL/2 on ImageNet latents (docs/imagenet.md).
 
-Edit the constants in place; --name=value overrides one. Output, in out/NAME/:
+Edit the constants in place; a flag such as --lr=1e-3 overrides one. Output, in out/NAME/:
     ckpt.safetensors        the evaluation network, with everything that sample.py needs
     state_STEP.safetensors  weights, both EMAs, optimizer: the same command again goes on from here
     log.jsonl               constants and commit, then losses and scores
@@ -88,14 +88,14 @@ depth          = option(4,          "blocks", least=1)
 num_heads      = option(4,          "attention heads", least=1)
 patch_size     = option(2,          "pixels on the side of a token", least=1)
 semi_lipschitz = option(True,       "False: LayerNorm, no QK norm, plain modulation")
-checkpoint_blocks = option(0,       "blocks that keep only their input", least=0, later=True)
+checkpoint_blocks = option(0,       "blocks computed again in backward", least=0, later=True)
 time_init      = option("spectral", "of the time MLPs", choices=("spectral", "normal"))
 scaled         = option(True,       "displacement (s-t) w F instead of (s-t) F")
 # objective
 objective      = option("tvm",      "what is trained: loss.py has the formulas", choices=OBJECTIVES)
-kappa          = option(0.5,        "meanflow's; its omega is w (1-kappa)")
+kappa          = option(0.5,        "MeanFlow only: share of the class velocity in its target")
 times          = option("gap*",     "how times are drawn: loss.py has the formulas", choices=TIMES)
-mu             = option(-0.8,       "logit-normal of the gap (gap, gap*) or of t (trunc, clamp)")
+mu             = option(-0.8,       "logit-normal of the gap, or of t (trunc, clamp: try 1)")
 sigma          = option(1.0,        "its deviation")
 mu_s           = option(-0.4,       "logit-normal of s")
 sigma_s        = option(1.0,        "its deviation")
@@ -112,13 +112,13 @@ batch_size     = option(64,         "images a step, of all ranks together", leas
 micro_batch    = option(0,          "images at once; 0: batch_size / ranks", least=0, later=True)
 lr             = option(2e-3,       "learning rate", least=0)
 warmup         = option(0,          "steps in which the learning rate rises to lr", least=0)
-beta1          = option(0.9,        "rate of the first moment", least=0, below=1)
-beta2          = option(0.95,       "rate of the second moment", least=0, below=1)
-eps            = option(1e-8,       "added to the root of the second moment", least=0)
+beta1          = option(0.9,        "decay of the first moment", least=0, below=1)
+beta2          = option(0.95,       "decay of the second moment", least=0, below=1)
+eps            = option(1e-8,       "AdamW's epsilon", least=0)
 weight_decay   = option(0.0,        "decoupled", least=0)
 grad_clip      = option(0.0,        "largest gradient norm; 0: no clipping", least=0)
-ema_target     = option(0.99,       "rate of theta*, the loss's target network", least=0, below=1)
-ema_eval       = option(0.995,      "rate of theta**, which is sampled", least=0, below=1)
+ema_target     = option(0.99,       "decay of F*, the loss's target network", least=0, below=1)
+ema_eval       = option(0.995,      "decay of the network that is sampled", least=0, below=1)
 # reports
 log_every      = option(50,         "steps from line to line of the log", least=1, later=True)
 sample_every   = option(500,        "steps from picture to picture", least=1, later=True)
@@ -142,7 +142,7 @@ PRESETS = {
     "shapes": dict(
         dataset="shapes", hidden_size=384, depth=8, num_heads=6, patch_size=4,
         steps=3000, batch_size=256, lr=1e-3, w=2.0, ema_eval=0.999, classifier="cnn",
-        mu_s=0.4,  # flat colours outlive more noise than latents do: later times decide
+        mu_s=0.4,  # flat colours stay visible up to later times than latents do
         log_every=100, sample_every=1000, save_every=1000,
     ),
     "cifar10": dict(
@@ -163,7 +163,7 @@ PRESETS = {
 OPTIONS = options_of(globals())
 config = configure(OPTIONS, PRESETS, __doc__)
 config["name"] = config["name"] or config["preset"] or config["dataset"]
-globals().update(config)  # from here on lr is a number
+globals().update(config)  # every Option above becomes its value: lr is now 0.002
 out = os.path.join("out", name)
 
 # ---- ranks and device ----------------------------------------------------------------------------
@@ -238,8 +238,8 @@ if init_from:
     if rank == 0:
         for line in left_out:
             print(f"init_from: not taken: {line}")
-target = copy.deepcopy(model).requires_grad_(False)  # theta*
-evaluated = copy.deepcopy(model).requires_grad_(False)  # theta**
+target = copy.deepcopy(model).requires_grad_(False)  # F*: an EMA of the model, in the loss
+evaluated = copy.deepcopy(model).requires_grad_(False)  # a slower EMA: sampled and kept
 nets = {"model": model, "target": target, "eval": evaluated}
 model.checkpoint_blocks = checkpoint_blocks
 parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
@@ -369,7 +369,7 @@ if ranks > 1:
         for t in net.state_dict().values():
             dist.broadcast(t, 0)  # so that they cannot differ
 if device.type == "cuda":
-    torch.cuda.empty_cache()  # what a state was loaded through
+    torch.cuda.empty_cache()  # gives back the memory that held the loaded state
 if first_step > steps:
     fail(f"{out} has come to step {first_step} already, beyond steps {steps}")
 
@@ -387,8 +387,8 @@ if first_step > 0:
 def gradients(x0, y, *drawn):
     """Forward and backward of a micro-batch. Returns its terms.
 
-    Its share of the gradient of the global batch is added to what is there. A micro-batch that is
-    all of this rank's batch replaces it, so that gradients may lie where activations were.
+    Its share of the gradient of the global batch is added to .grad. Where one micro-batch is all of
+    this rank's batch, .grad is dropped first, and its memory serves the forward.
     """
     if whole_batch:
         optimizer.zero_grad()
@@ -420,17 +420,18 @@ progress = tqdm(
 )
 for step in progress:
     images, labels = batches.get(step, steps)
-    noise_seed = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
+    # Of all that is drawn in this step: a continuation needs no generator's state.
+    step_seed = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
     losses.begin_step()
     for first in range(0, local_batch, micro_batch):
         x0 = images[first : first + micro_batch].to(device, non_blocking=True)
         y = labels[first : first + micro_batch].to(device, non_blocking=True)
         x0 = (x0 - column(mean, x0[0])) / column(std, x0[0])
-        drawn = tvm.draw(x0, noise_seed, rank * local_batch + first, batch_size)
+        drawn = tvm.draw(x0, step_seed, rank * local_batch + first, batch_size)
         if use_graph and graph is None:
             graph = Graph(gradients, [x0, y, *drawn])
         if first == 0 and not whole_batch:
-            optimizer.zero_grad(set_to_none=False)
+            optimizer.zero_grad(set_to_none=False)  # after Graph, which has run gradients
         terms = graph(x0, y, *drawn) if use_graph else gradients(x0, y, *drawn)
         losses.add(terms)
 
@@ -444,14 +445,15 @@ for step in progress:
     common = torch.stack([norm, losses.of_step(), torch.full_like(norm, stop_request.asked())])
     if ranks > 1:
         dist.all_reduce(common)
-    norm, error, stop = (common / ranks).tolist()
+    norm, error, share_that_asks = (common / ranks).tolist()
+    stop = share_that_asks > 0
 
     if math.isfinite(norm) and math.isfinite(error):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
         optimizer.step()
-        torch._foreach_lerp_(target_weights, weights, 1 - ema_target)  # theta*
-        torch._foreach_lerp_(eval_weights, weights, 1 - ema_eval)  # theta**
+        torch._foreach_lerp_(target_weights, weights, 1 - ema_target)
+        torch._foreach_lerp_(eval_weights, weights, 1 - ema_eval)
         losses.end_step(norm)
         skipped_in_a_row = 0
     else:
@@ -473,8 +475,12 @@ for step in progress:
             fail(f"the ranks' weights have come apart before step {done}; {last_good(out)}")
         shown = report.losses(done, losses, batches, skipped)
         progress.set_postfix_str(shown)
-    # While steps are skipped nothing is saved: a good state stays until steps are good again.
-    if (done % save_every == 0 and not skipped_in_a_row) or done == steps or stop:
+    # While steps are skipped nothing is saved: a good state stays until steps are good again. At
+    # the end the weights decide.
+    is_last = done == steps or stop
+    if is_last and skipped_in_a_row and not all(p.isfinite().all() for p in weights):
+        fail(f"the weights at step {done} are not finite; {last_good(out)}")
+    if (done % save_every == 0 and not skipped_in_a_row) or is_last:
         saved = report.attempt(f"the checkpoint of step {done}", save, done, errors=OSError)
     if stop:
         break

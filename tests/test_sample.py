@@ -35,6 +35,7 @@ import dataset
 import fid
 import files
 import model as m
+import parts
 import pictures
 import sample as s
 import scores
@@ -565,3 +566,34 @@ def test_checkpoints_that_cannot_be(folder, part, key, value):
     about[part][key] = value
     ckpt.save_tensors("c.safetensors", tensors, about)
     assert "does not fit its own config" in run("c.safetensors")
+
+
+def test_two_runs_of_one_output(folder, monkeypatch):
+    """A second run that waited while the first one wrote OUT ends in one line, and OUT stays."""
+    make_checkpoint("ckpt.safetensors")
+    assert run_script("sample.py", "ckpt.safetensors", "--n", 3, "--out", "a.npz") is None
+    with open("a.npz", "rb") as f:
+        before = f.read()
+    hold = parts.Parts.hold
+
+    def hold_late(self):
+        os.utime("a.npz", ns=(1, 1))  # as if the other run had just written it
+        hold(self)
+
+    monkeypatch.setattr(parts.Parts, "hold", hold_late)
+    complaint = run_script("sample.py", "ckpt.safetensors", "--n", 5, "--out", "a.npz")
+    assert "another run has just written a.npz" in complaint
+    with open("a.npz", "rb") as f:
+        assert f.read() == before
+    assert not os.path.exists("a.npz.parts")
+
+
+def test_a_folder_of_another_name_stays(folder):
+    """What lies in OUT.partial is the user's."""
+    make_checkpoint("ckpt.safetensors")
+    os.makedirs("mine.partial")
+    with open("mine.partial/x.txt", "w") as f:
+        f.write("precious")
+    assert run_script("sample.py", "ckpt.safetensors", "--n", 2, "--out", "mine") is None
+    assert os.path.exists("mine.partial/x.txt")
+    assert len(os.listdir("mine")) == 3  # two pictures and their labels
