@@ -3,7 +3,7 @@ What the network makes -> pictures, and the files that hold them.
 
     images = to_images(x0, header, vae)      # network units -> uint8 (B, H, W, C)
     grid(images, columns).save("grid.png")   # one picture of many
-    write_images(out, batches, n, labels, columns)   # a grid, an .npz or a folder of PNGs
+    write_images(out, "npz", batches, n, labels, columns)   # or "png": a grid; "folder": PNGs
 
 Images are uint8 (N, H, W, C). A picture shows 1 or 3 channels, so of 2 it shows the first, and of
 more than 3 the first three. An .npz holds all of them.
