@@ -54,6 +54,7 @@ import json
 import math
 import os
 import sys
+import time
 from typing import NamedTuple
 
 import torch
@@ -335,6 +336,14 @@ if triton is not None:
         return out
 
     @triton.jit
+    def where(condition, x):
+        """x in the rows where the condition, a column, holds, and zeros in the others."""
+        out = ()
+        for n in tl.static_range(len(x)):
+            out = out + (tl.where(condition, x[n], 0.0),)
+        return out
+
+    @triton.jit
     def row_sums(x, y):
         """The sums of x y over the head dimension, in float32."""
         total = tl.sum(x[0].to(tl.float32) * y[0].to(tl.float32), 1)
@@ -499,6 +508,38 @@ if triton is not None:
         return S
 
     @triton.jit
+    def key_mask(MASK, st, b, j, Sk):
+        """Of the keys j: what a key mask adds to their scores, and whether they are seen."""
+        inside = j < Sk
+        at = tl.cast(b, tl.int64) * st[0] + tl.cast(j, tl.int64) * st[3]
+        mask = tl.load(MASK + at, mask=inside, other=0)
+        if MASK.dtype.element_ty == tl.uint8:
+            return tl.zeros_like(mask).to(tl.float32), inside & (mask != 0)
+        else:
+            mask = mask.to(tl.float32)
+            return mask, inside & (mask > HIDDEN)
+
+    @triton.jit
+    def smaller_and_larger(a, b, c, d):
+        """How `tl.reduce` finds a minimum and a maximum at once."""
+        return tl.minimum(a, c), tl.maximum(b, d)
+
+    @triton.jit
+    def seen_keys(MASK, st, b, Sk):
+        """Of a key mask: how many keys at the beginning it leaves as they are, and how many there
+        are up to the last that is seen."""
+        SPAN: tl.constexpr = 512
+        lane = tl.arange(0, SPAN)
+        first = tl.full((SPAN,), 2**30, tl.int32)
+        last = tl.full((SPAN,), 0, tl.int32)
+        for n0 in range(0, Sk, SPAN):
+            j = n0 + lane
+            added, seen = key_mask(MASK, st, b, j, Sk)
+            first = tl.where(seen & (added == 0), first, tl.minimum(first, j))
+            last = tl.where(seen, j + 1, last)
+        return tl.reduce((first, last), 0, smaller_and_larger)
+
+    @triton.jit
     def centred(P, tS, centre, sum_P, mu):
         """P (tS - centre), and the row sums of P and of it added to sum_P and mu, which hold eight
         partial sums a row."""
@@ -554,6 +595,8 @@ if triton is not None:
         end = Sk
         if CAUSAL:
             end = tl.minimum(Sk, m0 + BM)
+        if MASKED == KEY_MASK:
+            free, end = seen_keys(MASK, stmask, b, Sk)  # keys before `free` need no mask
         for n0 in range(0, end, BN):
             k = load(K, b, hk, n0, Sk, stk, W, BN, EVEN, TMA)
             if TK is not None:
@@ -568,16 +611,18 @@ if triton is not None:
             if not EVEN:
                 S = tl.where(j < Sk, S, float("-inf"))
             if HIDES:
-                i = (m0 + tl.arange(0, BM))[:, None]
-                S = hide(S, MASK, stmask, b, h, i, j, Sq, Sk, scale, MASKED, CAUSAL)
+                if MASKED != KEY_MASK or n0 + BN > free:
+                    i = (m0 + tl.arange(0, BM))[:, None]
+                    S = hide(S, MASK, stmask, b, h, i, j, Sq, Sk, scale, MASKED, CAUSAL)
             m_new = tl.maximum(m, tl.max(S, 1) * scale2)
             shift = m_new
-            if MASKED != NO_MASK:  # no key seen yet: any finite shift leaves P = 0
+            if MASKED != NO_MASK:
+                # No key seen yet: any finite shift leaves P = 0.
                 shift = tl.where(m_new == float("-inf"), 0.0, m_new)
             P = tl.exp2(S * scale2 - shift[:, None])
             if SCORES_MOVE:
-                # Centred on a mean over the first keys, P (tS - centre) keeps its digits where tK
-                # has a large common part.
+                # Centred on a mean over the first keys, P (tS - centre) keeps its digits where
+                # tK has a large common part.
                 if n0 == 0:
                     if CENTRE_BY_P and MASKED == NO_MASK:
                         centre = tl.sum(P * tS, 1) / tl.sum(P, 1) * scale
@@ -680,6 +725,8 @@ if triton is not None:
             end = Sk
             if CAUSAL:
                 end = tl.minimum(Sk, m0 + BM)
+            if MASKED == KEY_MASK:
+                free, end = seen_keys(MASK, stmask, b, Sk)  # keys before `free` need no mask
             for n0 in range(0, end, BN):
                 k = load(K, b, hk, n0, Sk, stk, W, BN, EVEN, TMA)
                 v = load(V, b, hk, n0, Sk, stv, W, BN, EVEN, TMA)
@@ -709,7 +756,9 @@ if triton is not None:
                 S = dot_t(q, k, None, PREC)
                 j = (n0 + tl.arange(0, BN))[None, :]
                 if HIDES:
-                    S = hide(S, MASK, stmask, b, h, i[:, None], j, Sq, Sk, scale, MASKED, CAUSAL)
+                    if MASKED != KEY_MASK or n0 + BN > free:
+                        qi = i[:, None]
+                        S = hide(S, MASK, stmask, b, h, qi, j, Sq, Sk, scale, MASKED, CAUSAL)
                 P = tl.exp2(S * (scale * LOG2E) - lse[:, None])
                 if not EVEN:
                     P = tl.where(j < Sk, P, 0.0)
@@ -751,13 +800,16 @@ if triton is not None:
         Tiles of scores are (BN, BM). PAIR: K and TK, and V and TV, are loaded in pairs."""
         PRIMAL: tl.constexpr = DK is not None or DV is not None
         SCORES_MOVE: tl.constexpr = DTO is not None and (TQ is not None or TK is not None)
-        HIDES: tl.constexpr = CAUSAL or MASKED != NO_MASK
+        HIDES: tl.constexpr = CAUSAL or MASKED == DENSE_MASK
+        ADDS: tl.constexpr = MASKED == KEY_MASK and MASK.dtype.element_ty != tl.uint8
         if SAME:
             sttq = stq
             stdo = stq
             stdto = stq
         bh, b, hk, n0 = block_of(Sk, H, BN, FLAT, False)
         j = (n0 + tl.arange(0, BN))[:, None]
+        if MASKED == KEY_MASK:
+            added, seen = key_mask(MASK, stmask, b, j, Sk)
         k = load(K, b, hk, n0, Sk, stk, W, BN, False, False)
         v = load(V, b, hk, n0, Sk, stv, W, BN, False, False)
         if DK is not None:
@@ -776,6 +828,18 @@ if triton is not None:
             dtk = zeros(BN, W)
         if DTV is not None:
             dtv = zeros(BN, W)
+        if MASKED == KEY_MASK:
+            if tl.max(seen.to(tl.int32)) == 0:  # nobody sees these keys
+                nothing = zeros(BN, W)
+                if DK is not None:
+                    store(DK, nothing, b, hk, n0, Sk, sto, W, BN, False)
+                if DV is not None:
+                    store(DV, nothing, b, hk, n0, Sk, sto, W, BN, False)
+                if DTK is not None:
+                    store(DTK, nothing, b, hk, n0, Sk, sto, W, BN, False)
+                if DTV is not None:
+                    store(DTV, nothing, b, hk, n0, Sk, sto, W, BN, False)
+                return
         start = 0
         if CAUSAL:  # queries before these keys see none of them
             start = n0 // BM * BM
@@ -836,6 +900,8 @@ if triton is not None:
             if HIDES:
                 i = (m0 + tl.arange(0, BM))[None, :]
                 S = hide(S, MASK, stmask, b, h, i, j, Sq, Sk, scale, MASKED, CAUSAL)
+            if ADDS:
+                S += added * (1 / scale)
             P = tl.exp2(S * (scale * LOG2E) - lse[None, :])
             # Products into different accumulators follow each other, so that few wait for the one
             # before.
@@ -854,6 +920,18 @@ if triton is not None:
                 dv = dot((P * N).to(q[0].dtype), dto, dv, PREC)
             if DK is not None:
                 dk = dot((P * G).to(q[0].dtype), q, dk, PREC)
+        if MASKED == KEY_MASK:
+            # In the loop the rows of hidden keys meet no others, so they are hidden here. The mask
+            # is loaded again to keep registers free.
+            added, seen = key_mask(MASK, stmask, b, j, Sk)
+            if DV is not None:
+                dv = where(seen, dv)
+            if DK is not None:
+                dk = where(seen, dk)
+            if DTV is not None:
+                dtv = where(seen, dtv)
+            if DTK is not None:
+                dtk = where(seen, dtk)
         if DV is not None:
             store(DV, dv, b, hk, n0, Sk, sto, W, BN, False)
         if DK is not None:
@@ -888,7 +966,7 @@ HOPPER = {
         96: Tile(64, 64, 4, 2),
         128: Tile(128, 64, 8, 2),
         192: Tile(128, 32, 8, 2),
-        256: Tile(32, 16, 4, 2),
+        256: Tile(32, 32, 4, 2),
     },
     # Fewer than 512 keys: a short loop mostly waits at its ends, where three programs a
     # multiprocessor beat two.
@@ -913,13 +991,13 @@ HOPPER = {
         96: Tile(64, 64, 4, 3),
         128: Tile(64, 64, 4, 2, tma=True),
         192: Tile(32, 64, 4, 2),
-        256: Tile(32, 64, 4, 2),
+        256: Tile(64, 64, 8, 2),
     },
     # Above 128 the accumulators of two gradients do not fit: each has a pass of its own.
     "dq": {192: Tile(64, 16, 4, 2), 256: Tile(64, 16, 4, 2)},
-    "dtq": {192: Tile(128, 32, 8, 2), 256: Tile(128, 32, 8, 2)},
+    "dtq": {192: Tile(128, 32, 8, 2), 256: Tile(128, 32, 8, 3)},
     "dk": {192: Tile(16, 64, 4, 2), 256: Tile(16, 64, 4, 3)},
-    "dv": {192: Tile(32, 64, 4, 2), 256: Tile(32, 64, 4, 2)},
+    "dv": {192: Tile(32, 64, 4, 2), 256: Tile(32, 128, 8, 1)},
 }
 TABLES = {9: HOPPER}  # by the major number of the compute capability
 
@@ -1010,6 +1088,7 @@ def table_tile(name, D, device):
 # kept in a file, so that this happens once for a GPU, a version of Triton and a version of this
 # file; of several processes on one machine one does it and the others read the file.
 
+LOCK_WAIT = 120  # seconds for which a process waits for another's tuning
 SPILLS_ALLOWED = 32  # registers a thread that may live in memory without much harm
 _tuned = {}  # path of a file -> what it holds: a dict from a description to [*Tile, milliseconds]
 _said = set()
@@ -1048,7 +1127,7 @@ def _read_tuning(path):
 
 def _write_tuning(path, entries):
     """Written aside and renamed, so that nobody ever reads half a file."""
-    aside = f"{path}.{os.getpid()}.partial"
+    aside = f"{path}.{os.getpid()}.tvm-partial"
     with open(aside, "w") as f:
         json.dump(entries, f, indent=1)
         f.flush()
@@ -1058,13 +1137,29 @@ def _write_tuning(path, entries):
 
 @contextlib.contextmanager
 def _alone(path):
-    """Waits until no other process of this machine is tuning for the same file."""
+    """Waits until no other process of this machine is tuning for the same file.
+
+    After LOCK_WAIT seconds it goes on all the same: tuning twice is better than waiting for ever.
+    """
     if fcntl is None:
         yield
         return
     with open(path + ".lock", "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
+        give_up = time.monotonic() + LOCK_WAIT
+        while True:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > give_up:
+                    _say(f"{path}.lock was held for {LOCK_WAIT} s: tuning without it")
+                    break
+            time.sleep(0.05)
+        try:
+            yield
+        finally:
+            # Said outright, because a process forked meanwhile has the file open as well.
+            fcntl.flock(f, fcntl.LOCK_UN)
 
 
 def _fastest(tiles, build, measure):
@@ -1418,13 +1513,19 @@ def _strides(q, k, v, tq, tk, tv, *others):
     return tuple(x.stride() for x in (q, k, v, tq, tk, tv, *others))
 
 
-def _empty_outputs(q, save):
-    first, second = chunk_widths(q.size(3))
-    words = 0
-    if save and q.dtype != torch.float32:
-        words = low_words(first) + low_words(second)
+@functools.cache
+def _low_bits_layout(D):
+    """How many words of low bits a row of tO has, and of which dtype."""
+    first, second = chunk_widths(D)
     # Words of two columns in chunks of 16, of four in chunks of 32, of eight in wider ones.
-    word = {16: torch.int8, 32: torch.int16}.get(first, torch.int32)
+    dtype = {16: torch.int8, 32: torch.int16}.get(first, torch.int32)
+    return low_words(first) + low_words(second), dtype
+
+
+def _empty_outputs(q, save):
+    words, word = _low_bits_layout(int(q.size(3)))
+    if not save or q.dtype == torch.float32:
+        words = 0
     low_bits_of_to = q.new_empty((*q.shape[:3], words), dtype=word)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     mu = q.new_empty(q.shape[:3], dtype=torch.float32)

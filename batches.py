@@ -1,15 +1,15 @@
 """
 The batches of a run: which images a step trains on, and their way to the device.
 
-    batches = Batches(header, data, seed, batch_size, rank, ranks, device)
+    batches = Batches(header, data, seed, batch_size, steps, device, rank, ranks)
     for step in range(first_step, steps):
-        x0, y = batches.get(step, steps)
+        x0, y = batches.get(step)
 
 The order is an endless sequence of seeded permutations, one an epoch. It is a function of the seed
 and the step alone, so it does not depend on the ranks or on interruptions. To train on a stream of
 data write another `fetch`; to train on captions, other `conditions`.
 
-Before that, `misfit` tells what is wrong with training on a dataset with a run's constants.
+Before that, `why_not_train` tells what is wrong with training on a dataset with a run's constants.
 """
 
 import functools
@@ -25,7 +25,7 @@ from vae import draw_latents
 AHEAD = 3  # batches that are read while the device computes
 
 
-def misfit(header, path, config):
+def why_not_train(header, path, config):
     """What keeps a run with these constants from training on these data, in one line, or None."""
     if not header["count"]["train"]:
         return f"{path} holds no training images"
@@ -38,13 +38,12 @@ def misfit(header, path, config):
     side = min(header["shape"][1:])
     if config["classifier"] == "cnn" and side < 4:
         return f'classifier "cnn" takes images of at least 4 pixels, not {side}'
-    w = config["w"]
     if config["guidance"] == "constant":
-        guided = w != 1
+        guided = config["w"] != 1
     else:
         guided = (config["w_min"], config["w_max"]) != (1, 1)
     if guided and not header["num_classes"]:
-        return f"{path} has no classes, so there is nothing to guide: --w=1, not {w:g}"
+        return f"{path} has no classes, so there is nothing to guide: --guidance=constant --w=1"
     if guided and config["label_dropout"] == 0:
         return (
             "guidance needs a network that knows no class too: "
@@ -62,12 +61,16 @@ def conditions(labels, header):
 
 
 class Batches:
-    def __init__(self, header, data, seed, batch_size, rank, ranks, device):
-        """header and data: of dataset.load_dataset. batch_size: of all ranks together."""
+    def __init__(self, header, data, seed, batch_size, steps, device, rank, ranks):
+        """header and data: of dataset.load_dataset. batch_size: of all ranks together.
+
+        steps: where the run ends, beyond which nothing is read ahead.
+        """
         self.header = header
         self.data = data
         self.seed = seed
         self.batch_size = batch_size
+        self.steps = steps
         self.device = device
         self.local_batch = batch_size // ranks
         self.first_row = rank * self.local_batch
@@ -75,18 +78,18 @@ class Batches:
         self.pool = ThreadPoolExecutor(1)
         self.fetched = deque()  # of this step and the next ones
 
-    def get(self, step, steps):
+    def get(self, step):
         """This rank's rows of a step's batch: images (n, C, H, W) and y (n, ...) on the host.
 
         Steps must be asked for in order. What fetch raises is raised here.
         """
         if not self.fetched:
-            for later in range(step, min(step + AHEAD, steps)):
+            for later in range(step, min(step + AHEAD, self.steps)):
                 self.fetched.append(self.pool.submit(self.fetch, later))
         start = time.perf_counter()
         batch = self.fetched.popleft().result()
         self.waited += time.perf_counter() - start
-        if step + AHEAD < steps:
+        if step + AHEAD < self.steps:
             self.fetched.append(self.pool.submit(self.fetch, step + AHEAD))
         return batch
 

@@ -28,7 +28,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from torch.nn import functional
 
 import bench_attention
 import inception
@@ -38,7 +38,7 @@ from files import HERE, UserError
 from frechet import FEATURES, Moments, frechet_distance
 from latents import SD_VAE
 from model import SIZES, DiT, DiTConfig
-from options import Parser, one_line
+from options import Parser, run
 from sample import fast, sample
 from step import TrainingStep, milliseconds
 
@@ -46,7 +46,7 @@ MODES = {  # of a step: what TrainingStep is given, and passes that its products
     "eager": (dict(compiled=False), 11),
     "compiled": ({}, 11),
     "checkpointed": (dict(checkpoint=True), 11),
-    "detach_jvp": (dict(detach=True), 9),
+    "detach_jvp": (dict(detach_jvp=True), 9),
     "flow_matching": (dict(flow=True), 3),
 }
 KERNELS = {  # kinds of GPU kernels by what their names hold; the first kind that fits
@@ -278,7 +278,7 @@ def fid_table(batch):
 def blurred_noise(batch, side):
     """uint8 (batch, 3, 256, 256): noise of side x side, enlarged."""
     noise = torch.rand(batch, 3, side, side, device="cuda") * 256
-    return F.interpolate(noise, 256, mode="bicubic").clamp(0, 255).byte()
+    return functional.interpolate(noise, 256, mode="bicubic").clamp(0, 255).byte()
 
 
 def distance_of_blurs(net, batch):
@@ -358,9 +358,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (UserError, torch.OutOfMemoryError) as error:
-        sys.exit(f"bench.py: {one_line(error)[:300]}")
+    run(main)

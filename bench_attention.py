@@ -37,7 +37,7 @@ ODD_SHAPES = [  # B, H, Sq, Sk, D, small, for compute-sanitizer
     (1, 1, 129, 70, 128),
     (1, 1, 1, 1, 8),
 ]
-MATHS_UP_TO = 1024  # tokens, with --quick; the formulas in PyTorch are slow
+MATHS_UP_TO = 1024  # tokens, with --quick and up to head size 128; the formulas are slow
 
 
 # ---- what is timed -------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def table_row(shape, quick):
     x, d = make_inputs(shape)
     plain = F.scaled_dot_product_attention
     functions = {"full": (A.attention_jvp, x), "plain": (plain, x[:3]), **variants(x)}
-    rounds, calls = (1, 10) if quick else (5, 30)
+    rounds, calls = (2, 8) if quick else (5, 30)
     found = in_turns(functions, d, rounds, calls)
     forward, backward = found["full"]
     plain_forward, plain_backward = found["plain"]
@@ -232,9 +232,10 @@ def table_row(shape, quick):
         row[name] = f"{f:.2f}/{b:.2f}"
 
     row["maths"] = row["compiled"] = row["graph"] = row["plain graph"] = "-"
-    if not quick or S <= MATHS_UP_TO:
+    if not quick or S <= MATHS_UP_TO or D > 128:
         row["maths"] = pair(times(torch_maths, x, d, 10))
         torch._dynamo.reset()
+        torch._functorch.config.donated_buffer = False  # for a backward that is made repeatedly
         row["compiled"] = pair(times(torch.compile(torch_maths), x, d, 10))
     if S <= 256:
         row["graph"] = pair(times_in_a_graph(A.attention_jvp, x, d))
@@ -299,14 +300,23 @@ def draw_plot(path, quick, H=24, D=128):
 
 
 def sanitize():
-    """Small odd shapes, once, forward and backward, for compute-sanitizer to watch."""
+    """Small odd shapes, forward and backward, for compute-sanitizer to watch."""
     for B, H, Sq, Sk, D in ODD_SHAPES:
         x = []
         for S in (Sq, Sk, Sk, Sq, Sk, Sk):
             t = torch.randn(B, H, S, D, device="cuda", dtype=torch.bfloat16)
             x.append(t.requires_grad_())
-        o, to = A.attention_jvp(*x)
-        grads = torch.randn_like(o), torch.randn_like(to)
-        torch.autograd.grad((o, to), x, grads, retain_graph=True)
-        torch.autograd.grad(o, x[:3], torch.randn_like(o))
+        key_mask = torch.ones(B, 1, 1, Sk, dtype=torch.bool, device="cuda")
+        key_mask[..., Sk // 2 :] = False
+        dense_mask = torch.rand(B, H, Sq, Sk, device="cuda") > 0.5
+        for how in (
+            {},
+            dict(attn_mask=key_mask),
+            dict(attn_mask=dense_mask),
+            dict(is_causal=True),
+        ):
+            o, to = A.attention_jvp(*x, **how)
+            grads = torch.randn_like(o), torch.randn_like(to)
+            torch.autograd.grad((o, to), x, grads, retain_graph=True)
+            torch.autograd.grad(o, x[:3], torch.randn_like(o))
     torch.cuda.synchronize()

@@ -2,9 +2,9 @@
 Checkpoints: safetensors files with JSON in them and a checksum. Loading one executes nothing.
 
     save_tensors(path, tensors, about)                 # whole or not at all
-    tensors, about = load_tensors(path)                # Damaged where other bytes were written
-    tensors, about = load_checkpoint(path)             # or its evaluation network, of a state
-    save_state(folder, step, tensors, about, keep)     # and only then are older states deleted
+    tensors, about = load_tensors(path)                # raises Damaged where bytes have changed
+    tensors, about = load_checkpoint(path)             # of a state, its evaluation network
+    save_state(folder, step, tensors, about, keep)     # then deletes older states
     path, tensors, about = load_newest(folder)         # the newest state that is whole
 
 `about` is JSON: the network's config, the guidance it was trained with, the header of its data, and
@@ -138,11 +138,11 @@ def load_checkpoint(path, device="cpu", needs_about=True):
     """The network of a file -> (its tensors, about). Of a state it is the evaluation network."""
     tensors, about = load_tensors(path, device, needs_about)
     if "eval.pos_embed" in tensors:
-        tensors = with_prefix(tensors, "eval.")
+        tensors = strip_prefix(tensors, "eval.")
     return tensors, about
 
 
-def with_prefix(tensors, prefix):
+def strip_prefix(tensors, prefix):
     """The tensors whose names begin with a prefix, without it."""
     chosen = {}
     for name, t in tensors.items():
@@ -254,4 +254,4 @@ def last_good(folder):
     saved = states(folder)
     if not saved:
         return "nothing was saved yet"
-    return f"the last good checkpoint is {list(saved.values())[-1]}"
+    return f"what was saved last is {list(saved.values())[-1]}"

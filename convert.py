@@ -19,18 +19,17 @@ name ends the conversion.
 import io
 import math
 import os
-import sys
 
 import torch
 from tqdm import tqdm
 
 from checkpoint import save_tensors
-from dataset import DataError, load_dataset
+from dataset import load_dataset
 from files import CheckpointError, UserError
 from latents import SD_VAE
 from model import DiT, DiTConfig
-from options import Parser
-from pickles import RestrictedUnpickler, check_pickle, mapped, one_line
+from options import Parser, run
+from pickles import RestrictedUnpickler, check_pickle, mapped
 from vae import PUBLISHED
 
 # Everything in these modules becomes a Stub ...
@@ -194,9 +193,15 @@ class Reader(RestrictedUnpickler):
             storage = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             flat = torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage)
         except Exception as error:  # torch's own reader raises many kinds
-            reason = one_line(" ".join(str(error).split()), 120)
+            reason = in_one_line(error, 120)
             raise CheckpointError(f"a tensor in it is no plain storage: {reason}") from None
         return stub_of_tensor(flat)
+
+
+def in_one_line(error, longest):
+    """An error's text as one printable line: a stranger's file may put anything into it."""
+    line = " ".join(str(error).split())
+    return "".join(filter(str.isprintable, line))[:longest]
 
 
 def read_snapshot(path):
@@ -209,10 +214,10 @@ def read_snapshot(path):
                 content.seek(0)
                 return Reader(content, progress).load()
         except UserError as error:
-            reason = " ".join(str(error).split())
+            reason = in_one_line(error, 250)
         except Exception as error:  # whatever the bytes of a stranger lead to
-            reason = " ".join(f"not whole, or no pickle: {type(error).__name__}: {error}".split())
-    raise CheckpointError(f"{path} is refused: {reason[:250]}")
+            reason = in_one_line(f"not whole, or no pickle: {type(error).__name__}: {error}", 250)
+    raise CheckpointError(f"{path} is refused: {reason}")
 
 
 # ---- the network ---------------------------------------------------------------------------------
@@ -362,7 +367,7 @@ def main():
     try:
         model = network(data)
     except Exception as error:  # of a stranger's names, shapes and values
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = f"{type(error).__name__}: {in_one_line(error, 300)}"
         raise CheckpointError(
             f"{args.snapshot} does not hold a TVMWrapper with its DiT under ema or net: {reason}"
         ) from None
@@ -378,10 +383,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (UserError, DataError, OSError) as error:
-        # A file's name, too, may be a stranger's.
-        sys.exit("convert.py: " + one_line(" ".join(str(error).split())))
+    run(main)

@@ -4,9 +4,9 @@ The format of data/NAME: how it is read, and how it is written.
     header, data = load_dataset("data/digits")
     images, labels = data["train_images"], data["train_labels"]
 
-    writer = Writer("data/mine", (3, 64, 64), {"train": 900, "test": 100})
-    writer.set(0, image, label)              # ... and so on, for 1,000 images
-    writer.finish("mine", ["cats", "dogs"])  # only now is there a folder data/mine
+    with Writer("data/mine", (3, 64, 64), {"train": 900, "test": 100}) as writer:
+        writer.set(0, image, label)              # ... and so on, for 1,000 images
+        writer.finish("mine", ["cats", "dogs"])  # only now is there a folder data/mine
 
 A folder of data holds header.json and four arrays: {train,test}_images.npy (N, C, H, W) and
 {train,test}_labels.npy (N,) int64. The top of prepare.py says more. While it is written it is
@@ -14,14 +14,17 @@ called data/mine.partial, which one process holds from before its first byte.
 """
 
 import contextlib
+import errno
 import json
+import math
 import os
 import shutil
+import sys
 
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from files import UserError, hold, sync_folder, written
+from files import PARTIAL, UserError, hold, is_still_at, sync_folder, written
 from images import printable
 
 FORMAT = "tvm-data-1"
@@ -45,7 +48,10 @@ OURS = {
 
 
 class DataError(UserError):
-    """Something about the data, in one line for the user."""
+    """Something about the data, in one line for the user. Names in it are printable."""
+
+    def __init__(self, reason):
+        super().__init__(printable(reason))
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -175,12 +181,25 @@ def load_array(path, name, shape, dtype, mmap_mode=None):
 # ---- writing -------------------------------------------------------------------------------------
 
 
-def need_room(path, count, shape, dtype=np.uint8):
-    """Raise DataError where the disk has no room for `count` arrays of this shape.
+def new_memory_map(file, shape, dtype):
+    """A memory map of a new .npy file, whose room on the disk is taken now.
 
-    A memory map that finds none would end the process without a word.
+    A map that finds none later would end the process without a word. Raises OSError.
     """
-    need = count * int(np.prod(shape)) * np.dtype(dtype).itemsize
+    array = open_memmap(file, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(file, "r+b") as f:
+            try:
+                os.posix_fallocate(f.fileno(), 0, os.path.getsize(file))
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # of some network disks
+                    raise
+    return array
+
+
+def need_room(path, count, shape, dtype=np.uint8):
+    """Raise DataError where the disk has no room for `count` arrays of this shape."""
+    need = count * math.prod(shape) * np.dtype(dtype).itemsize
     free = shutil.disk_usage(os.path.dirname(path) or ".").free
     if need > free:
         raise DataError(
@@ -229,7 +248,7 @@ def claim(path, overwrite=False, keep=False, seconds=0):
 
 def is_ours(name):
     """Whether prepare.py writes a file of this name in NAME.partial."""
-    return name.removesuffix(".partial") in OURS
+    return name.removesuffix(PARTIAL) in OURS
 
 
 def refuse_strangers(partial):
@@ -254,6 +273,14 @@ def clear(path):
     for name in os.listdir(partial):
         if name != "lock" and is_ours(name):
             os.remove(os.path.join(partial, name))
+
+
+def undo(path, lock, error):
+    """Abandon what was begun, after an error. The disk's errors that name no file name the path."""
+    if not lock.closed and is_still_at(lock, os.path.join(path + ".partial", "lock")):
+        abandon(path, lock)
+    if isinstance(error, OSError) and error.strerror and not error.filename:
+        raise DataError(f"cannot write {path}: {error.strerror}") from None
 
 
 def abandon(path, lock):
@@ -285,7 +312,10 @@ def put_back(path):
     replaced = path + ".replaced"
     if os.path.exists(replaced):
         if os.path.exists(path):
-            shutil.rmtree(replaced)
+            try:
+                shutil.rmtree(replaced)
+            except OSError as error:
+                raise DataError(f"cannot remove {replaced}, delete it: {error.strerror}") from None
         else:
             os.rename(replaced, path)
 
@@ -316,7 +346,10 @@ def write_left_out(folder, left_out):
 
 
 class Writer:
-    """Arrays of a known size, written in NAME.partial, which becomes NAME when they are whole."""
+    """Arrays of a known size, written in NAME.partial, which becomes NAME when they are whole.
+
+    In a `with` statement whatever goes wrong, Ctrl-C too, removes what was written.
+    """
 
     def __init__(self, path, shape, count, dtype=np.uint8, begun=False, lock=None, overwrite=False):
         """path: data/NAME. shape: (C, H, W) of an image as it is stored. count: {"train": N,
@@ -330,22 +363,27 @@ class Writer:
         self.count = count
         self.dtype = np.dtype(dtype)
         self.overwrite = overwrite
-        self.lock = lock or claim(path, overwrite, keep=begun)
-        if not begun:
-            try:
-                need_room(path, sum(count.values()), shape, dtype)
-            except DataError:
-                if not lock:  # else the caller abandons it
-                    abandon(path, self.lock)
-                raise
         self.arrays = {}
-        for split, rows in count.items():
-            self.arrays[f"{split}_images"] = self.open_array(
-                f"{split}_images", (rows, *shape), dtype, begun
-            )
-            self.arrays[f"{split}_labels"] = self.open_array(
-                f"{split}_labels", (rows,), np.int64, begun
-            )
+        self.lock = lock or claim(path, overwrite, keep=begun)
+        try:
+            if not begun:
+                need_room(path, sum(count.values()), shape, dtype)
+            for split, rows in count.items():
+                images, labels = f"{split}_images", f"{split}_labels"
+                self.arrays[images] = self.open_array(images, (rows, *shape), dtype, begun)
+                self.arrays[labels] = self.open_array(labels, (rows,), np.int64, begun)
+        except BaseException as error:
+            if not lock:  # else the caller has to
+                self.__exit__(type(error), error, None)
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if error is not None:
+            self.arrays.clear()  # or Windows would not remove their files
+            undo(self.path, self.lock, error)
 
     def open_array(self, name, shape, dtype, begun):
         """A memory map of NAME.partial/name.npy, which is made unless it is begun."""
@@ -355,7 +393,7 @@ class Writer:
             np.save(file, array)
             return array
         if not begun:
-            return open_memmap(file, "w+", dtype, shape)
+            return new_memory_map(file, shape, dtype)
         np.load(file, mmap_mode="r")  # raises where the file was cut off, which "r+" would fill up
         return open_memmap(file, "r+", dtype, shape)
 
@@ -422,7 +460,10 @@ class Writer:
         os.remove(os.path.join(self.path, "lock"))
         self.lock.close()
         if is_replacement:
-            shutil.rmtree(replaced)
+            try:
+                shutil.rmtree(replaced)
+            except OSError as error:  # the new one is whole all the same
+                print(f"cannot remove {replaced}: {error.strerror}", file=sys.stderr)
         if os.name == "posix":
             sync_folder(os.path.dirname(self.path) or ".")
 
@@ -445,3 +486,18 @@ def describe_classes(names, most=8):
     if len(names) > most:
         shown += ", ..."
     return f"{len(names)} {'class' if len(names) == 1 else 'classes'}: {shown}"
+
+
+def describe_gaps(class_counts, most=5):
+    """ "2 of the 4 classes have no image: 1, 2", or "" where each class has one.
+
+    Such gaps are no mistake: a dataset.json may leave labels unused. train.py and sample.py draw
+    labels as often as they are there, and so never these.
+    """
+    empty = [str(label) for label, count in enumerate(class_counts) if count == 0]
+    if not empty:
+        return ""
+    shown = ", ".join(empty[:most])
+    if len(empty) > most:
+        shown += ", ..."
+    return f"{len(empty)} of the {len(class_counts)} classes have no image: {shown}"

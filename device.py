@@ -90,7 +90,8 @@ def join_ranks(backend, patience):
 
     patience: a timedelta after which a rank that falls silent ends the others. Restarts by
     torchrun --max_restarts work on one machine, and on several where torchrun's own store is off.
-    Raises UserError where that is not so, or where the ranks do not find each other.
+    Raises UserError for --max_restarts on several machines with that store, and where the ranks do
+    not find each other.
     """
     rank, ranks, _ = ranks_of_torchrun()
     if ranks == 1:
@@ -208,8 +209,8 @@ class Graph:
     """A function of CUDA tensors as one CUDA graph.
 
     A graph runs without the host's time between kernels, which is most of a small network's step.
-    Making one runs the function three times. Inputs and outputs keep their places in memory: the
-    next call overwrites them.
+    Making one calls the function four times: three to warm up, one to record. Inputs and outputs
+    keep their places in memory: the next call overwrites them.
     """
 
     def __init__(self, function, inputs):

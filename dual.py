@@ -12,7 +12,7 @@ as they are.
 import math
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from attention_jvp import attention, attention_jvp
 
@@ -79,34 +79,34 @@ def cat(parts, dim):
 def linear(layer, x):
     """W x + b, and W dx."""
     if isinstance(x, Dual):
-        return Dual(layer(x.value), F.linear(x.tangent, layer.weight))
+        return Dual(layer(x.value), functional.linear(x.tangent, layer.weight))
     return layer(x)
 
 
 def silu(x):
     """x g with g = sigmoid(x)."""
     if not isinstance(x, Dual):
-        return F.silu(x)
+        return functional.silu(x)
     g = torch.sigmoid(x.value)
     return Dual(x.value * g, g * (1 + x.value * (1 - g)) * x.tangent)
 
 
 def gelu(x):
-    """The tanh form, x g with g = sigmoid(z), z = 2 sqrt(2/pi) (x + 0.044715 x^3); dz is dz/dx."""
+    """The tanh form, x g with g = sigmoid(z), z = 2 sqrt(2/pi) (x + 0.044715 x^3)."""
     if not isinstance(x, Dual):
-        return F.gelu(x, approximate="tanh")
+        return functional.gelu(x, approximate="tanh")
     x, dx = x.value, x.tangent
     c = 2 * math.sqrt(2 / math.pi)
     x2 = x * x
     g = torch.sigmoid(x * (c + (c * 0.044715) * x2))
-    dz = c + (3 * c * 0.044715) * x2
-    return Dual(x * g, g * (1 + x * (1 - g) * dz) * dx)
+    slope = c + (3 * c * 0.044715) * x2  # dz/dx
+    return Dual(x * g, g * (1 + x * (1 - g) * slope) * dx)
 
 
 def rms_norm(x, weight=None):
     """x / rms(x) over the last dimension, times weight. The result is at least float32."""
     if not isinstance(x, Dual):
-        return F.rms_norm(at_least_float32(x), x.shape[-1:], weight, EPS)
+        return functional.rms_norm(at_least_float32(x), x.shape[-1:], weight, EPS)
     x, dx = at_least_float32(x.value), at_least_float32(x.tangent)
     r = torch.rsqrt((x * x).mean(-1, keepdim=True) + EPS)
     y = x * r
@@ -127,20 +127,23 @@ def without_mean(x):
 def attend(q, k, v, mask=None):
     """Attention of q (B, H, T, d) to k and v (B, H, S, d). Queries and keys are cast to v's dtype.
 
-    mask: as in F.scaled_dot_product_attention, for example (B, 1, 1, S) bool, False at padding.
+    mask: as torch's scaled_dot_product_attention takes it, for example (B, 1, 1, S) bool, False at
+    padding.
     """
     dtype = value_of(v).dtype
     q = linear_map(lambda x: x.to(dtype), q)
     k = linear_map(lambda x: x.to(dtype), k)
-    masked = {} if mask is None else {"attn_mask": mask}
     if not isinstance(v, Dual):
-        return attention(q, k, v, **masked)
-    o, do = attention_jvp(q.value, k.value, v.value, q.tangent, k.tangent, v.tangent, **masked)
+        return attention(q, k, v, mask)
+    o, do = attention_jvp(q.value, k.value, v.value, q.tangent, k.tangent, v.tangent, mask)
     return Dual(o, do)
 
 
 def modulate(x, shift, scale):
     return x * (1 + scale) + shift
+
+
+# ---- shapes and dtypes, for everyone -------------------------------------------------------------
 
 
 def column(a, like):

@@ -16,7 +16,6 @@ the files of statistics, imageset.py the images, inception.py the network.
 """
 
 import os
-import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,6 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from device import find_device, join_ranks, ranks_of_torchrun
-from files import UserError
 from frechet import (
     FEATURES,
     Moments,
@@ -38,10 +36,9 @@ from frechet import (
     statistics_in,
     write_npz,
 )
-from images import tell_misnamed
 from imageset import arrays_in, images_in, kind_of, open_images, tell
 from inception import FidError, load_inception, reading
-from options import Parser, one_line
+from options import Parser, run
 
 SAVE_SECONDS = 60  # between two saves of --state
 NEAREST = 3  # neighbours, of precision and recall
@@ -85,7 +82,7 @@ def measure(images, net, resize="tf1", batch=128, keep=True, state=None):
                 kept = [on_cpu(kept)]
                 write_npz(file, about=about, kept=kept[0], next=end, **moments.state())
                 saved = time.monotonic()
-    tell_misnamed(images.misnamed)
+    images.remarks.tell_misnamed()
     if ranks == 1:
         return moments, on_cpu(kept)
     moments.all_reduce()
@@ -291,7 +288,7 @@ def parse(argv):
         "--state", help="keep progress in files whose names begin so, and continue from them"
     )
     args = parser.parse_args(argv)
-    check(args)
+    check_options(args)
     # Complain before the work, not after it.
     for file in (args.reference if args.save_stats else None, args.state):
         if file:
@@ -299,7 +296,8 @@ def parse(argv):
     return args
 
 
-def check(args):
+def check_options(args):
+    """Raise FidError where options do not go together."""
     if args.batch < 1:
         raise FidError(f"--batch is at least 1, not {args.batch}")
     if args.save_stats and (not args.reference.endswith(".npz") or os.path.isdir(args.reference)):
@@ -404,9 +402,4 @@ def print_precision_recall(samples, reference):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (UserError, OSError, RuntimeError) as error:
-        sys.exit(f"fid.py: {one_line(error)}")
+    run(main)

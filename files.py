@@ -15,6 +15,10 @@ import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
+# The end of the name of a file, or a folder, that is being written. Whatever has it is ours: it is
+# overwritten, and removed where nobody is writing it.
+PARTIAL = ".tvm-partial"
+
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # of some network disks
 
 
@@ -30,25 +34,32 @@ class CheckpointError(UserError):
 def written(path):
     """Give a binary file to write. At the end it is synced and renamed to `path`.
 
-    Until then the bytes lie in `path`.partial, locked. Raises OSError where the disk is full or
-    another process is writing `path`; what was at `path` then stays as it was.
+    Until then the bytes lie in `path`.tvm-partial, which is locked. Raises OSError, with the name
+    `path`, where the disk is full or another process is writing `path`. What was at `path` then
+    stays as it was.
     """
-    aside = f"{path}.partial"
-    file = open_locked(aside)
+    aside = f"{path}{PARTIAL}"
     try:
-        file.truncate(0)  # of a writer that was killed
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-        if os.name != "posix":
-            file.close()  # Windows does not rename an open file
-        os.replace(aside, path)
-    except BaseException:
-        remove_locked(file, aside)  # it takes room that others need
-        raise
-    file.close()
-    if os.name == "posix":
-        sync_folder(os.path.dirname(path) or ".")
+        file = open_locked(aside)
+        try:
+            file.truncate(0)  # of a writer that was killed
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if os.name != "posix":
+                file.close()  # Windows does not rename an open file
+            os.replace(aside, path)
+        except BaseException:
+            remove_locked(file, aside)  # it takes room that others need
+            raise
+        file.close()
+        if os.name == "posix":
+            sync_folder(os.path.dirname(path) or ".")
+    except OSError as error:
+        of_this_file = error.errno is not None and error.filename in (None, aside)
+        if not of_this_file:  # of another file, which the caller reads
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def sync_folder(folder):
@@ -65,8 +76,8 @@ def hold(folder, seconds=0):
 
     Returns the locked file folder/lock, which must be kept: closing it gives the folder back.
     Waits `seconds` for a process that is about to end. Raises OSError, with the holder's name,
-    where it does not. Files *.partial in the folder that nobody is writing are of a save that was
-    cut off: they are removed.
+    where it does not. Files *.tvm-partial in the folder that nobody is writing are of a save that
+    was cut off: they are removed.
     """
     path = os.path.join(folder, "lock")
     try:
@@ -78,7 +89,7 @@ def hold(folder, seconds=0):
     lock.flush()
     for name in os.listdir(folder):
         leftover = os.path.join(folder, name)
-        if name.endswith(".partial") and os.path.isfile(leftover):
+        if name.endswith(PARTIAL) and os.path.isfile(leftover):
             remove_unless_locked(leftover)
     return lock
 
@@ -93,10 +104,12 @@ def remove_unless_locked(path):
 def remove_locked(file, path):
     """Remove a file and then let go of its lock. Before that nobody else can begin to write it."""
     if os.name != "posix":
-        file.close()  # Windows does not remove an open file
+        with contextlib.suppress(OSError):
+            file.close()  # Windows does not remove an open file
     with contextlib.suppress(OSError):
         os.remove(path)
-    file.close()
+    with contextlib.suppress(OSError):  # on a full disk the last bytes fail once more
+        file.close()
 
 
 def holder_of(path):

@@ -76,9 +76,12 @@ class Moments:
         total = Moments(len(self.mean))
         for state in states:
             total.merge(**state)
-        self.n, self.mean, self.scatter = total.n, total.mean, total.scatter
+        self.n = total.n
+        self.mean = total.mean
+        self.scatter = total.scatter
 
     def state(self):
+        """What `merge` takes, as a number and two arrays on the CPU."""
         return {
             "n": self.n,
             "mean": self.mean.cpu().numpy(),
@@ -100,7 +103,7 @@ class Moments:
             raise FidError(f"a covariance needs at least 2 images, not {self.n}")
         if self.few() and ranks_of_torchrun()[0] == 0:
             print(
-                f"fid.py: {self.n} images for {FEATURES} dimensions: the covariance is rank "
+                f"{self.n} images for {FEATURES} dimensions: the covariance is rank "
                 "deficient, FID biased upward",
                 file=sys.stderr,
             )
@@ -237,11 +240,6 @@ def names_of_statistics(path, names):
 
 
 def write_npz(path, **arrays):
-    """Raises FidError, with the file's name, where the disk is full."""
-    try:
-        with written(path) as file:
-            np.savez(file, **arrays)
-    except OSError as error:
-        if error.filename:
-            raise
-        raise FidError(f"cannot write {path}: {error.strerror or error}") from None
+    """Write an .npz, whole or not at all. Raises OSError, with the file's name."""
+    with written(path) as file:
+        np.savez(file, **arrays)

@@ -2,8 +2,8 @@
 Which files are images, and how one is read. prepare.py and fid.py both go by this file.
 
     found = find_images("photos")            # all images below a folder or in a .zip, sorted
-    pixels = open_image(found.files[0])      # uint8 (H, W, 3), upright, on white
-    pixels = read_image(file, 64)            # cropped and resized, uint8 (3, 64, 64)
+    read_whole(found.files[0]).pixels        # uint8 (H, W, 3), upright, on white
+    read_square(found.files[0], 64).pixels   # cropped and resized, uint8 (3, 64, 64)
 
 In this order: what counts, finding, reading, cropping, all cores at work. Labels are in labels.py.
 
@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import unicodedata
+import warnings
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
@@ -49,9 +50,16 @@ OF_SYSTEMS = {"__macosx", "thumbs.db", "desktop.ini"}
 LABELS = "dataset.json"  # of EDM and StyleGAN, at the top of a folder or a .zip
 MAX_MEMBER = 2**30  # bytes of an image in a .zip, which is read into memory
 
+# What Pillow says about files that it reads all the same: EXIF with a fault, very many pixels.
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 
 class ImageError(UserError, ValueError):
-    """Why an image, or a folder of them, is not read, in one line."""
+    """Why an image, or a folder of them, is not read, in one line. Names in it are printable."""
+
+    def __init__(self, reason):
+        super().__init__(printable(reason))
 
 
 def suffix_of(name):
@@ -92,7 +100,7 @@ class Member(NamedTuple):
 
 class Found(NamedTuple):
     names: list  # paths of the images below the folder, with "/", sorted
-    files: list  # what open_image and read_image take, one for each name
+    files: list  # what read_whole and read_square take, one for each name
     left_out: list  # (name, reason), sorted; of a folder that never counts the folder alone
     folders: list  # the folders directly in it that count, sorted
 
@@ -109,7 +117,7 @@ def find_images(path, top=""):
     elif os.path.isfile(path) and suffix_of(path) == ".zip":
         images, left_out, folders = walk_zip(path, top)
     else:
-        raise ImageError(f"no folder and no .zip {printable(str(path))}")
+        raise ImageError(f"no folder and no .zip {path}")
     images.sort()
     left_out.sort()
     names = ["/".join(parts) for parts in images]
@@ -122,8 +130,7 @@ def find_images(path, top=""):
 
 
 def files_at(path, names):
-    """The images of these names below a folder or in a .zip, as open_image and read_image take
-    them."""
+    """The images of these names below a folder or in a .zip, as read_whole takes them."""
     if os.path.isdir(path):
         return [os.path.join(path, name.replace("/", os.sep)) for name in names]
     return [Member(path, name) for name in names]
@@ -201,7 +208,7 @@ def walk_zip(path, top):
     except ImageError:
         raise
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise ImageError(f"cannot read {printable(str(path))}: {error}") from None
+        raise ImageError(f"cannot read {path}: {error}") from None
     inside = [name[len(top) :] for name in members if name.startswith(top) and name != top]
     images, left_out, folders = set(), {}, set()
     for member in inside:
@@ -244,7 +251,7 @@ def open_zip_once(path, file_number, time, process):
     for member in archive.infolist():
         name = member.filename.replace("\\", "/")
         if name in members and not name.endswith("/"):
-            raise ImageError(f"{printable(str(path))} holds two files {printable(name)}")
+            raise ImageError(f"{path} holds two files {name}")
         members[name] = member
     return archive, members
 
@@ -268,48 +275,91 @@ def tell_left_out(left_out, file=None, most=10):
 
 
 class Picture(NamedTuple):
+    """An image that was read."""
+
     pixels: np.ndarray  # uint8
-    kind: str  # what it is, one of FORMATS
+    kind: str  # its format, one of FORMATS, whatever its name says
 
 
-def open_image(file):
-    """An image as it is, uint8 (H, W, 3): upright, and on white where it is transparent.
+class Attempt(NamedTuple):
+    """What came of reading one of many images: a picture, or the reason why there is none."""
+
+    picture: Picture | None
+    reason: str = ""
+
+
+def read_whole(file):
+    """An image as it is: pixels (H, W, 3), upright, and on white where it is transparent.
 
     file: a path, or one of Found.files. Raises ImageError.
     """
-    return open_picture(file).pixels
-
-
-def open_picture(file):
-    """open_image's pixels, with what kind of image it is."""
     with as_image_errors():
-        image, kind = decode(file, upright=True)
+        image, kind = decode_file(file, upright=True)
         return Picture(np.asarray(image), kind)
 
 
-def read_image(file, size, upright=True, gray=False):
-    """The middle of an image, uint8 (3, size, size); or, where it cannot be read, a string that
-    says why. gray: (1, size, size). upright: turned as its EXIF orientation says."""
-    picture = read_picture(file, size, upright, gray)
-    return picture if isinstance(picture, str) else picture.pixels
+def read_square(file, size, upright=True, gray=False):
+    """The middle of an image, resized: pixels (3, size, size), or (1, size, size) if `gray`.
+
+    upright: turned as its EXIF orientation says. Raises ImageError.
+    """
+    with as_image_errors():
+        image, kind = decode_file(file, upright)
+        if max(image.size) > 100 * min(image.size):  # the crop would make it gigabytes long
+            raise ImageError(f"{image.width}x{image.height} is too long and thin")
+        if gray:
+            image = image.convert("L")
+        pixels = np.asarray(centre_crop(image, size))
+        return Picture(pixels.reshape(size, size, -1).transpose(2, 0, 1), kind)
 
 
-def read_picture(file, size, upright=True, gray=False):
-    """read_image's pixels, with what kind of image it is; or a string that says why not."""
+def try_square(file, size, upright=True, gray=False):
+    """read_square as an Attempt, for other processes: an error there would end all the work."""
     try:
-        with as_image_errors():
-            image, kind = decode(file, upright)
-            if max(image.size) > 100 * min(image.size):  # the crop would make it gigabytes long
-                raise ImageError(f"{image.width}x{image.height} is too long and thin")
-            pixels = np.asarray(centre_crop(image.convert("L") if gray else image, size))
-            pixels = pixels.reshape(size, size, -1).transpose(2, 0, 1)
-            return Picture(pixels, kind)
+        return Attempt(read_square(file, size, upright, gray))
     except ImageError as error:
-        return str(error)
+        return Attempt(None, str(error))
 
 
-def read_pictures(files, size, upright=True):
-    return [read_picture(file, size, upright) for file in files]
+class Remarks:
+    """What is to be said about many images: which cannot be read, and which are misnamed."""
+
+    def __init__(self):
+        self.unreadable = []  # (name, reason)
+        self.misnamed = {}  # {name: format}
+
+    def note(self, name, attempt):
+        """Note what there is to say about one attempt."""
+        if attempt.picture is None:
+            self.unreadable.append((name, attempt.reason))
+        else:
+            self.note_kind(name, attempt.picture.kind)
+
+    def note_kind(self, name, kind):
+        """Note an image whose name has the suffix of another format."""
+        if SUFFIXES.get(suffix_of(name), kind) != kind:
+            self.misnamed[name] = kind
+
+    def tell_misnamed(self):
+        """Print how many images are misnamed, and one of them, to stderr."""
+        if self.misnamed:
+            name, kind = min(self.misnamed.items())
+            print(
+                f"{len(self.misnamed)} of another format than the name says, "
+                f"read as what they are: {printable(name)} is {kind}",
+                file=sys.stderr,
+            )
+
+
+def readable(names, attempts, remarks):
+    """Yield (place, pixels) of each image that was read, and note the others in `remarks`.
+
+    names: of the images. attempts: what came of them, an iterable in the same order.
+    """
+    for place, (name, attempt) in enumerate(zip(names, attempts, strict=True)):
+        remarks.note(name, attempt)
+        if attempt.picture is not None:
+            yield place, attempt.picture.pixels
 
 
 @contextlib.contextmanager
@@ -323,25 +373,12 @@ def as_image_errors():
         raise ImageError(
             "it is none of JPEG, PNG, WebP, BMP and TIFF, or its start is damaged"
         ) from None
+    except Image.DecompressionBombError:
+        most = round(2 * Image.MAX_IMAGE_PIXELS / 1e6)
+        raise ImageError(f"it has more than {most} million pixels") from None
     except Exception as error:
         first_line = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ImageError(printable(first_line)) from None
-
-
-def is_misnamed(name, kind):
-    """Whether an image is of another format than its name says."""
-    return SUFFIXES.get(suffix_of(name), kind) != kind
-
-
-def tell_misnamed(misnamed):
-    """Print how many images are misnamed, (name, kind) each, and one of them."""
-    if misnamed:
-        name, kind = min(misnamed)
-        print(
-            f"{len(misnamed)} of another format than the name says, read as what they are: "
-            f"{printable(name)} is {kind}",
-            file=sys.stderr,
-        )
+        raise ImageError(first_line) from None
 
 
 def open_bytes(file):
@@ -355,7 +392,7 @@ def open_bytes(file):
     return open(file, "rb")
 
 
-def decode(file, upright):
+def decode_file(file, upright):
     """An image of Pillow's, in RGB, and its format. Of several frames the first."""
     with open_bytes(file) as content:
         if not content.read(1):

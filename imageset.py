@@ -19,14 +19,7 @@ from tqdm import tqdm
 
 from device import ranks_of_torchrun
 from files import UserError
-from images import (
-    find_images,
-    is_misnamed,
-    open_picture,
-    printable,
-    read_picture,
-    tell_left_out,
-)
+from images import Remarks, find_images, printable, read_whole, tell_left_out, try_square
 from inception import FidError, reading
 
 WANTED = (
@@ -104,7 +97,7 @@ class FolderImages:
     def __init__(self, path, size=0):
         self.path = path
         self.size = size
-        self.misnamed = set()  # (file, format) of what is read and is not what its name says
+        self.remarks = Remarks()
         found = find_images(path)
         self.files = found.files
         if found.left_out and ranks_of_torchrun()[0] == 0:
@@ -130,28 +123,24 @@ class FolderImages:
         if self.size:
             return self.cut(file)
         with reading(printable(str(file))):
-            picture = open_picture(file)
-        self.note_format(file, picture)
+            picture = read_whole(file)
+        self.remarks.note_kind(str(file), picture.kind)
         image = picture.pixels
         if self.first_shape and image.shape != self.first_shape:
             raise FidError(
-                f"{file} is {as_size(image.shape)}: all must be of one size, that of "
-                f"{self.files[0]}, {as_size(self.first_shape)} (--save-stats has --size)"
+                f"{printable(str(file))} is {as_size(image.shape)}: all must be of one size, "
+                f"that of {self.files[0]}, {as_size(self.first_shape)} (--save-stats has --size)"
             )
         return image
 
     def cut(self, file):
         # Not turned by EXIF, as the images of prepare.py imagenet are not.
-        picture = read_picture(file, self.size, upright=False)
-        if isinstance(picture, str):
-            tqdm.write(f"skipped {printable(str(file))}: {picture}", file=sys.stderr)
+        attempt = try_square(file, self.size, upright=False)
+        self.remarks.note(str(file), attempt)
+        if attempt.picture is None:
+            tqdm.write(f"skipped {printable(str(file))}: {attempt.reason}", file=sys.stderr)
             return None
-        self.note_format(file, picture)
-        return picture.pixels.transpose(1, 2, 0)
-
-    def note_format(self, file, picture):
-        if is_misnamed(str(file), picture.kind):
-            self.misnamed.add((str(file), picture.kind))
+        return attempt.picture.pixels.transpose(1, 2, 0)
 
 
 def as_size(shape):
@@ -165,10 +154,10 @@ class NpyImages:
     """The images of an .npy file, mapped."""
 
     threads = 1
-    misnamed = ()
 
     def __init__(self, path):
         self.path = path
+        self.remarks = Remarks()
         with open(path, "rb") as file:
             shape, _, dtype = read_header(file)
         if not may_be_images(shape, dtype):
@@ -189,10 +178,10 @@ class NpzImages:
     """The images of an .npz: of its arr_0, or of its only array that can be images."""
 
     threads = 1  # the file has one position
-    misnamed = ()
 
     def __init__(self, path):
         self.path = path
+        self.remarks = Remarks()
         archive = zipfile.ZipFile(path)
         arrays = arrays_in(archive)  # {name: (shape, by columns, dtype)}
         name = name_of_images(path, arrays)

@@ -24,7 +24,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from device import ranks_of_torchrun
 from files import UserError
-from pickles import one_line
+from pickles import first_line
 
 # True: convolutions in TensorFloat-32 on a GPU. `bench.py fid` says what that gives and costs.
 TF32 = False
@@ -47,11 +47,11 @@ def reading(path):
     try:
         yield
     except FidError as error:
-        raise FidError(one_line(error)) from None
+        raise FidError(first_line(error)) from None
     except UserError as error:
-        raise FidError(one_line(f"cannot read {path}: {error}")) from None
+        raise FidError(first_line(f"cannot read {path}: {error}")) from None
     except Exception as error:  # zipfile, zlib, numpy, Pillow and torch raise many kinds
-        raise FidError(one_line(f"cannot read {path}: {type(error).__name__}: {error}")) from None
+        raise FidError(first_line(f"cannot read {path}: {type(error).__name__}: {error}")) from None
 
 
 # ---- parts ---------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ Who scores the samples of study.py: a small classifier, against fresh images tha
 
     judge = Judge(protocol, fresh, header, data, device)
     judge.real                      # the scores of other fresh images, in the place of samples
-    line = judge.run(run, steps)    # the scores of a run, for the study's log
+    line = judge.score_run(run, steps)    # its scores, and more, for the study's log
 
 The classifier is trained on the training images. It judges the labels, and its features (256) give
 a Frechet distance; another one is that of pixels, averaged 2 x 2.
@@ -18,8 +18,16 @@ from safetensors.torch import load_file, save
 from files import written
 from frechet import frechet_distance
 from model import Block, load_model
-from sample import draw, grid, sample, to_images
-from scores import classifier, classify, moments, train_classifier, two_sample_accuracies
+from pictures import grid, to_images
+from sample import noise_and_labels, sample
+from scores import (
+    classifier,
+    classify,
+    moments,
+    to_network,
+    train_classifier,
+    two_sample_accuracies,
+)
 
 CLASSES = 10
 BATCH = 1000
@@ -27,8 +35,10 @@ BATCH = 1000
 
 class Judge:
     def __init__(self, protocol, fresh, header, data, device):
-        """fresh: uint8 (2 n, C, H, W), image i of class i % 10. n of them are what samples are
-        compared with, the others stand in the samples' place. header, data: of load_dataset.
+        """protocol: of study.py. header, data: of load_dataset.
+
+        fresh: uint8 (2 n, C, H, W), image i of class i % 10. Samples are compared with the first n.
+        The others are scored in the place of samples.
         """
         n = len(fresh) // 2
         self.protocol = protocol
@@ -36,10 +46,11 @@ class Judge:
         self.device = device
         self.held_out = fresh[:n]
         self.y = torch.arange(n) % CLASSES  # classes of samples, in turn
-        self.noise, _ = draw(0, range(n), header["shape"])  # the same for all runs
+        self.noise, _ = noise_and_labels(0, range(n), header["shape"])  # the same for all runs
         self.net = self.load_or_train(data)
         features, pixels = self.features_and_pixels(self.held_out)
-        self.reference = moments(features), moments(pixels)
+        self.features_of_held_out = moments(features)
+        self.pixels_of_held_out = moments(pixels)
         self.real = self.scores(fresh[n:], torch.arange(n, 2 * n) % CLASSES)
 
     def load_or_train(self, data):
@@ -58,21 +69,22 @@ class Judge:
     @torch.no_grad()
     def features_and_pixels(self, images):
         """Of uint8 (N, C, H, W): (N, 256), and (N, C, H/2, W/2)."""
-        features, pixels = [], []
+        features = []
+        pixels = []
         for batch in torch.from_numpy(np.ascontiguousarray(images)).split(BATCH):
-            x = batch.to(self.device).float() / 127.5 - 1
+            x = to_network(batch.to(self.device))
             features.append(self.net[:-1](x).cpu())
             pixels.append(torch.nn.functional.avg_pool2d(batch / 255, 2))
         return torch.cat(features), torch.cat(pixels)
 
     def scores(self, images, y):
-        """Of uint8 (N, C, H, W) of which the classes y (N,) were asked for."""
+        """{score: value} of images, uint8 (N, C, H, W), for which the classes y (N,) were asked."""
         features, pixels = self.features_and_pixels(images)
         right = classify(self.net, images) == y
-        of_samples, of_fresh = two_sample_accuracies(images, self.held_out)
+        of_samples, of_fresh = two_sample_accuracies(images, self.held_out, self.device)
         return dict(
-            features=frechet_distance(*self.reference[0], *moments(features)),
-            pixels=frechet_distance(*self.reference[1], *moments(pixels)),
+            features=frechet_distance(*self.features_of_held_out, *moments(features)),
+            pixels=frechet_distance(*self.pixels_of_held_out, *moments(pixels)),
             label=right.double().mean().item(),
             two_sample=(of_samples + of_fresh) / 2,
             of_samples=of_samples,
@@ -80,12 +92,13 @@ class Judge:
         )
 
     @torch.no_grad()
-    def run(self, run, steps):
-        """The log's line of a run that train.py has finished. Saves a picture, a row an nfe."""
+    def score_run(self, run, steps):
+        """The log's line of a run that train.py has finished. Saves its samples, a row an nfe."""
         name = self.protocol.folder_of(run)
         path = os.path.join("out", name, "ckpt.safetensors")
         model, about = load_model(path, self.device)
-        scores, rows = {}, []
+        scores = {}
+        rows = []
         for nfe in self.protocol.nfes:
             images = self.sample(model, about, nfe, len(self.y))  # (N, H, W, C)
             rows.append(images[:CLASSES])

@@ -13,6 +13,9 @@ import sys
 import zipfile
 from typing import NamedTuple
 
+import numpy as np
+
+from dataset import describe_gaps
 from images import LABELS, SUFFIXES, ImageError, find_images, open_zip, printable
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -22,7 +25,7 @@ MAX_LABEL = 10**6
 class Labelled(NamedTuple):
     classes: list  # their names; empty where there are no labels
     names: list  # paths of the images below the folder, with "/", sorted
-    files: list  # what read_image takes, one for each name
+    files: list  # what images.read_whole takes, one for each name
     labels: list  # whole numbers, one for each name; all 0 where there are no labels
     left_out: list  # (name, reason)
     notes: tuple = ()  # what a user may not expect, a line each
@@ -177,18 +180,8 @@ def label_by_table(src, found, content):
     file_of = dict(zip(found.names, found.files))
     files = [file_of[name] for name in names]
     classes = [str(label) for label in range(max(labels) + 1)]
-    return Labelled(classes, names, files, labels, left_out, describe_gaps(labels))
-
-
-def describe_gaps(labels, most=5):
-    """A line that says which labels below the largest have no image, in a tuple; or ()."""
-    empty = sorted(set(range(max(labels))) - set(labels))
-    if not empty:
-        return ()
-    shown = ", ".join(map(str, empty[:most]))
-    if len(empty) > most:
-        shown += ", ..."
-    return (f"{len(empty)} of the {max(labels) + 1} classes have no image: {shown}",)
+    gaps = describe_gaps(np.bincount(labels))
+    return Labelled(classes, names, files, labels, left_out, (gaps,) if gaps else ())
 
 
 def parse_labels(src, content):

@@ -30,25 +30,26 @@ from dataset import (
     LEFT_OUT,
     DataError,
     Writer,
-    abandon,
     claim,
     clear,
     describe_classes,
+    describe_gaps,
     load_dataset,
+    undo,
     write_left_out,
 )
 from device import from_rank_0, join_ranks, ranks_of_torchrun
 from files import written
 from images import (
     ImageError,
+    Remarks,
     end_with_parent,
     files_at,
-    is_misnamed,
     printable,
-    read_picture,
-    read_pictures,
+    read_square,
+    readable,
     tell_left_out,
-    tell_misnamed,
+    try_square,
 )
 from labels import find_labelled, tell_notes
 from vae import PUBLISHED, decode, encode, latent_moments, load_vae
@@ -59,22 +60,24 @@ ENCODED = 1  # the values of done.npy; 0 is still to do
 UNREADABLE = 2
 
 
-def imagenet(src, path, name, size, vae_files, vae_name, batch=0):
-    """Encode the images of `src` into the folder of data `path`. Raises DataError and OSError.
+def encode_images(src, path, name, size, vae_files, vae_name, batch=0):
+    """Encode the images of `src` into the folder of data `path`, on all ranks of torchrun.
 
     size: of the square images. vae_files: a folder, or a name on the hub. vae_name: what the header
     calls it. batch: images that are encoded at a time; 0: as many as fill 64 images of 256 x 256.
+    Raises UserError and OSError.
     """
     rank, ranks, local_rank = ranks_of_torchrun()
-    if ranks != int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") != str(ranks):
         raise DataError("imagenet takes the GPUs of one machine: its ranks write one memory map")
     if os.path.exists(path):
         raise DataError(f"{path} is there already: move it away to make it again")
-    vae = load_vae(vae_files, f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
-    if size < 1 or size % vae.shrinks:
-        raise DataError(f"--size must be a multiple of {vae.shrinks} (this VAE's), not {size}")
     if batch < 0:
         raise DataError(f"--batch must be at least 1, not {batch}")
+    device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    vae = load_vae(vae_files, device)
+    if size < 1 or size % vae.shrinks:
+        raise DataError(f"--size must be a multiple of {vae.shrinks} (this VAE's), not {size}")
     batch = batch or max(1, 2**22 // size**2)
     labelled = find_labelled(src)
     plan = make_plan(labelled, size, batch, vae_name, vae.crc32)
@@ -92,7 +95,7 @@ def imagenet(src, path, name, size, vae_files, vae_name, batch=0):
             writer = begin(path, plan, labelled, shape)
         except DataError as error:
             complaint = str(error)
-        except (OSError, ValueError, AttributeError) as error:
+        except OSError as error:
             complaint = f"cannot write {path}: {error}"
     complaint = from_rank_0(complaint)
     if complaint:
@@ -109,6 +112,7 @@ def imagenet(src, path, name, size, vae_files, vae_name, batch=0):
 def make_plan(labelled, size, batch, vae_name, vae_crc32):
     """What must be the same for a run to go on where another was interrupted."""
     names = "\n".join(labelled.names)
+    labels = np.array(labelled.labels, np.int64)
     return dict(
         image_size=size,
         batch=batch,
@@ -116,6 +120,7 @@ def make_plan(labelled, size, batch, vae_name, vae_crc32):
         vae_crc32=vae_crc32,
         class_names=[printable(name) for name in labelled.classes],
         files_crc32=f"{zlib.crc32(os.fsencode(names)):08x}",
+        labels_crc32=f"{zlib.crc32(labels):08x}",
     )
 
 
@@ -125,40 +130,51 @@ def begin(path, plan, labelled, shape):
     Returns their Writer. Raises DataError where the name is taken or another plan was begun.
     """
     lock = claim(path, keep=True, seconds=10)
-
-    def at(file):
-        return os.path.join(path + ".partial", file)
-
-    begun = {}
-    if os.path.exists(at("plan.json")):
-        with open(at("plan.json")) as f:
-            begun = json.load(f)
-    differing = [key for key in plan if begun.get(key, plan[key]) != plan[key]]
+    begun = read_plan(path)
+    differing = [key for key in plan if begun and begun.get(key, plan[key]) != plan[key]]
     if differing:
         raise DataError(
             f"{path}.partial was begun with another {' and another '.join(differing)}: "
             "delete it to start over"
         )
     channels, height, width = shape
-    rows = len(labelled.files)
     stored_shape = (2 * channels, height, width)
-    count = {"train": rows, "test": 0}
+    count = {"train": len(labelled.files), "test": 0}
+    if begun:
+        try:
+            return Writer(path, stored_shape, count, np.float16, begun=True, lock=lock)
+        except ValueError as error:  # numpy's, about an array that is not whole
+            raise DataError(
+                f"cannot write {path}: {error}; delete {path}.partial to start over"
+            ) from None
     try:
-        if not begun:
-            clear(path)
-        writer = Writer(path, stored_shape, count, np.float16, begun=bool(begun), lock=lock)
-    except DataError:  # no room
-        if not begun:
-            abandon(path, lock)
-        raise
-    if not begun:
+        clear(path)
+        writer = Writer(path, stored_shape, count, np.float16, lock=lock)
         writer.arrays["train_labels"][:] = labelled.labels
         writer.arrays["train_labels"].flush()
-        with written(at("done.npy")) as f:
-            np.save(f, np.zeros(rows, np.uint8))
-        with written(at("plan.json")) as f:  # last: where it is, all the others are
+        with written(f"{path}.partial/done.npy") as f:
+            np.save(f, np.zeros(count["train"], np.uint8))
+        with written(f"{path}.partial/plan.json") as f:  # last: where it is, all the others are
             f.write(json.dumps(plan).encode())
+    except (DataError, OSError) as error:
+        undo(path, lock, error)
+        raise
     return writer
+
+
+def read_plan(path):
+    """The plan of the run that was interrupted, or None where none was. Raises DataError."""
+    file = f"{path}.partial/plan.json"
+    try:
+        with open(file) as f:
+            plan = json.load(f)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        plan = None
+    if not isinstance(plan, dict):
+        raise DataError(f"{file} is damaged: delete {path}.partial to start over")
+    return plan
 
 
 def encode_rows(path, plan, labelled, vae, rank, ranks):
@@ -169,11 +185,11 @@ def encode_rows(path, plan, labelled, vae, rank, ranks):
     loader = DataLoader(
         labelled.files,
         batch_sampler=batches,
-        collate_fn=partial(read_pictures, size=plan["image_size"], upright=False),
+        collate_fn=partial(read_batch, size=plan["image_size"]),
         num_workers=max(1, (os.cpu_count() or 1) // ranks),
         worker_init_fn=end_with_parent,
     )
-    skipped, misnamed = [], []
+    remarks = Remarks()
     bar = tqdm(
         total=len(done),
         initial=np.count_nonzero(done),
@@ -182,24 +198,23 @@ def encode_rows(path, plan, labelled, vae, rank, ranks):
         disable=rank > 0,
     )
     with bar:
-        for rows, pictures in zip(batches, loader):
-            whole = []
-            for row, picture in zip(rows, pictures):
-                name = labelled.names[row]
-                if isinstance(picture, str):
-                    skipped.append((name, picture))
-                    continue
-                whole.append(picture.pixels)
-                if is_misnamed(name, picture.kind):
-                    misnamed.append((name, picture.kind))
-            is_whole = np.array([not isinstance(picture, str) for picture in pictures])
-            if whole:
-                stored[rows[is_whole]] = encode(vae, np.stack(whole))
+        for rows, attempts in zip(batches, loader):
+            names = [labelled.names[row] for row in rows]
+            found = dict(readable(names, attempts, remarks))  # {place in the batch: pixels}
+            read_rows = rows[list(found)]
+            if found:
+                stored[read_rows] = encode(vae, np.stack(list(found.values())))
                 stored.flush()
-            done[rows] = np.where(is_whole, ENCODED, UNREADABLE)
+            done[np.setdiff1d(rows, read_rows)] = UNREADABLE
+            done[read_rows] = ENCODED
             bar.update(np.count_nonzero(done) - bar.n)  # of all ranks
-    tell_left_out(skipped, os.path.join(path, LEFT_OUT))
-    tell_misnamed(misnamed)
+    tell_left_out(remarks.unreadable, os.path.join(path, LEFT_OUT))
+    remarks.tell_misnamed()
+
+
+def read_batch(files, size):
+    """A list of Attempts. EXIF orientation is not applied, as in ADM's ImageNet."""
+    return [try_square(file, size, upright=False) for file in files]
 
 
 def batches_to_do(done, batch, rank, ranks):
@@ -262,9 +277,8 @@ def find_reasons(labelled, rows, size):
     some of them, so all are read once more."""
     reasons = []
     for row in rows:
-        picture = read_picture(labelled.files[row], size, upright=False)
-        reason = picture if isinstance(picture, str) else "it could not be read before"
-        reasons.append((labelled.names[row], reason))
+        attempt = try_square(labelled.files[row], size, upright=False)
+        reasons.append((labelled.names[row], attempt.reason or "it could not be read before"))
     return reasons
 
 
@@ -288,7 +302,7 @@ def refuse_empty_classes(done, labels, labelled, src):
 # ---- a look at what is there ---------------------------------------------------------------------
 
 
-def check(path, src=None, vae_files=None, seed=0):
+def check_dataset(path, src=None, vae_files=None, seed=0):
     """Print what a folder of data holds, and draw eight of its images into path/check.png.
 
     Data that are no images, such as sequences (C, L), are not drawn. src: where the images were
@@ -310,7 +324,10 @@ def check(path, src=None, vae_files=None, seed=0):
 
 
 def draw_examples(path, header, stored, rows, src, vae_files):
-    """Draw these rows into path/check.png; latents under their originals if `src` is given."""
+    """Draw these rows into path/check.png; latents under their originals if `src` is given.
+
+    Of numbers that are not uint8 the smallest is drawn black, and the largest white.
+    """
     is_latent = "vae" in header
     if is_latent:
         vae = load_vae(vae_files or header["vae"], crc32=header.get("vae_crc32"))
@@ -318,7 +335,7 @@ def draw_examples(path, header, stored, rows, src, vae_files):
         lines = [decode(vae, torch.from_numpy(means))]  # of the picture: (8, H, W, C) each
         shown = "decoded examples"
     else:
-        lines = [stored[rows].transpose(0, 2, 3, 1)]
+        lines = [as_levels(stored[rows]).transpose(0, 2, 3, 1)]
         shown = "examples"
     if is_latent and src:
         originals = read_originals(path, header, src, rows, len(stored))
@@ -326,7 +343,7 @@ def draw_examples(path, header, stored, rows, src, vae_files):
         difference = np.abs(np.float32(originals) - lines[1]).mean()
         print(f"decoded images differ from their originals by {difference:.1f} of 255 levels")
         shown = "originals over decoded examples"
-    draw(lines, os.path.join(path, "check.png"))
+    draw_sheet(lines, os.path.join(path, "check.png"))
     print(f"{path}/check.png: {shown}")
 
 
@@ -340,8 +357,11 @@ def check_counts(path, header, labels):
         about = about.replace(":", f" of {counts.min()} to {counts.max()}:", 1)
     shape = "x".join(map(str, header["shape"]))
     print(f"{path}: {len(labels)} {header.get('kind', 'images')}, {shape}, {about}")
-    if counts.tolist() != header["class_counts"] or 0 in counts:
-        return ["a class is empty, or the header's class_counts are not those of the labels"]
+    gaps = describe_gaps(counts)
+    if gaps:
+        print(gaps)
+    if counts.tolist() != header["class_counts"]:
+        return ["the header's class_counts are not those of the labels"]
     return []
 
 
@@ -349,15 +369,19 @@ def check_values(header, x):
     """Print each channel's moments. x: (n, C, ...) as stored. Returns what is wrong."""
     wrong = []
     is_latent = "vae" in header
-    flat = np.count_nonzero(np.ptp(x.reshape(len(x), -1), axis=1) == 0)
+    of_an_image = tuple(range(1, x.ndim))
+    spoiled = np.count_nonzero(~np.isfinite(x).all(axis=of_an_image))
+    if spoiled:
+        return [f"{spoiled} of {len(x)} images hold numbers that are not finite"]
+    flat = np.count_nonzero(np.ptp(x, axis=of_an_image) == 0)
     if flat:
         wrong.append(f"{flat} of {len(x)} images have one value everywhere")
     if is_latent:
         means, stds = latent_moments(x)
     else:
-        others = tuple(axis for axis in range(x.ndim) if axis != 1)
-        means = np.mean(x, axis=others, dtype=np.float64)
-        stds = np.std(x, axis=others, dtype=np.float64)
+        all_but_channels = (0, *range(2, x.ndim))
+        means = np.mean(x, axis=all_but_channels, dtype=np.float64)
+        stds = np.std(x, axis=all_but_channels, dtype=np.float64)
     for channel in range(len(header["mean"])):
         mean = (means[channel] - header["mean"][channel]) / header["std"][channel]
         std = stds[channel] / header["std"][channel]
@@ -378,14 +402,27 @@ def read_originals(path, header, src, rows, count):
         raise DataError(f"{path}/train_files.txt is not whole, or header.json lacks its image_size")
     files = files_at(src, [names[row] for row in rows])
     originals = []
-    for picture in read_pictures(files, header["image_size"], upright=False):
-        if isinstance(picture, str):
-            raise ImageError(f"an original in {src} cannot be read: {picture}")
+    for file in files:
+        try:
+            picture = read_square(file, header["image_size"], upright=False)
+        except ImageError as error:
+            raise ImageError(f"an original in {src} cannot be read: {error}") from None
         originals.append(picture.pixels)
     return np.stack(originals).transpose(0, 2, 3, 1)
 
 
-def draw(lines, path):
+def as_levels(images):
+    """Numbers of any kind -> uint8: the smallest becomes 0, and the largest 255."""
+    if images.dtype == np.uint8:
+        return images
+    images = np.nan_to_num(images.astype(np.float64), posinf=0, neginf=0)
+    low, high = images.min(), images.max()
+    if high > low:
+        images = (images - low) / (high - low)
+    return np.round(255 * images.clip(0, 1)).astype(np.uint8)
+
+
+def draw_sheet(lines, path):
     """Save lines of images, (n, H, W, C) uint8 each, as one picture. Of other numbers of channels
     than 1 and 3 it shows the first three, or the first."""
     picture = np.concatenate([np.concatenate(images, axis=1) for images in lines])

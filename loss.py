@@ -11,14 +11,14 @@ Conventions, everywhere in this project:
     u(x, s)    = k F(x, s, s)         velocity at time s
 
 The loss of one sample, with F* the target network (an EMA of the trained weights, decay 0.99) and
-mean(...) over the elements:
-    terminal = mean (df/ds - k F*(x_t + f, s, s, y, w))^2 / w^2                            (12, 14)
+|| ||^2 the mean of the squares of the elements:
+    terminal = || df/ds - k F*(x_t + f, s, s, y, w) ||^2 / w^2                             (12, 14)
                where df/ds = k (F + (s-t) dF/ds); zero where t = s
-    fm       = mean (k F(x_s', s', s', y, w) - [w v + (1-w) F*(x_s', s', s', none, 1)])^2 / w^2 (15)
+    fm       = || k F(x_s', s', s', y, w) - [w v + (1-w) F*(x_s', s', s', none, 1)] ||^2 / w^2  (15)
 Gradients flow through df/ds, and so through dF/ds. The point x_t + f and everything of F* are
-constants. A sample that loses its label has w = 1.
+constants. A sample that loses its label has w = 1 in both terms.
 
-In this file: the samplers, then one function an objective, then the module TVM that train.py calls.
+In this file: the samplers, then one function an objective, then the module that train.py calls.
 For comparison, on the same network, there are two more objectives: flow matching (fm alone; it is
 sampled by Euler steps k F(x, t, t)) and MeanFlow (Geng et al., arXiv 2505.13447).
 
@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dual import at_least_float32, column, widest
+from dual import at_least_float32, column
 
 OBJECTIVES = ("tvm", "meanflow", "flow_matching")
 TIMES = ("gap*", "gap", "trunc", "clamp", "two")
@@ -71,13 +71,12 @@ def sample_times(
         raise ValueError(f"p_equal must be in [0, 1], not {p_equal:g}")
     if sampler not in TIMES:
         raise ValueError(f"times must be one of {', '.join(TIMES)}, not {sampler!r}")
-    wide = widest(device)
 
     def normal():
-        return torch.randn(n, dtype=wide, device=device, generator=generator)
+        return torch.randn(n, dtype=torch.float64, device=device, generator=generator)
 
     def uniform():
-        return torch.rand(n, dtype=wide, device=device, generator=generator)
+        return torch.rand(n, dtype=torch.float64, device=device, generator=generator)
 
     def truncated(top):
         """LN(mu_s, sigma_s) below `top`: its distribution function, drawn uniformly, inverted."""
@@ -142,17 +141,19 @@ class Term(NamedTuple):
     loss: Tensor  # (B,), of which the mean is minimized
     error: Tensor  # (B,), what the log shows; often the same
     time: Tensor  # (B,) in [0, 1]; the log has the mean error of each quarter of it
+    early: bool = False  # backward goes through it before the next term is computed: less memory
 
 
-def tvm_loss(model, target, x0, x1, y, w, t, s, s_fm, detach_jvp=False):
-    """Yields the terms "terminal" and "fm". Both are functions of the arguments alone.
+def tvm_loss(model, target, x0, y, x1, t, s, s_fm, w, detach_jvp=False):
+    """Yields the terms "terminal" and "fm".
 
-    model and target: __call__, jvp, no_condition and config.scaled as DiT has them. x0 and x1
-    (B, ...); y (B, ...); w, t, s, s_fm (B,). detach_jvp cuts the gradient of dF/ds: that is
-    faster, and biased. Calling backward on the first term before asking for the second lowers
-    peak memory.
+    model has __call__, jvp, no_condition and config.scaled, as DiT; target has __call__. x0 and x1
+    (B, ...); y (B, ...); t, s, s_fm, w (B,). detach_jvp cuts the gradient of dF/ds: that is
+    faster, and biased.
     """
-    k = w if model.config.scaled else torch.ones_like(w)
+    w_column = column(w, x0)  # (B, 1, ..., 1), as all columns
+    k = w_column if model.config.scaled else 1
+    s_minus_t = column(s - t, x0)
     v = x1 - x0
     x_t = x0 + column(t, x0) * v
     x_fm = x0 + column(s_fm, x0) * v  # the same noise for both points
@@ -161,43 +162,44 @@ def tvm_loss(model, target, x0, x1, y, w, t, s, s_fm, detach_jvp=False):
     F, dF = at_least_float32(F), at_least_float32(dF)
     if detach_jvp:
         dF = dF.detach()
-    df = column(k, x0) * (F + column(s - t, x0) * dF)  # df/ds
+    df = k * (F + s_minus_t * dF)  # df/ds
 
     with torch.no_grad():  # the target network, at both points in one call
-        x_end = x_t + column((s - t) * k, x0) * F  # x_t + f
+        x_end = x_t + s_minus_t * k * F  # x_t + f
         both_x = torch.cat([x_end, x_fm])
         both_s = torch.cat([s, s_fm])
         both_y = torch.cat([y, model.no_condition(y)])
         both_w = torch.cat([w, torch.ones_like(w)])
         F_both = target(both_x, both_s, both_s, both_y, both_w)
         F_end, F_none = at_least_float32(F_both).chunk(2)
-        u_end = column(k, x0) * F_end
-        u_fm = column(w, x0) * v + column(1 - w, x0) * F_none
+        u_end = k * F_end
+        u_fm = w_column * v + (1 - w_column) * F_none
 
     terminal = mean_square(df - u_end) / w.square()
     terminal = terminal * (t != s)  # at t = s fm alone trains the velocity
-    yield Term("terminal", terminal, terminal, t)  # here backward frees what dF/ds has kept
+    yield Term("terminal", terminal, terminal, t, early=True)  # frees what dF/ds has kept
 
     F_fm = at_least_float32(model(x_fm, s_fm, s_fm, y, w))
-    fm = mean_square(column(k, x0) * F_fm - u_fm) / w.square()
+    fm = mean_square(k * F_fm - u_fm) / w.square()
     yield Term("fm", fm, fm, s_fm)
 
 
-def flow_matching_loss(model, target, x0, x1, y, w, s_fm):
+def flow_matching_loss(model, target, x0, y, x1, s_fm, w):
     """The term fm of tvm_loss alone: flow matching with guidance built in."""
-    k = w if model.config.scaled else torch.ones_like(w)
+    w_column = column(w, x0)
+    k = w_column if model.config.scaled else 1
     v = x1 - x0
     x_fm = x0 + column(s_fm, x0) * v
     with torch.no_grad():
         none = model.no_condition(y)
         F_none = at_least_float32(target(x_fm, s_fm, s_fm, none, torch.ones_like(w)))
-        u_fm = column(w, x0) * v + column(1 - w, x0) * F_none
+        u_fm = w_column * v + (1 - w_column) * F_none
     F_fm = at_least_float32(model(x_fm, s_fm, s_fm, y, w))
-    fm = mean_square(column(k, x0) * F_fm - u_fm) / w.square()
+    fm = mean_square(k * F_fm - u_fm) / w.square()
     yield Term("fm", fm, fm, s_fm)
 
 
-def meanflow_loss(model, x0, x1, y, w, t, s, drop, kappa=0.5, c=1e-3, p=1.0):
+def meanflow_loss(model, x0, y, x1, t, s, w, drop, kappa=0.5, c=1e-3, p=1.0):
     """MeanFlow in the symbols above, where k F is the mean velocity from t to s. One term:
 
         loss = || k F - [v~ + (s-t) k (v~ dF/dx + dF/dt)] ||^2  times a weight 1/(|| ||^2 + c)^p
@@ -207,7 +209,8 @@ def meanflow_loss(model, x0, x1, y, w, t, s, drop, kappa=0.5, c=1e-3, p=1.0):
     w (1-kappa), which makes the guidance weight w as in fm. v~ = v where the class is dropped
     (drop (B,) bool, y is "no class" there) or w = 1. w is one constant.
     """
-    k = column(w, x0) if model.config.scaled else 1
+    w_column = column(w, x0)
+    k = w_column if model.config.scaled else 1
     v = x1 - x0
     x_t = x0 + column(t, x0) * v
     with torch.no_grad():
@@ -215,7 +218,7 @@ def meanflow_loss(model, x0, x1, y, w, t, s, drop, kappa=0.5, c=1e-3, p=1.0):
         two_y = torch.cat([y, model.no_condition(y)])
         F_both = model(torch.cat([x_t, x_t]), two_t, two_t, two_y, torch.cat([w, w]))
         u, u_none = at_least_float32(F_both).chunk(2)
-        guided = (1 - kappa) * (column(w, x0) * v + (1 - column(w, x0)) * k * u_none)
+        guided = (1 - kappa) * (w_column * v + (1 - w_column) * k * u_none)
         guided = guided + kappa * k * u
         v_guided = torch.where(column(~drop & (w != 1), x0), guided, v)  # v~
     F, dF = model.jvp(x_t, t, s, y, w, dx=v_guided, dt=torch.ones_like(t))
@@ -233,11 +236,11 @@ def mean_square(x):
 # ---- the loss of a training step -----------------------------------------------------------------
 
 
-class TVM(nn.Module):
-    """The whole training loss as one module: loss(x0, y, *loss.draw(x0, seed)).
+class TrainingLoss(nn.Module):
+    """The whole training loss as one module: value, terms = loss(x0, y, *loss.draw(x0, seed)).
 
-    All that is random is drawn for the global batch, of which a caller keeps its rows. So the
-    numbers depend on the seed and on a sample's place in the batch, and not on the ranks.
+    `draw` draws for the global batch and returns this rank's rows. So the numbers depend on the
+    seed and on a sample's place in the batch, and not on the number of ranks.
     """
 
     def __init__(
@@ -276,7 +279,7 @@ class TVM(nn.Module):
         self.kappa = kappa
 
     @property
-    def detaches_tangent(self):
+    def detaches_jvp(self):
         """Whether no gradient goes through the derivative (for compile_blocks)."""
         return self.detach_jvp or self.objective == "meanflow"
 
@@ -302,30 +305,34 @@ class TVM(nn.Module):
         """The terms of the objective: a generator. A new objective is one branch more.
 
         Nothing is computed before forward() asks for a term, and forward() goes backward through
-        each term before it asks for the next.
+        an early term before it asks for the next.
         """
         y = torch.where(column(drop, y), self.model.no_condition(y), y)
         w_or_1 = w.masked_fill(drop, 1.0)  # without a class there is nothing to guide
         model, target = self.model, self.target
         if self.objective == "tvm":
-            return tvm_loss(model, target, x0, x1, y, w_or_1, t, s, s_fm, self.detach_jvp)
+            return tvm_loss(model, target, x0, y, x1, t, s, s_fm, w_or_1, self.detach_jvp)
         if self.objective == "flow_matching":
-            return flow_matching_loss(model, target, x0, x1, y, w_or_1, s_fm)
+            return flow_matching_loss(model, target, x0, y, x1, s_fm, w_or_1)
         if self.objective == "meanflow":
-            return meanflow_loss(model, x0, x1, y, w, t, s, drop, self.kappa)
-        raise ValueError(f"no objective {self.objective!r}")
+            # The weight itself: MeanFlow's network is given w without a class, too.
+            return meanflow_loss(model, x0, y, x1, t, s, w, drop, self.kappa)
+        raise ValueError(f"no branch here for objective {self.objective!r}")
 
-    def forward(self, x0, y, x1, t, s, s_fm, w, drop, backward=None):
+    def forward(self, x0, y, x1, t, s, s_fm, w, drop, backward_part=None):
         """x0 (B, ...), y (B, ...) and what was drawn -> (the loss, {name: Term, detached}).
 
-        backward, a function, is given each part of the loss before the next one is computed; the
-        loss is then the sum of what it returns.
+        backward_part, a function, is called with each early part of the loss, which is a constant
+        from then on. Going backward through the loss that is returned does the rest.
         """
         loss = 0
         terms = {}
         for term in self.terms(x0, y, x1, t, s, s_fm, w, drop):
             part = term.loss.mean()
-            loss = loss + (backward(part) if backward else part)
+            if backward_part and term.early:
+                backward_part(part)
+                part = part.detach()
+            loss = loss + part
             terms[term.name] = Term(
                 term.name, term.loss.detach(), term.error.detach(), term.time.detach()
             )
@@ -333,10 +340,9 @@ class TVM(nn.Module):
 
 
 def backward(part, share=1.0):
-    """Backward through a share of a part of the loss. Returns the part, detached.
+    """Backward through a share of a part of the loss.
 
     Autocast is for the forward alone, so it is off here.
     """
     with torch.autocast(part.device.type, enabled=False):
         (part * share).backward()
-    return part.detach()

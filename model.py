@@ -18,9 +18,9 @@ import dataclasses
 import math
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from checkpoint import load_checkpoint
@@ -132,7 +132,7 @@ class DiTConfig:
 class Embedder(nn.Module):
     """A number (B,) -> (B, D): sines and cosines, then an MLP.
 
-    Of the raw value and not, as in DiT, 1000 times it: the factor would multiply dF/ds.
+    It takes t itself. DiT takes 1000 t, which would multiply dF/ds by 1000.
     """
 
     def __init__(self, hidden_size):
@@ -174,7 +174,7 @@ class Patches(nn.Module):
     def forward(self, x):  # (B, C, height, width)
         if not isinstance(x, Dual):
             return self.tokens(self.proj(x))  # (B, T, D)
-        dx = F.conv2d(x.tangent, self.proj.weight, stride=self.proj.stride)
+        dx = functional.conv2d(x.tangent, self.proj.weight, stride=self.proj.stride)
         return linear_map(self.tokens, Dual(self.proj(x.value), dx))
 
     @staticmethod
@@ -255,7 +255,7 @@ class Modulated(nn.Module):
         )
 
     def modulation(self, c):
-        """c: (B, D), after the SiLU, which is the same for all blocks. Gives vectors (B, 1, D)."""
+        """c (B, D) -> so many vectors (B, 1, D)."""
         x = linear(self.adaLN_modulation[1], c)
         x = linear_map(lambda x: x.unflatten(1, (self.vectors, 1, -1)), x)  # (B, vectors, 1, D)
         x = rms_norm(x) if self.mod_norm else linear_map(at_least_float32, x)
@@ -274,10 +274,11 @@ class Block(Modulated):
         x = x + gate2 * self.mlp(modulate(self.norm(x), shift2, scale2))
         return x  # (B, T, D)
 
-    def forward_detached(self, x, c, mask=None):
+    def forward_detach_jvp(self, x, c, mask=None):
         """forward, with no gradient through the tangent.
 
-        A compiled block must know this: it would otherwise prepare for a backward that never comes.
+        torch.compile plans the backward when it compiles the forward. Detaching inside the block
+        spares it what a tangent's backward would need.
         """
         x = self.forward(x, c, mask)
         if isinstance(x, Dual):
@@ -311,8 +312,8 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = Final(config)
         self.run_block = Block.forward  # or what compile_blocks puts here
-        # Activation checkpointing: so many blocks are computed again in the backward. In passes
-        # without a tangent, which need less memory, half as many.
+        # Activation checkpointing: this many blocks are computed again in the backward. In a pass
+        # without a tangent, which needs less memory, half as many.
         self.checkpoint_blocks = 0
         self.initialize()
 
@@ -342,9 +343,9 @@ class DiT(nn.Module):
         Returns (B, C, height, width), in the parameters' dtype or autocast's. x, t and s may be
         Duals, and F then is one.
         """
-        x, *conditions = self.embed(x, t, s, y, w)
+        x, c, *more = self.embed(x, t, s, y, w)
         checkpointed = self.checkpoint_blocks
-        if not any(isinstance(a, Dual) for a in (x, *conditions)):
+        if not any(isinstance(a, Dual) for a in (x, c)):
             checkpointed = checkpointed // 2
         for i, block in enumerate(self.blocks):
             if torch.is_grad_enabled() and i < checkpointed:
@@ -352,13 +353,14 @@ class DiT(nn.Module):
                     self.run_block,
                     block,
                     x,
-                    *conditions,
+                    c,
+                    *more,
                     use_reentrant=False,
                     preserve_rng_state=False,
                 )
             else:
-                x = self.run_block(block, x, *conditions)
-        x = self.final_layer(x, conditions[0])  # (B, T, p p C)
+                x = self.run_block(block, x, c, *more)
+        x = self.final_layer(x, c)  # (B, T, p p C)
         return linear_map(self.unpatchify, x)  # (B, C, height, width)
 
     def embed(self, x, t, s, y, w):
@@ -397,10 +399,10 @@ class DiT(nn.Module):
         return out.value, out.tangent
 
 
-def compile_blocks(*models, detached=False, dynamic=False):
+def compile_blocks(*models, detach_jvp=False, dynamic=False):
     """Compile the blocks of models: one function for all of them, once for each shape of a batch.
 
-    detached: for a loss that does not ask for the gradient of a tangent. dynamic: from the second
+    detach_jvp: for a loss that does not ask for the gradient of a tangent. dynamic: from the second
     batch size on, one program for all sizes (for sampling; a training step has fixed shapes).
     """
     # Dynamo keeps 8 programs of a function and then gives up. A process that works with many
@@ -408,7 +410,7 @@ def compile_blocks(*models, detached=False, dynamic=False):
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
     limit = torch._dynamo.config.accumulated_recompile_limit
     torch._dynamo.config.accumulated_recompile_limit = max(limit, 1024)
-    function = Block.forward_detached if detached else Block.forward
+    function = Block.forward_detach_jvp if detach_jvp else Block.forward
     compiled = torch.compile(function, fullgraph=True, dynamic=None if dynamic else False)
     for model in models:
         model.run_block = compiled

@@ -1,7 +1,8 @@
 """
 Options: the table of constants at the top of train.py, and the parser of the other scripts.
+How every script ends is here, too: run and fail.
 
-    steps  = option(1900, "optimizer steps", least=1, later=True)      # one line a constant
+    steps  = Option(1900, "optimizer steps", least=1, later=True)      # one line a constant
     config = configure(options_of(globals()), PRESETS, __doc__)             # {name: value}
 
 A value is the default, as edited in the file, unless the preset has another; a flag --name=value
@@ -13,22 +14,22 @@ import argparse
 import ast
 import difflib
 import math
+import os
 import sys
 from typing import NamedTuple
 
+from files import UserError
+
 
 class Option(NamedTuple):
+    """One constant of train.py. The type of its default is its type."""
+
     default: str | int | float | bool
     about: str  # what it is, for --help
-    least: float  # the smallest value
-    below: float  # values are smaller than this
-    choices: tuple  # the only values; empty: any
-    later: bool  # a continuation of a run may have another value
-
-
-def option(default, about, least=-math.inf, below=math.inf, choices=(), later=False):
-    """One constant of train.py. The type of its default is its type."""
-    return Option(default, about, least, below, choices, later)
+    least: float = -math.inf  # the smallest value
+    below: float = math.inf  # values are smaller than this
+    choices: tuple = ()  # the only values; empty: any
+    later: bool = False  # a continuation of a run may have another value
 
 
 def options_of(names):
@@ -57,7 +58,7 @@ def configure(options, presets, doc, arguments=None):
     config.update(flags)
     if wants_help:
         print(doc)
-        print_options(options, config)
+        print_options(options, config, presets)
         sys.exit()
     for name, value in config.items():
         complaint = out_of_range(name, value, options[name])
@@ -135,7 +136,8 @@ def differences(old, config, options, changed=""):
 
     changed: names, with commas between them, of constants that are to change. Returns two lists
     of text: "lr 0.002 -> 0.1" for what differs and must not, and "warmup=10" for constants that
-    the old run did not know, which have today's value. Exits where `changed` names none of them.
+    the old run did not know, which have today's value. Exits where `changed` has a name that is
+    no option.
     """
     on_purpose = [name.strip() for name in changed.split(",") if name.strip()]
     for name in on_purpose:
@@ -150,20 +152,40 @@ def differences(old, config, options, changed=""):
     return wrong, new
 
 
-def print_options(options, config):
-    """The options with the values that they would have, and what each is."""
+def print_options(options, config, presets):
+    """Print the options with the values that they would have, and what each is."""
     flags = {name: f"--{name}={config[name]!r}" for name in options}
     width = max(len(flag) for flag in flags.values())
     width = min(width, 32)
     for name, o in options.items():
         print(f"    {flags[name]:<{width}}  {o.about}")
-        if o.choices:
-            print(f"    {'':<{width}}  one of {', '.join(map(str, o.choices))}")
+        choices = presets if name == "preset" else o.choices
+        if choices:
+            print(f"    {'':<{width}}  one of {', '.join(map(str, choices))}")
+
+
+def run(main):
+    """Run the main() of a script. What goes wrong ends it with one line and an exit code above 0.
+
+    A mistake of the user's, a disk that is full, a GPU without memory: one line. Ctrl-C: 130, as
+    shells have it. A reader that goes away (| head) is no mistake: nothing is said.
+    """
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # Python writes the rest of its output as it ends, which would fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (UserError, OSError, RuntimeError) as error:
+        fail(error)
 
 
 def fail(message):
     """End the script with one line."""
-    sys.exit(f"{sys.argv[0].replace(chr(92), '/').split('/')[-1]}: {one_line(message)}")
+    sys.exit(f"{os.path.basename(sys.argv[0])}: {one_line(message)}")
 
 
 def one_line(message):

@@ -2,30 +2,34 @@
 The finished batches of a run of sample.py, kept until all are there.
 
     parts = Parts(folder, key, batches)
-    parts.hold()                            # rank 0; now others may look
-    for batch in parts.missing(rank, ranks):
-        parts.save(batch, array)
-    for array in parts.load(): ...          # rank 0, when all have made theirs
+    parts.hold()                       # rank 0: the folder is this run's own
+    missing = parts.missing()          # rank 0 tells the other ranks
+    parts.save(batch, array)           # each rank, for its share of the missing ones
+    for array in parts.load(): ...     # rank 0, when all have made theirs
     parts.remove()
 
 After a kill the next run finds what is there and makes the rest, on any number of ranks.
 """
 
+import contextlib
 import os
-import shutil
+import re
 import sys
 
 import numpy as np
 from tqdm import tqdm
 
-from files import hold, written
+from files import PARTIAL, hold, remove_locked, written
+
+# The names of the files that are made here. Nothing else in the folder is ever removed.
+OURS = re.compile(r"[0-9a-f]{16}-\d{9}\.npy" + f"({re.escape(PARTIAL)})?")
 
 
 class Parts:
     """One file for each batch, in a folder that is there until the end.
 
-    key: a few letters that stand for all that the batches depend on. The files' names begin with
-    it, so that those of another checkpoint, seed or the like are never taken for these.
+    key: 16 hexadecimal digits that stand for all that the batches depend on. The files' names begin
+    with it, so that those of another checkpoint, seed or the like are never taken for these.
     batches: ranges of indices.
     """
 
@@ -44,24 +48,28 @@ class Parts:
         Raises OSError where another process holds it.
         """
         self.lock = hold(self.folder, seconds=10)
-        known = {self.path(batch) for batch in self.batches}
-        found = set()
-        for name in os.listdir(self.folder):
-            if name.endswith(".npy"):
-                found.add(os.path.join(self.folder, name))
-        for other in found - known:
-            os.remove(other)
-        if found - known:
-            told = "of another checkpoint, seed, nfe or the like, so starting over"
-        else:
-            told = f"going on from {len(found)} of {len(self.batches)} batches"
-        if found:
-            print(f"sample.py: {self.folder}: {told}", file=sys.stderr)
+        of_this_run = {self.path(batch) for batch in self.batches}
+        # Without those that a process of the run before may still be writing.
+        found = {path for path in self.files() if not path.endswith(PARTIAL)}
+        for path in found - of_this_run:
+            os.remove(path)
+        kept = found & of_this_run
+        if kept:
+            self.say(f"going on from {len(kept)} of {len(self.batches)} batches")
+        elif found:
+            self.say("of another checkpoint, seed, nfe or the like, so starting over")
 
-    def missing(self, rank, ranks):
-        """The batches that this rank has to make."""
-        mine = self.batches[rank::ranks]
-        return [batch for batch in mine if not os.path.exists(self.path(batch))]
+    def say(self, what):
+        print(f"sample.py: {self.folder}: {what}", file=sys.stderr)
+
+    def files(self):
+        """The paths of all files that sample.py has made in the folder, but for its lock."""
+        names = [name for name in os.listdir(self.folder) if OURS.fullmatch(name)]
+        return [os.path.join(self.folder, name) for name in names]
+
+    def missing(self):
+        """The batches that are still to be made."""
+        return [batch for batch in self.batches if not os.path.exists(self.path(batch))]
 
     def save(self, batch, array):
         with written(self.path(batch)) as f:
@@ -73,5 +81,9 @@ class Parts:
             yield np.load(self.path(batch), allow_pickle=False)
 
     def remove(self):
-        self.lock.close()  # or Windows would not delete it
-        shutil.rmtree(self.folder)
+        """Remove the batches and the lock. The folder stays where others have put files there."""
+        for path in self.files():
+            os.remove(path)
+        remove_locked(self.lock, os.path.join(self.folder, "lock"))
+        with contextlib.suppress(OSError):
+            os.rmdir(self.folder)

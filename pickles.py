@@ -37,8 +37,8 @@ class RefusedPickle(UserError):
     """A pickle that is not read, with the reason in one line."""
 
 
-def one_line(error, longest=500):
-    """An error's text as one printable line: a stranger's file may have put anything into it."""
+def first_line(error, longest=500):
+    """The first line of an error's text, printable: a stranger's file may put anything into it."""
     lines = str(error).strip().splitlines() or [""]
     return "".join(filter(str.isprintable, lines[0]))[:longest]
 
@@ -99,10 +99,10 @@ def load_arrays(content, encoding="latin1"):
         file.seek(0)
         return with_arrays(ArrayUnpickler(file, encoding=encoding).load(), {})
     except RefusedPickle as error:
-        raise RefusedPickle(one_line(error)) from None
+        raise RefusedPickle(first_line(error)) from None
     except Exception as error:  # pickle, pickletools and numpy raise many kinds
         kind = type(error).__name__
-        raise RefusedPickle(f"not a whole pickle of arrays: {kind}: {one_line(error)}") from None
+        raise RefusedPickle(f"not a whole pickle of arrays: {kind}: {first_line(error)}") from None
 
 
 class HeldDtype:

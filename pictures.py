@@ -1,12 +1,13 @@
 """
-What the network makes -> pictures, and the files that hold them.
+What the network makes -> images, and the files that hold them.
 
-    images = to_images(x0, header, vae)      # network units -> uint8 (B, H, W, C)
-    grid(images, columns).save("grid.png")   # one picture of many
-    write_images(out, "npz", batches, n, labels, columns)   # or "png": a grid; "folder": PNGs
+    images = to_images(x0, header, vae)          # network units -> uint8 (B, H, W, C)
+    grid(images, columns).save("grid.png")       # one picture of many
+    kind = output_kind("samples.npz")            # "npz", "png" (a grid) or "folder" (PNGs)
+    refuse_taken("samples.npz", kind)            # before the work
+    write_images("samples.npz", kind, batches, n, labels, columns)
 
-Images are uint8 (N, H, W, C). A picture shows 1 or 3 channels, so of 2 it shows the first, and of
-more than 3 the first three. An .npz holds all of them.
+An .npz holds images of any number of channels, and floats. A PNG holds uint8, 1 or 3 channels.
 """
 
 import itertools
@@ -20,8 +21,15 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from files import written
+from files import PARTIAL, UserError, sync_folder, written
 from vae import VAEError, decode, load_vae
+
+# Suffixes of files that are not written here. Other names with a dot may be folders.
+OTHER_FILES = (
+    *(".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg", ".pdf", ".mp4"),
+    *(".npy", ".h5", ".hdf5", ".zip", ".tar", ".gz", ".pkl", ".pt", ".pth", ".safetensors"),
+)
+
 
 # ---- from the network to images ------------------------------------------------------------------
 
@@ -39,16 +47,21 @@ def find_vae(header, device, where=None):
     return load_vae(where or header["vae"], device, dtype, header.get("vae_crc32"))
 
 
+def are_floats(header):
+    """Whether the images of a model are floats, from the header of its data."""
+    return "vae" not in header and header.get("dtype", "uint8").startswith("float")
+
+
 def to_images(x0, header, vae=None):
-    """Network units (B, C, H, W) -> images, uint8 (B, H, W, C).
+    """Network units (B, C, H, W) -> images (B, H, W, C): uint8, or float32 where data are floats.
 
     The data's header has the mean and the standard deviation of each channel. Latents go through
-    the VAE that it names. Data of floats stay floats.
+    `vae`, of find_vae.
     """
     x0 = x0 * per_channel(header["std"], x0) + per_channel(header["mean"], x0)
     if "vae" in header:
-        return decode(vae or find_vae(header, x0.device), x0)
-    if header.get("dtype", "uint8").startswith("float"):
+        return decode(vae, x0)
+    if are_floats(header):
         return x0.float().movedim(1, -1).cpu().numpy()
     pixels = x0.round().clamp(0, 255).to(torch.uint8)
     return pixels.movedim(1, -1).cpu().numpy()
@@ -63,8 +76,24 @@ def per_channel(values, like):
 # ---- from images to pictures ---------------------------------------------------------------------
 
 
+def unlike_pictures(header, shape):
+    """What keeps the images of a model from being PNGs, in a few words, or None.
+
+    header: of its data. shape: of one image of noise, (C, H, W).
+    """
+    if "vae" in header:
+        return None
+    if are_floats(header):
+        return "floats"
+    if len(shape) != 3:
+        return f"arrays of shape {tuple(shape)}"
+    if shape[0] not in (1, 3):
+        return f"{shape[0]} channels"
+    return None
+
+
 def visible(images):
-    """The channels that a picture shows: (..., C) -> (..., 3) or (..., 1)."""
+    """The channels that a grid shows, (..., C) -> (..., 3) or (..., 1): the first three, or one."""
     channels = images.shape[-1]
     return images[..., :3] if channels >= 3 else images[..., :1]
 
@@ -78,17 +107,17 @@ def rgb(images):
 
 
 def as_pil(image):
-    """uint8 (H, W, C) -> a PIL image."""
-    image = visible(image)
+    """uint8 (H, W, 1) or (H, W, 3) -> a PIL image."""
     if image.shape[-1] == 1:
         return Image.fromarray(image[..., 0])
     return Image.fromarray(image)
 
 
 def grid(images, columns, least=800):
-    """Images (N, H, W, C) -> one PIL image of all of them, row by row.
+    """Images (N, H, W, C) uint8 -> one PIL image of all of them, row by row.
 
-    They are enlarged by a whole number, to about `least` pixels of width.
+    They are enlarged by a whole number, to about `least` pixels of width. Of 2 channels the first
+    is shown, of more than 3 the first three.
     """
     images = visible(images)
     zoom = max(1, least // (columns * images.shape[2]))
@@ -101,15 +130,53 @@ def grid(images, columns, least=800):
     return as_pil(sheet[:-gap, :-gap])
 
 
+# ---- the names of files --------------------------------------------------------------------------
+
+
+def output_kind(out):
+    """What a name stands for: "png" (a grid), "npz" or "folder". Raises UserError for other files.
+
+    A folder may have any name that ends in /, or that is a folder already.
+    """
+    suffix = os.path.splitext(out)[1].lower()  # none where a / stands at the end
+    if suffix in (".png", ".npz"):
+        return suffix[1:]
+    if suffix in OTHER_FILES and not os.path.isdir(out):
+        raise UserError(f"--out takes a .png, an .npz or a folder, not {out!r}")
+    return "folder"
+
+
+def refuse_taken(out, kind, overwrite=False):
+    """Raise UserError where something is at `out` that images must not replace.
+
+    overwrite: a file may be replaced. A folder must be new or empty.
+    """
+    if os.path.basename(out) in (".", ".."):
+        raise UserError(f"--out: {out} cannot be made, as it is there; name a new folder")
+    if os.path.isdir(out):
+        if os.listdir(out):
+            raise UserError(f"--out: {out} is a folder with files in it already; name a new one")
+        if kind != "folder":
+            raise UserError(f"--out: {out} is there already, as a folder; name a new file")
+    elif os.path.lexists(out):
+        if kind == "folder":
+            raise UserError(f"--out: {out} is there already, as a file; name a new folder")
+        if not overwrite:
+            raise UserError(
+                f"{out} is there already: --overwrite replaces it, --out names another file"
+            )
+
+
 # ---- from images to files ------------------------------------------------------------------------
 
 
 def write_images(out, kind, batches, n, labels, columns):
     """Write n images, which come as an iterator of batches (B, H, W, C). All of them or nothing.
 
-    kind: "png": one grid of so many columns. "npz": arr_0 has the images, uint8 (n, H, W, C), and
-    arr_1 the labels, int64 (n,). "folder": 000000.png, 000001.png, ..., and their labels in
+    kind: "png": one grid of so many columns. "npz": arr_0 has the images, (n, H, W, C), and arr_1
+    the labels, int64 (n,). "folder": 000000.png, 000001.png, ..., and their labels in
     dataset.json. labels: (n,) int64, or None, and then nothing is written about them.
+    Raises OSError, with the name `out`, where the disk is full.
     """
     if kind == "png":
         picture = grid(np.concatenate(list(batches)), columns)
@@ -136,18 +203,33 @@ def write_npz(out, batches, n, labels):
 
 
 def write_folder(out, batches, labels):
-    """PNGs. dataset.json has the form that `prepare.py folder` reads, which is EDM's."""
-    partial = out + ".tvm-partial"  # a name that nobody else gives to a folder
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was cut off
-    os.makedirs(partial)
+    """PNGs in a folder that is made aside, filled and renamed. `out` is new, or an empty folder."""
+    aside = out + PARTIAL
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was cut off
+    os.makedirs(aside)
+    try:
+        write_pngs(aside, batches, labels)
+        if os.path.isdir(out):
+            os.rmdir(out)  # or Windows would not rename
+        os.replace(aside, out)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)  # it takes room that others need
+        if isinstance(error, OSError) and error.errno:
+            raise OSError(error.errno, error.strerror, out) from error
+        raise
+    if os.name == "posix":
+        sync_folder(os.path.dirname(out) or ".")
+
+
+def write_pngs(folder, batches, labels):
+    """000000.png and so on. dataset.json has the form that `prepare.py folder` reads, EDM's."""
     names = []
     for image in itertools.chain.from_iterable(batches):
         names.append(f"{len(names):06d}.png")
-        as_pil(image).save(os.path.join(partial, names[-1]))
+        as_pil(image).save(os.path.join(folder, names[-1]))
     if labels is not None:
         pairs = [[name, int(label)] for name, label in zip(names, labels, strict=True)]
-        with open(os.path.join(partial, "dataset.json"), "w") as f:
+        with open(os.path.join(folder, "dataset.json"), "w") as f:
             json.dump({"labels": pairs}, f)
-    if os.path.isdir(out):
-        os.rmdir(out)  # an empty one, as the caller has seen
-    os.replace(partial, out)
+    if hasattr(os, "sync"):
+        os.sync()  # all files at once, which is faster than one by one

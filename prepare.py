@@ -36,20 +36,21 @@ import zlib
 from functools import partial
 
 import numpy as np
-from numpy.lib.format import open_memmap
 
-from dataset import LEFT_OUT, DataError, Writer, abandon, claim, need_room, write_left_out
-from files import HERE, UserError
-from images import (
-    is_misnamed,
-    parallel,
-    printable,
-    read_picture,
-    tell_left_out,
-    tell_misnamed,
+from dataset import (
+    LEFT_OUT,
+    DataError,
+    Writer,
+    claim,
+    need_room,
+    new_memory_map,
+    undo,
+    write_left_out,
 )
+from files import HERE
+from images import Remarks, parallel, printable, readable, tell_left_out, try_square
 from labels import find_labelled, tell_notes
-from options import Parser
+from options import Parser, run
 from pickles import RefusedPickle, load_arrays
 from shapes import SHAPES, draw_shape
 
@@ -113,17 +114,19 @@ def digits(args):
         ink = f["images"]  # (1797, 8, 8), 0 to 16
         labels = f["labels"].astype(np.int64)
     images = np.round(ink[:, None] * (255 / 16)).astype(np.uint8)
-    writer = Writer(args.path, (1, 8, 8), {"train": 1437, "test": 360}, overwrite=args.overwrite)
     order = np.random.default_rng(args.seed).permutation(len(images))
-    for place, i in enumerate(order):
-        writer.set(place, images[i], labels[i])
-    writer.finish(
-        args.name,
-        [str(digit) for digit in range(10)],
-        license="CC BY 4.0",
-        source="UCI Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak), test set",
-        made_by=f"prepare.py digits --seed {args.seed}",
-    )
+    count = {"train": 1437, "test": 360}
+    source = "UCI Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak), test set"
+    with Writer(args.path, (1, 8, 8), count, overwrite=args.overwrite) as writer:
+        for place, i in enumerate(order):
+            writer.set(place, images[i], labels[i])
+        writer.finish(
+            args.name,
+            [str(digit) for digit in range(10)],
+            license="CC BY 4.0",
+            source=source,
+            made_by=f"prepare.py digits --seed {args.seed}",
+        )
 
 
 @new_dataset
@@ -138,17 +141,18 @@ def shapes(args):
         )
     count = {"train": args.n, "test": min(10000, args.n // 6)}
     shape = (3, args.size, args.size)
-    writer = Writer(args.path, shape, count, overwrite=args.overwrite)
-    draw = partial(draw_shape, size=args.size, seed=args.seed)
-    for i, image in enumerate(parallel(draw, range(sum(count.values())), "shapes")):
-        writer.set(i, image, i % 10)
-    writer.finish(
-        args.name,
-        SHAPES,
-        license="none needed",
-        source="drawn by prepare.py",
-        made_by=f"prepare.py shapes --size {args.size} --n {args.n} --seed {args.seed}",
-    )
+    image_of = partial(draw_shape, size=args.size, seed=args.seed)
+    with Writer(args.path, shape, count, overwrite=args.overwrite) as writer:
+        images = parallel(image_of, range(sum(count.values())), "shapes")
+        for i, image in enumerate(images):
+            writer.set(i, image, i % 10)
+        writer.finish(
+            args.name,
+            list(SHAPES),
+            license="none needed",
+            source="drawn by prepare.py",
+            made_by=f"prepare.py shapes --size {args.size} --n {args.n} --seed {args.seed}",
+        )
 
 
 # ---- a folder of images --------------------------------------------------------------------------
@@ -170,26 +174,14 @@ def folder(args):
     tell_notes(labelled)
     lock = claim(args.path, args.overwrite)
     try:
-        writer, skipped = write_folder(args, labelled, lock)
-    except BaseException:
-        abandon(args.path, lock)
+        write_folder(args, labelled, lock)
+    except BaseException as error:
+        undo(args.path, lock, error)
         raise
-    how = f"--size {args.size} --held-out {args.held_out} --seed {args.seed}"
-    if args.gray:
-        how += " --gray"
-    writer.finish(
-        args.name,
-        labelled.classes,
-        license="yours",
-        source="a folder of images",
-        skipped=skipped,
-        made_by=f"prepare.py folder {how}",
-    )
 
 
 def write_folder(args, labelled, lock):
-    """Read the images, split them, and write both parts. Returns the Writer, and how many images
-    could not be read.
+    """Read the images, split them, and write both parts.
 
     Which images can be read is known only once they are, and how many a part has must be known
     before it is written. So they go into one array first, in a seeded order.
@@ -199,7 +191,7 @@ def write_folder(args, labelled, lock):
     total = len(labelled.files)
     scratch = os.path.join(args.path + ".partial", "scratch.npy")
     need_room(args.path, 2 * total, shape)
-    images = open_memmap(scratch, "w+", np.uint8, (total, *shape))
+    images = new_memory_map(scratch, (total, *shape), np.uint8)
     rng = np.random.default_rng(args.seed)
     order = rng.permutation(total)
     labels, unreadable = read_into(images, args, labelled, order)
@@ -221,7 +213,17 @@ def write_folder(args, labelled, lock):
         writer.set(place, images[row], labels[row])
     del images  # or Windows would not remove its file
     os.remove(scratch)
-    return writer, len(unreadable)
+    how = f"--size {args.size} --held-out {args.held_out} --seed {args.seed}"
+    if args.gray:
+        how += " --gray"
+    writer.finish(
+        args.name,
+        labelled.classes,
+        license="yours",
+        source="a folder of images",
+        skipped=len(unreadable),
+        made_by=f"prepare.py folder {how}",
+    )
 
 
 def read_into(images, args, labelled, order):
@@ -230,24 +232,21 @@ def read_into(images, args, labelled, order):
     Returns the labels of those rows, an array, and what cannot be read, [(name, reason)]. Says what
     a user may not expect: names that lie about the format, colour images that are gray.
     """
-    read = partial(read_picture, size=args.size, gray=args.gray)
+    read = partial(try_square, size=args.size, gray=args.gray)
+    names = [labelled.names[i] for i in order]
     files = [labelled.files[i] for i in order]
-    labels, unreadable, misnamed = [], [], []
+    labels = []
     all_gray = True
-    for i, picture in zip(order, parallel(read, files, "images")):
-        name = labelled.names[i]
-        if isinstance(picture, str):
-            unreadable.append((name, picture))
-            continue
-        if is_misnamed(name, picture.kind):
-            misnamed.append((name, picture.kind))
-        all_gray = all_gray and (picture.pixels == picture.pixels[:1]).all()
-        images[len(labels)] = picture.pixels
-        labels.append(labelled.labels[i])
-    tell_misnamed(misnamed)
+    remarks = Remarks()
+    attempts = parallel(read, files, "images")
+    for place, pixels in readable(names, attempts, remarks):
+        all_gray = all_gray and (pixels == pixels[:1]).all()
+        images[len(labels)] = pixels
+        labels.append(labelled.labels[order[place]])
+    remarks.tell_misnamed()
     if labels and all_gray and not args.gray:
         print("all images are gray: --gray keeps one channel instead of three", file=sys.stderr)
-    return np.array(labels, np.int64), sorted(unreadable)
+    return np.array(labels, np.int64), sorted(remarks.unreadable)
 
 
 def refuse_empty_classes(src, labelled, labels, unreadable):
@@ -257,7 +256,7 @@ def refuse_empty_classes(src, labelled, labels, unreadable):
     lost = sorted(set(labelled.labels) - set(labels.tolist()))
     if lost:
         name = labelled.classes[lost[0]]
-        raise DataError(f"no image of class {printable(name)!r} in {src} can be read")
+        raise DataError(f"no image of class {name!r} in {src} can be read")
 
 
 def choose_held_out(labels, share, rng):
@@ -292,19 +291,19 @@ def cifar10(args):
     """CIFAR-10, from its authors' archive."""
     names, batches = read_cifar10(args.file)
     count = {"train": sum(len(labels) for _, labels in batches[:5]), "test": len(batches[5][1])}
-    writer = Writer(args.path, (3, 32, 32), count, overwrite=args.overwrite)
     images = np.concatenate([images for images, _ in batches])
     labels = np.concatenate([labels for _, labels in batches])
-    for i, (image, label) in enumerate(zip(images, labels)):
-        writer.set(i, image, label)
-    writer.finish(
-        args.name,
-        names,
-        license="see the source",
-        source="CIFAR-10 (A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, "
-        "2009)",
-        made_by="prepare.py cifar10",
-    )
+    source = "CIFAR-10 (A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009)"
+    with Writer(args.path, (3, 32, 32), count, overwrite=args.overwrite) as writer:
+        for i, (image, label) in enumerate(zip(images, labels)):
+            writer.set(i, image, label)
+        writer.finish(
+            args.name,
+            names,
+            license="see the source",
+            source=source,
+            made_by="prepare.py cifar10",
+        )
 
 
 def read_cifar10(file):
@@ -403,7 +402,7 @@ def imagenet(args):
     data_path(name)  # raises where it is no name
     data_path(os.path.basename(path))
     vae = args.vae or latents.SD_VAE
-    latents.imagenet(args.src, path, name, args.size, vae, args.vae_name or vae, args.batch)
+    latents.encode_images(args.src, path, name, args.size, vae, args.vae_name or vae, args.batch)
 
 
 @command
@@ -417,7 +416,7 @@ def check(args):
 
     is_path = os.sep in args.name or os.path.exists(os.path.join(args.name, "header.json"))
     path = os.path.normpath(args.name) if is_path else data_path(args.name)
-    latents.check(path, args.src, args.vae, args.seed)
+    latents.check_dataset(path, args.src, args.vae, args.seed)
 
 
 def refuse_ranks(command):
@@ -452,20 +451,13 @@ def main():
             command_parser.add_argument(*names, **options)
     args = parser.parse_args()
     function = COMMANDS[args.command]
-    try:
-        refuse_no_value(args)
-        if function is not imagenet:
-            refuse_ranks(args.command)
-        if hasattr(args, "overwrite"):
-            args.path = data_path(args.name)
-        function(args)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (UserError, OSError, RuntimeError, ValueError) as error:
-        # RuntimeError is of torch, ValueError of a damaged .npy.
-        one_line = " ".join(str(error).split())
-        sys.exit(f"prepare.py: {printable(one_line)}")
+    refuse_no_value(args)
+    if function is not imagenet:
+        refuse_ranks(args.command)
+    if hasattr(args, "overwrite"):
+        args.path = data_path(args.name)
+    function(args)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,8 +1,11 @@
 """
 What a run tells: log.jsonl, pictures of samples, the loss curve, scores, FID.
 
-Each of these is worth less than the run: where one fails, that is said once, and training goes on.
-Every number goes through `Report.log`. To send them elsewhere too, add that there.
+Each of these is worth less than the run: where one fails, a message says so, and training goes on.
+Report.load_fid alone, which is called before training, ends a run.
+
+Every number goes through `Report.log`, and on rank 0 through `Report.append`. To send the numbers
+elsewhere too, add that at the end of append.
 
 In this file: the sums of the loss, then Report: its log, its pictures, its FID, its scores.
 """
@@ -27,7 +30,7 @@ from device import from_rank_0
 from files import HERE, written
 from options import one_line
 from pictures import find_vae, grid, to_images
-from sample import draw, sample
+from sample import guidance_weight, noise_and_labels, sample
 from scores import classify, small_data_scores, train_classifier
 
 BATCH = 250  # images of one network call
@@ -60,8 +63,8 @@ class Losses:
                 self.step_sums[term.name] = torch.zeros(4, 2, device=self.device)
             self.step_sums[term.name].index_add_(0, quarter, pairs)
 
-    def of_step(self):
-        """The sum of all errors of this step, a tensor."""
+    def step_total(self):
+        """The sum of this rank's errors in this step, a tensor."""
         return torch.stack(list(self.step_sums.values()))[..., 0].sum()
 
     def end_step(self, norm):
@@ -87,9 +90,13 @@ class Report:
         self.failed = set()  # what has been said to fail
         self.inception = None
         self.reference = None
-        self.guidance = config["w"]
-        if config["guidance"] != "constant":
-            self.guidance = (config["w_min"] * config["w_max"]) ** 0.5
+        trained = dict(
+            sampler=config["guidance"],
+            w=config["w"],
+            w_min=config["w_min"],
+            w_max=config["w_max"],
+        )
+        self.w = guidance_weight(None, trained)
 
     def attempt(self, what, function, *arguments, errors=Exception):
         """Run a function, on rank 0. Returns success. An error is said, and training goes on."""
@@ -117,7 +124,7 @@ class Report:
 
     # ---- the log ---------------------------------------------------------------------------------
 
-    def begin(self, step, about, precision):
+    def log_start(self, step, about, precision):
         """Print and log what this run is: its constants, network, data, device and commit.
 
         about: what its checkpoints say of it. precision: "bfloat16, compiled", for people.
@@ -156,8 +163,12 @@ class Report:
                     f.write(b"\n")
             f.write(json.dumps(line, allow_nan=False).encode() + b"\n")
 
-    def losses(self, step, losses, batches, skipped):
-        """Log the means since the last line. Returns them as text. All ranks call this."""
+    def log_losses(self, step, losses, batches, skipped):
+        """Log the means since the last line. Returns them as text. All ranks call this.
+
+        images_per_second is by the wall clock since the last line: saves, pictures and, in the
+        first line, compiling are in it.
+        """
         if not losses.norms:  # every step was skipped
             losses.clear()
             batches.waited = 0.0
@@ -198,7 +209,7 @@ class Report:
         text += f" {rate:.0f} img/s, {data_wait:.1%} data wait"
         return f"{text}, {skipped} skipped" if skipped else text
 
-    def curve(self):
+    def save_curve(self):
         """Draw the loss over the steps, from log.jsonl, as curve.png."""
         self.attempt("curve.png", self.draw_curve)
 
@@ -246,10 +257,10 @@ class Report:
         for first in range(0, len(indices), BATCH):
             part = indices[first : first + BATCH]
             seed, counts = self.config["seed"], self.header["class_counts"]
-            x1, y = draw(seed, part, self.header["shape"], counts)
+            x1, y = noise_and_labels(seed, part, self.header["shape"], counts)
             if classes is not None:
                 y = torch.tensor(classes[first : first + BATCH])
-            w = torch.full((len(part),), self.guidance, device=self.device)
+            w = torch.full((len(part),), self.w, device=self.device)
             condition = conditions(y, self.header).to(self.device)
             x0 = sample(self.network, x1.to(self.device), condition, w, nfe, euler)
             images.append(to_images(x0, self.header, vae))
@@ -264,7 +275,7 @@ class Report:
         due = step % self.config["sample_every"] == 0 or step == steps
         return from_rank_0(due and not os.path.exists(self.picture_path(step)))
 
-    def samples(self, step):
+    def save_samples(self, step):
         """The picture of a step, and where there is a reference its FID. All ranks call this."""
         self.attempt(f"samples_{step}.png", self.draw_samples, step)
         if self.reference is not None:
@@ -283,7 +294,7 @@ class Report:
     # ---- FID -------------------------------------------------------------------------------------
 
     def load_fid(self):
-        """Load Inception and the reference. Raises FidError and VAEError: ValueError, OSError."""
+        """Load Inception and the reference. Raises FidError and VAEError, which are UserErrors."""
         if not self.config["fid_reference"]:
             return
         channels = 3 if "vae" in self.header else self.header["shape"][0]
@@ -329,15 +340,15 @@ class Report:
 
     # ---- scores ----------------------------------------------------------------------------------
 
-    def scores(self, step):
-        """Print and log the scores of 1, 2 and 4 steps against held-out images."""
-        self.attempt("the scores", self.log_scores, step)
-
     def log_scores(self, step):
+        """Print and log the scores of 1, 2 and 4 steps against held-out images."""
+        self.attempt("the scores", self.score, step)
+
+    def score(self, step):
         count = self.header["count"]
         n = min(self.config["score_images"], count["test"], count["train"] // 2)
         if n < 2:
-            print("no held-out images: no scores")
+            print(f"no scores: {count['test']} held-out and {count['train']} training images")
             return
         real = self.choose(count["train"], n, 0)
         chosen = self.choose(count["test"], n, 1)
@@ -367,7 +378,9 @@ class Report:
             else:
                 images, y = self.images_of(range(n), nfe)
                 images = np.moveaxis(images, -1, 1)
-            found = small_data_scores(images, y, held_out, train, labels, leave_out, judge)
+            found = small_data_scores(
+                images, y, held_out, train, labels, leave_out, judge, self.device
+            )
             print(
                 f"{nfe:>5} {found['two_sample']:>11.3f} {found['label']:>7.3f} "
                 f"{found['nearest_ratio']:>8.2f} {found['frechet_pixels']:>8.3f}"

@@ -10,13 +10,13 @@ A checkpoint -> images.
 (torchrun has an --n of its own; the -- before sample.py ends its options.)
 
 The sampler stands first: `sample`. Then come the noise, and the command: its options, the classes,
-what is drawn (`Plan`), the score, and `main`, which has all steps in their order.
+what is made (`Plan`), the score, and `main`, which has all steps in their order.
 
 The noise and the label of image i depend on the seed and i alone: not on the batch size, the ranks
 or the other images. Finished batches wait in OUT.parts/. After a kill the same command goes on from
-them, on any number of ranks if each has a whole --batch to make, and ends with the same images.
-OUT appears whole or not at all. A state of a run (state_STEP.safetensors) is sampled as its
-ckpt.safetensors is: by its evaluation network.
+them, on any number of ranks, and ends with the same images. OUT appears whole or not at all; what
+is there already is replaced with --overwrite only, but for the default samples.png. A state of a
+run (state_STEP.safetensors) is sampled as its ckpt.safetensors is: by its evaluation network.
 """
 
 import dataclasses
@@ -25,7 +25,6 @@ import hashlib
 import itertools
 import json
 import os
-import sys
 import time
 from datetime import timedelta
 
@@ -37,28 +36,24 @@ from tqdm import tqdm
 import fid
 from batches import conditions
 from checkpoint import raw_bytes
-from device import abilities, find_device, join_ranks, ranks_of_torchrun
+from device import abilities, find_device, from_rank_0, join_ranks, ranks_of_torchrun
 from dual import column, widest
-from files import CheckpointError, UserError
+from files import UserError
 from model import Block, compile_blocks, load_model
-from options import Parser, one_line
+from options import Parser, run
 from parts import Parts
 from pictures import (
     find_vae,
-    grid,  # noqa: F401  (for those who import it from here)
+    output_kind,
+    refuse_taken,
     rgb,
     to_images,
+    unlike_pictures,
     write_images,
 )
 
 COMPILE_FROM = 1000  # images; for fewer, up to a minute of torch.compile does not pay
 SHOWN = 10  # class names that are printed
-
-# Suffixes of files that are not written here. Other names with a dot may be folders.
-OTHER_FILES = (
-    *(".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg", ".pdf", ".mp4"),
-    *(".npy", ".h5", ".hdf5", ".zip", ".tar", ".gz", ".pkl", ".pt", ".pth", ".safetensors"),
-)
 
 
 # ---- the sampler ---------------------------------------------------------------------------------
@@ -103,7 +98,7 @@ def fast(model, half=True, compiled=True):
     return torch.autocast(device.type, torch.bfloat16, enabled=half and has_bfloat16)
 
 
-def draw(seed, indices, shape, class_counts=None):
+def noise_and_labels(seed, indices, shape, class_counts=None):
     """The noise (n, *shape) float32 and the labels (n,) int64 of images `indices`.
 
     Labels come as often as in class_counts. Without these all are 0, which is "no class" of a
@@ -136,13 +131,27 @@ def parse(argv=None):
         "a number, too, is the name (default: every class in a grid; with --n or --fid as often "
         "as in the training data)",
     )
-    add("--guidance", type=float, help="the weight w (default: the trained one)")
-    add("--seed", type=int, default=0)
-    add("--out", help="a .png for a grid (default: samples.png), an .npz, or a folder for PNGs")
+    add(
+        "--w",
+        type=float,
+        help="the guidance weight (default: the trained one; of a range its geometric mean)",
+    )
+    add("--seed", type=int, default=0, help="of noise and labels (default 0)")
+    add(
+        "--out",
+        help="a .png for a grid (default: samples.png), an .npz, or a new folder for PNGs; a file "
+        "that is there already is refused",
+    )
+    add("--overwrite", action="store_true", help="replace the .png or .npz that is there already")
     add("--fid", metavar="REF", help="keep no images; print their FID against these statistics")
     add("--inception", metavar="PATH", help="where the Inception weights for --fid lie")
     add("--vae", help="where the VAE of latents lies (default: on the Hugging Face hub)")
-    add("--batch", type=int, default=250, help="images of one network call (default 250)")
+    add(
+        "--batch",
+        type=int,
+        default=250,
+        help="images of one network call (default 250); each rank takes whole batches",
+    )
     add(
         "--precision",
         choices=("bfloat16", "float32"),
@@ -163,57 +172,36 @@ def check_numbers(args):
     for name in ("nfe", "n", "batch"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise CheckpointError(f"--{name} must be at least 1, not {value}")
+            raise UserError(f"--{name} must be at least 1, not {value}")
     if not 0 <= args.seed < 2**63:
-        raise CheckpointError(f"--seed must be at least 0 and below 2**63, not {args.seed}")
+        raise UserError(f"--seed must be at least 0 and below 2**63, not {args.seed}")
     if args.inception and not args.fid:
-        raise CheckpointError("--inception goes with --fid only")
+        raise UserError("--inception goes with --fid only")
 
 
 def prepare_fid(args):
     """With --fid nothing is kept. OUT then names the folder of finished batches alone."""
-    if args.out:
-        raise CheckpointError("--fid keeps no images, so it goes without --out")
+    if args.out or args.overwrite:
+        raise UserError("--fid keeps no images, so it goes without --out and --overwrite")
     if args.n is None:
         args.n = 50_000
+    if args.n < 2:
+        raise UserError(f"--fid needs at least 2 images, not {args.n}")
     name = os.path.basename(args.checkpoint)
     digest = hashlib.sha256(os.path.abspath(args.checkpoint).encode()).hexdigest()
     args.out = f"{name}-{digest[:8]}-nfe{args.nfe}-fid"
+    args.kind = None
 
 
 def prepare_out(args):
     """Find out which kind of output --out names, and complain now rather than after the work."""
+    if args.out is None:  # its own file, which the next grid replaces
+        args.overwrite = True
     out = args.out or "samples.png"
-    suffix = os.path.splitext(out)[1].lower()  # none where a / stands at the end
-    is_folder = os.path.isdir(out)
+    args.kind = output_kind(out)
     args.out = os.path.normpath(out)
-    if suffix in (".png", ".npz"):
-        args.kind = suffix[1:]
-    elif suffix in OTHER_FILES and not is_folder:
-        raise CheckpointError(f"--out takes a .png, an .npz or a folder, not {args.out!r}")
-    else:
-        args.kind = "folder"
-
-    if os.path.basename(args.out) in (".", ".."):
-        raise CheckpointError(
-            f"--out: {args.out} cannot be made, as it is there; name a new folder"
-        )
-    if is_folder and os.listdir(out):
-        raise CheckpointError(f"--out: {args.out} is a folder with files in it already")
-    if is_folder and args.kind != "folder":
-        raise CheckpointError(f"--out: {args.out} is there already, as a folder")
-    if os.path.exists(args.out) and not is_folder and args.kind == "folder":
-        raise CheckpointError(f"--out: {args.out} is there already, as a file")
+    refuse_taken(args.out, args.kind, args.overwrite)
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    args.before = stamp(args.out)
-
-
-def stamp(path):
-    """What tells whether somebody has written `path` since; None where there is nothing."""
-    if not os.path.exists(path):
-        return None
-    status = os.stat(path)
-    return status.st_ino, status.st_mtime_ns
 
 
 def guidance_weight(asked, trained):
@@ -228,8 +216,8 @@ def guidance_weight(asked, trained):
     if asked is None:
         return low if low == high else (low * high) ** 0.5
     if not low <= asked <= high:
-        span = f"{low:g} only" if low == high else f"from {low:g} to {high:g}"
-        raise CheckpointError(f"this model was trained with guidance {span}, not {asked:g}")
+        span = f"= {low:g} only" if low == high else f"from {low:g} to {high:g}"
+        raise UserError(f"--w: this model was trained with w {span}, not {asked:g}")
     return asked
 
 
@@ -247,7 +235,7 @@ def class_names(header):
 def find_classes(text, names, num_classes):
     """The numbers of the classes that --classes asks for. Names may have commas in them."""
     if not num_classes:
-        raise CheckpointError("--classes: this model was trained without classes")
+        raise UserError("--classes: this model was trained without classes")
     classes = []
     words = text.split(",")
     while words:
@@ -269,11 +257,11 @@ def find_class(word, names, num_classes):
     if any(names):
         examples = difflib.get_close_matches(word, names) or names[:3]
         known += f", and names such as {', '.join(map(repr, examples))}"
-    raise CheckpointError(f"--classes: {word!r} is not a class; this model knows {known}")
+    raise UserError(f"--classes: {word!r} is not a class; this model knows {known}")
 
 
 def tell_classes(classes, names):
-    """Print which classes are drawn."""
+    """Print which classes the images are of."""
     if classes is None:
         print("classes: as often as in the training data")
         return
@@ -286,7 +274,7 @@ def tell_classes(classes, names):
     print(f"classes, in turn: {', '.join(told)}")
 
 
-# ---- what is drawn -------------------------------------------------------------------------------
+# ---- what is made --------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -295,7 +283,7 @@ class Plan:
 
     n: int  # images
     nfe: int
-    w: float  # guidance
+    w: float  # guidance weight
     seed: int
     shape: list[int]  # of one image of noise
     class_counts: list[int]
@@ -310,9 +298,9 @@ class Plan:
         starts = range(0, self.n, self.batch)
         return [range(first, min(first + self.batch, self.n)) for first in starts]
 
-    def draw(self, indices):
+    def noise_and_labels(self, indices):
         """Noise (B, *shape) float32 and classes (B,) int64."""
-        noise, labels = draw(self.seed, indices, self.shape, self.class_counts)
+        noise, labels = noise_and_labels(self.seed, indices, self.shape, self.class_counts)
         if self.classes:
             turns = [self.classes[i % len(self.classes)] for i in indices]
             labels = torch.tensor(turns)
@@ -322,20 +310,21 @@ class Plan:
         """The classes of all images, (n,) int64; None where there are no classes."""
         if not self.class_counts:
             return None
-        without_noise = dataclasses.replace(self, shape=[0])
-        return without_noise.draw(range(self.n))[1].numpy()
+        without_noise = dataclasses.replace(self, shape=[0])  # noise is what takes time
+        _, labels = without_noise.noise_and_labels(range(self.n))
+        return labels.numpy()
 
     def columns(self):
-        """Of a grid: one for each class, if these are not too many."""
+        """How many columns a grid has: one for each class, if these are not too many."""
         return min(len(self.classes), 32) if self.classes else 10
 
 
-def make_plan(args, config, about, device, ranks):
+def make_plan(args, config, about, device):
     """The plan of this command line, for a network of this config and its checkpoint's `about`."""
     header = about["data"]
     has_bfloat16, can_compile = abilities(device)
     if args.precision == "bfloat16" and not has_bfloat16:
-        raise CheckpointError(
+        raise UserError(
             f"--precision bfloat16 takes a CUDA device that has it, which {device} is not"
         )
     classes = None
@@ -352,13 +341,13 @@ def make_plan(args, config, about, device, ranks):
     return Plan(
         n=n,
         nfe=args.nfe,
-        w=guidance_weight(args.guidance, about["guidance"]),
+        w=guidance_weight(args.w, about["guidance"]),
         seed=args.seed,
         shape=header.get("shape") or [config.in_channels, *config.height_and_width],
         class_counts=header["class_counts"],
         classes=classes,
         euler=about.get("objective") == "flow_matching",
-        batch=min(args.batch, -(-n // ranks)),
+        batch=min(args.batch, n),
         half=half,
         compiled=half and can_compile and n >= COMPILE_FROM,
     )
@@ -379,11 +368,9 @@ def key_of(plan, about, model, device, vae, score):
 
 
 class Score:
-    """--fid: of the images only Inception's features are kept."""
+    """The FID of the images. Of each batch only Inception's features are kept."""
 
-    def __init__(self, reference, weights, channels, device):
-        if channels not in (1, 3):
-            raise CheckpointError(f"--fid is for images of 1 or 3 channels, not {channels}")
+    def __init__(self, reference, weights, device):
         self.path = reference
         self.device = device
         self.inception = fid.load_inception(weights, device)
@@ -413,7 +400,7 @@ def sample_batches(batches, plan, model, device, header, vae, show):
         indices = batch
         if plan.compiled:  # for one shape of all: the last batch is filled up, and cut off below
             indices = range(batch.start, batch.start + plan.batch)
-        x1, labels = plan.draw(indices)
+        x1, labels = plan.noise_and_labels(indices)
         y = conditions(labels, header).to(device)
         w = torch.full((len(indices),), plan.w, device=device)
         with context:
@@ -426,6 +413,30 @@ def wait_for_all():
         dist.barrier()
 
 
+def check_images_fit(args, header, shape):
+    """Raise UserError where the images of this model fit neither --fid nor the kind of --out."""
+    unlike = unlike_pictures(header, shape)
+    if unlike and args.fid:
+        raise UserError(f"--fid is for uint8 images of 1 or 3 channels, not {unlike}")
+    if unlike and args.kind != "npz":
+        raise UserError(
+            f"a PNG has 1 or 3 channels of uint8, and this model makes {unlike}: "
+            "--out samples.npz keeps them"
+        )
+
+
+def find_missing(parts, args):
+    """Make the folder of finished batches this run's own. Returns the batches still to be made."""
+    parts.hold()
+    if not args.fid:
+        try:
+            refuse_taken(args.out, args.kind, args.overwrite)
+        except UserError:  # another run has written it while this one waited for the folder
+            parts.remove()
+            raise
+    return parts.missing()
+
+
 @torch.no_grad()
 def main():
     args = parse()
@@ -436,33 +447,29 @@ def main():
     # A rank that dies ends the others. The patience is for one that is merely slow.
     join_ranks("gloo", timedelta(days=1))
 
-    # What is to be drawn.
+    # What is to be made.
     model, about = load_model(args.checkpoint, device)
     header = about["data"]
+    plan = make_plan(args, model.config, about, device)
+    check_images_fit(args, header, plan.shape)
     vae = find_vae(header, device, args.vae)
-    score = None
-    if args.fid:
-        channels = 3 if vae else model.config.in_channels
-        score = Score(args.fid, args.inception, channels, device)
-    plan = make_plan(args, model.config, about, device, ranks)
+    score = Score(args.fid, args.inception, device) if args.fid else None
     key = key_of(plan, about, model, device, vae, score)
     parts = Parts(args.out + ".parts", key, plan.batches())
+    missing = None
     if rank == 0:
-        parts.hold()
-        if not args.fid and stamp(args.out) != args.before:  # while this run waited for the lock
-            parts.remove()
-            raise CheckpointError(f"--out: another run has just written {args.out}")
+        missing = find_missing(parts, args)
         if plan.class_counts:
             tell_classes(plan.classes, class_names(header))
-    wait_for_all()
+    missing = from_rank_0(missing)
 
     # Each rank makes its share of the batches.
-    mine = parts.missing(rank, ranks)
+    mine = missing[rank::ranks]
     start = time.perf_counter()
     for batch, images in sample_batches(mine, plan, model, device, header, vae, show=rank == 0):
         parts.save(batch, score.features(images) if score else images)
-    seconds = time.perf_counter() - start
     wait_for_all()
+    seconds = time.perf_counter() - start
 
     # The first one collects them.
     if rank > 0:
@@ -470,22 +477,16 @@ def main():
     if score:
         result = score.result(parts.load())
     else:
-        labels = plan.labels()
-        write_images(args.out, args.kind, parts.load(), plan.n, labels, plan.columns())
+        write_images(args.out, args.kind, parts.load(), plan.n, plan.labels(), plan.columns())
         result = args.out
     parts.remove()
     steps = "1 step" if plan.nfe == 1 else f"{plan.nfe} steps"
-    speed = sum(map(len, mine)) * ranks / seconds
-    print(
-        f"{result}: {plan.n} images in {steps} at guidance {plan.w:g}, "
-        f"{speed:.0f} images/s on {ranks} x {device.type}"
-    )
+    made = sum(len(batch) for batch in missing)
+    speed = f"{made / seconds:.0f} images/s on {ranks} x {device.type}"
+    if made == 0:
+        speed = "all from an earlier run"
+    print(f"{result}: {plan.n} images in {steps} at w = {plan.w:g}, {speed}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (UserError, OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"sample.py: {one_line(error)}")
+    run(main)

@@ -1,10 +1,11 @@
 """
 Scores for data too small for FID, from distances between pixels, and a classifier to judge samples.
 
-    small_data_scores(images, y, held_out, train, labels)    # all scores at once, as a dict
+    small_data_scores(images, y, held_out, train, labels, device="cuda")    # all scores, as a dict
 
 Images are (N, C, H, W) uint8 with any number of channels C, or (N, ...) features of any dtype;
-arrays, memory maps or tensors. Distances are Euclidean over all elements of an image.
+arrays, memory maps or tensors. Distances are Euclidean over all elements of an image. They are
+computed on `device`, which is the CPU unless another one is given.
 
 two_sample      how well a nearest-neighbour classifier tells samples from held-out images: 0.5 best
 label           the share of samples that look like the class that was asked for
@@ -22,29 +23,32 @@ from tqdm import tqdm
 
 from frechet import Moments, frechet_distance
 
-MOST_PIXELS = 4096  # of an image whose pixels have a covariance that says something
+MOST_ELEMENTS = 4096  # C x H x W of an image: of more the covariance says nothing
 
 
-def small_data_scores(images, y, held_out, train, labels, leave_out=None, judge=None):
+def small_data_scores(images, y, held_out, train, labels, leave_out=None, judge=None, device="cpu"):
     """The scores of images (N, C, H, W) uint8 for which the classes y (N,) were asked.
 
     held_out: as many images that were not trained on. train, labels: the training images (M, ...)
     and their classes (M,). leave_out: (N,), which training image each image is, where the images
     are training images. judge: a classifier that says the class, instead of the nearest training
-    image. A score that says nothing is nan: `label` of one class, `frechet_pixels` of large images.
+    image. A score that says nothing is nan: `label` of one class, `frechet_pixels` of images with
+    more than MOST_ELEMENTS.
     """
     label = math.nan
     if judge is not None:
         label = share_equal(classify(judge, images), y)
     elif labels.max() > 0:
-        label = label_accuracy(images, y, train, labels, leave_out)
+        label = label_accuracy(images, y, train, labels, leave_out, device)
     frechet_pixels = math.nan
-    if images[0].size <= MOST_PIXELS:
-        frechet_pixels = frechet_distance(*moments(images / 255), *moments(held_out / 255))
+    if math.prod(images.shape[1:]) <= MOST_ELEMENTS:
+        frechet_pixels = frechet_distance(
+            *moments(flat(images) / 255), *moments(flat(held_out) / 255)
+        )
     return {
-        "two_sample": two_sample_accuracy(images, held_out),
+        "two_sample": two_sample_accuracy(images, held_out, device),
         "label": label,
-        "nearest_ratio": nearest_ratio(images, held_out, train, leave_out),
+        "nearest_ratio": nearest_ratio(images, held_out, train, leave_out, device),
         "frechet_pixels": frechet_pixels,
     }
 
@@ -60,7 +64,7 @@ def moments(features):
 # ---- nearest neighbours --------------------------------------------------------------------------
 
 
-def two_sample_accuracies(a, b):
+def two_sample_accuracies(a, b, device="cpu"):
     """How well the nearest neighbour tells a (N, ...) from b (N, ...): its accuracy on a, and on b.
 
     Each image is given the set of its nearest neighbour among all others. The mean of the two
@@ -74,22 +78,22 @@ def two_sample_accuracies(a, b):
         )
     both = torch.cat([flat(a), flat(b)])
     rows = torch.arange(2 * n)
-    _, nearest = nearest_neighbours(both, both, leave_out=rows)
+    _, nearest = nearest_neighbours(both, both, leave_out=rows, device=device)
     right = (nearest >= n) == (rows >= n)
     return right.double().view(2, n).mean(1).tolist()
 
 
-def two_sample_accuracy(a, b):
+def two_sample_accuracy(a, b, device="cpu"):
     """The mean of two_sample_accuracies."""
-    return sum(two_sample_accuracies(a, b)) / 2
+    return sum(two_sample_accuracies(a, b, device)) / 2
 
 
-def label_accuracy(samples, y, images, labels, leave_out=None):
+def label_accuracy(samples, y, images, labels, leave_out=None, device="cpu"):
     """The share of samples (N, ...) whose nearest image (M, ...) has the label asked for.
 
     y: (N,), the labels asked for; labels: (M,), those of the images.
     """
-    _, nearest = nearest_neighbours(samples, images, leave_out)
+    _, nearest = nearest_neighbours(samples, images, leave_out, device)
     return share_equal(torch.as_tensor(labels)[nearest], y)
 
 
@@ -97,24 +101,25 @@ def share_equal(found, wanted):
     return (torch.as_tensor(found) == torch.as_tensor(wanted)).double().mean().item()
 
 
-def nearest_ratio(samples, held_out, images, leave_out=None):
+def nearest_ratio(samples, held_out, images, leave_out=None, device="cpu"):
     """How far samples are from training images on average, over how far held-out images are.
 
     The distance of an image is that to the nearest training image. All are (N, ...).
     """
-    of_samples, _ = nearest_neighbours(samples, images, leave_out)
-    of_held_out, _ = nearest_neighbours(held_out, images)
+    of_samples, _ = nearest_neighbours(samples, images, leave_out, device)
+    of_held_out, _ = nearest_neighbours(held_out, images, device=device)
     return (of_samples.mean() / of_held_out.mean()).item()
 
 
-def nearest_neighbours(a, b, leave_out=None, rows=4096):
+def nearest_neighbours(a, b, leave_out=None, device="cpu", rows=4096):
     """For each image of a (N, ...) the distance (N,) and the index (N,) of the nearest one of b.
 
     b: (M, ...), which may be mapped from a file; it is read `rows` images at a time.
-    leave_out: (N,), the index in b that a[i] may not have. Distances are float64, by matrix
-    products: exact for whole-number pixels. On a GPU where there is one.
+    leave_out: (N,) int64 tensor, the index in b that a[i] may not have. Distances are float64, by
+    matrix products: exact for whole-number pixels. Both results are on the CPU.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.device(device).type == "mps":  # Apple's GPUs have no float64
+        device = "cpu"
     a = flat(a).to(device)
     best = a.new_full((len(a),), torch.inf)
     index = torch.zeros(len(a), dtype=torch.long, device=device)
@@ -133,9 +138,12 @@ def nearest_neighbours(a, b, leave_out=None, rows=4096):
 
 def flat(images):
     """(N, ...) -> (N, D), float64 on the CPU."""
-    if not torch.is_tensor(images):
-        images = torch.from_numpy(np.array(images))
-    return images.cpu().double().flatten(1)
+    return as_tensor(images).cpu().double().flatten(1)
+
+
+def as_tensor(array):
+    """A tensor as it is. An array or a memory map is copied: torch takes none that is read-only."""
+    return array if torch.is_tensor(array) else torch.from_numpy(np.array(array))
 
 
 # ---- a classifier, where the nearest image says little -------------------------------------------
@@ -170,17 +178,18 @@ def convolution(inputs, outputs):
 
 def train_classifier(images, labels, num_classes, device, epochs=6, batch=256, seed=0):
     """A classifier of images (N, C, H, W) uint8 with labels (N,), in eval mode."""
-    torch.manual_seed(seed)
-    net = classifier(images.shape[1], num_classes).to(device)
-    images = torch.from_numpy(np.array(images)).to(device)
-    labels = torch.from_numpy(np.array(labels)).to(device)
     batch = min(batch, len(images))
     steps_an_epoch = len(images) // batch
     steps = epochs * steps_an_epoch
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        torch.default_generator.manual_seed(seed)
+        net = classifier(images.shape[1], num_classes).to(device)
+        orders = [torch.randperm(len(images))[: steps_an_epoch * batch] for _ in range(epochs)]
+    order = torch.cat(orders).view(steps, batch).to(device)
+    images = as_tensor(images).to(device)
+    labels = as_tensor(labels).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
-    orders = [torch.randperm(len(images))[: steps_an_epoch * batch] for _ in range(epochs)]
-    order = torch.cat(orders).view(steps, batch).to(device)
     for rows in tqdm(order, desc="classifier", unit="step"):
         logits = net(to_network(images[rows]))
         F.cross_entropy(logits, labels[rows]).backward()
@@ -195,7 +204,7 @@ def classify(net, images, batch=1000):
     """uint8 (N, C, H, W) -> the class of each, (N,) int64 on the CPU."""
     device = next(net.parameters()).device
     classes = []
-    for part in torch.from_numpy(np.array(images)).split(batch):
+    for part in as_tensor(images).split(batch):
         logits = net(to_network(part.to(device)))
         classes.append(logits.argmax(1).cpu())
     return torch.cat(classes)

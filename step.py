@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from device import Graph, all_reduce
 from dual import column
-from loss import TVM, Term, backward
+from loss import Term, TrainingLoss, backward
 from model import DiT, compile_blocks
 
 BATCHES = 64  # of random data, taken in turn
@@ -31,16 +31,15 @@ class FlowMatching:
     def draw(self, x0, seed, first=0, total=None):
         return torch.randn_like(x0), torch.rand(len(x0), device=x0.device)
 
-    def __call__(self, x0, y, noise, t, backward):
-        v = noise - x0
+    def __call__(self, x0, y, x1, t, backward_part=None):
+        v = x1 - x0
         u = self.model(x0 + column(t, x0) * v, t, t, y, torch.ones_like(t))
         error = (u - v).square().mean((1, 2, 3))
-        loss = backward(error.mean())
-        return loss, {"fm": Term("fm", error.detach(), error.detach(), t)}
+        return error.mean(), {"fm": Term("fm", error.detach(), error.detach(), t)}
 
 
 class TrainingStep:
-    """step(n) makes step n: bfloat16 autocast on a GPU, AdamW, two EMAs, the check of numbers."""
+    """step(n) makes step n: bfloat16 on a GPU, a check that all is finite, AdamW, two EMAs."""
 
     def __init__(
         self,
@@ -48,14 +47,14 @@ class TrainingStep:
         batch,
         compiled=True,
         checkpoint=False,
-        detach=False,
+        detach_jvp=False,
         flow=False,
         objective="tvm",
         device="cuda",
     ):
         """compiled: the blocks, and on a GPU the step as a CUDA graph. checkpoint: every block
-        keeps its input only. detach: no gradient through dF/ds. flow: FlowMatching above, instead
-        of `objective`, which is one of loss.OBJECTIVES.
+        keeps its input only. detach_jvp: no gradient through dF/ds. flow: FlowMatching above,
+        instead of `objective`, which is one of loss.OBJECTIVES.
         """
         torch.manual_seed(0)
         torch._dynamo.reset()
@@ -71,15 +70,15 @@ class TrainingStep:
             self.model.checkpoint_blocks = len(self.model.blocks)
         if flow:
             self.loss = FlowMatching(self.model)
-            detaches_tangent = False
+            detaches_jvp = False
         else:
             guidance = dict(w=2.0)
-            self.loss = TVM(
-                self.model, target, guidance=guidance, detach_jvp=detach, objective=objective
+            self.loss = TrainingLoss(
+                self.model, target, guidance=guidance, detach_jvp=detach_jvp, objective=objective
             )
-            detaches_tangent = self.loss.detaches_tangent
+            detaches_jvp = self.loss.detaches_jvp
         if compiled:
-            compile_blocks(self.model, target, detached=detaches_tangent)
+            compile_blocks(self.model, target, detach_jvp=detaches_jvp)
 
         trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
         self.weights = [self.model.get_parameter(name) for name in trained]
@@ -98,11 +97,13 @@ class TrainingStep:
             self.labels = self.labels.pin_memory()
 
     def gradients(self, *inputs):
-        """Forward and backward. Returns the loss and its terms."""
+        """Forward and backward. Returns the loss."""
         self.optimizer.zero_grad()
-        share = functools.partial(backward, share=1 / self.ranks)
+        backward_part = functools.partial(backward, share=1 / self.ranks)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-            return self.loss(*inputs, backward=share)
+            loss, _ = self.loss(*inputs, backward_part=backward_part)
+        backward_part(loss)
+        return loss.detach()
 
     def __call__(self, n):
         x0 = self.images[n % BATCHES].to(self.device, non_blocking=True)
@@ -111,15 +112,16 @@ class TrainingStep:
         inputs = [x0, y, *drawn]
         if self.use_graph and self.graph is None:
             self.graph = Graph(self.gradients, inputs)
-        loss, _ = self.graph(*inputs) if self.use_graph else self.gradients(*inputs)
+        loss = self.graph(*inputs) if self.use_graph else self.gradients(*inputs)
         grads = [p.grad for p in self.weights if p.grad is not None]
         if self.ranks > 1:
             all_reduce(grads)
         norm = torch.nn.utils.get_total_norm(grads)
         if torch.stack([norm, loss]).isfinite().all().item():
             self.optimizer.step()
-            for average, rate in self.averages:
-                torch._foreach_lerp_(average, self.weights, 1 - rate)
+            with torch.no_grad():
+                for average, rate in self.averages:
+                    torch._foreach_lerp_(average, self.weights, 1 - rate)
 
 
 def milliseconds(step, steps):

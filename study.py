@@ -3,7 +3,7 @@ TVM beside MeanFlow and flow matching: one network, one trainer, one data set, e
 
     python study.py [--seconds=50] [--workers=9] [--images=5000]   # one GPU or several
     python study.py --report [--log=FILE]    # tables and figures from the log alone
-    python study.py --tiny                   # all of it in a minute on a CPU, without a meaning
+    python study.py --tiny                   # all of it at toy size, in a minute on a CPU
 
 The same command again goes on where it was stopped. Everything is in out/study/ (out/study-tiny/):
 log.jsonl (a line of settings and step times, then one a run that finished or diverged), tables.md,
@@ -36,6 +36,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -49,16 +50,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import options
 from dataset import load_dataset
 from device import find_device
 from files import HERE, UserError
 from images import parallel
 from judge import Judge
 from model import DiTConfig
-from options import Parser, one_line
 from shapes import draw_shape
 from step import TrainingStep, milliseconds
-from study_report import read_log, report, safe_name, spread
+from study_report import mean_distance, read_log, report, safe_name
 
 # ---- the protocol --------------------------------------------------------------------------------
 
@@ -153,18 +154,21 @@ def rates_of(protocol, method, done):
     """The protocol's rates, and twice the largest where that was best. done: {run: its line}."""
     rates = protocol.rates
     lines = [done.get(f"{method}-{rate:g}-0") for rate in rates]
-    if None not in lines and min(lines, key=spread) is lines[-1]:
+    if None not in lines and min(lines, key=mean_distance) is lines[-1]:
         return (*rates, 2 * rates[-1])
     return rates
 
 
 def best_rate(protocol, method, done):
     rates = rates_of(protocol, method, done)
-    return min(rates, key=lambda rate: spread(done[f"{method}-{rate:g}-0"]))
+    return min(rates, key=lambda rate: mean_distance(done[f"{method}-{rate:g}-0"]))
 
 
-def plan(protocol, done):
-    """{run: its constants} of all runs that are known by now, the most wanted first."""
+def plan_runs(protocol, done):
+    """{run: its constants} of all runs that are known by now, the most wanted first.
+
+    done: {run: its line}. Which rates and seeds are to be run depends on the scores in them.
+    """
     runs = {}
     for rate in (*protocol.rates, 2 * protocol.rates[-1]):
         for method, constants in METHODS.items():
@@ -221,7 +225,7 @@ def print_step_times(protocol):
             config,
             protocol.network["batch_size"],
             compiled=cuda,
-            detach=detach,
+            detach_jvp=detach,
             objective="tvm" if detach else what,
             device="cuda" if cuda else "cpu",
         )
@@ -263,6 +267,8 @@ def first_line(protocol, log, tiny):
 
 @dataclasses.dataclass
 class Job:
+    """A run that is being trained, and then scored."""
+
     steps: int
     trainer: subprocess.Popen
     scores: Future | None = None  # once the trainer has ended
@@ -287,10 +293,10 @@ class Runs:
             count = torch.cuda.device_count()
             visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
             self.gpus = itertools.cycle(visible.split(",")[:count])
-        total = len(plan(protocol, {})) + (len(protocol.seeds) - 1) * len(METHODS)
+        total = len(plan_runs(protocol, {})) + (len(protocol.seeds) - 1) * len(METHODS)
         self.bar = tqdm(total=total, initial=len(self.done), desc="runs", unit="run")
 
-    def all(self):
+    def make_all(self):
         """Make all the runs. However this ends, no trainer is left behind."""
         try:
             while True:
@@ -308,13 +314,13 @@ class Runs:
             self.scorer.shutdown(cancel_futures=True)
             self.bar.close()
 
-    def said(self, run):
-        """The file of what train.py said."""
+    def output_path(self, run):
+        """The file of what train.py says."""
         return os.path.join(self.protocol.folder, self.protocol.folder_of(run) + ".txt")
 
     def start(self):
         """Start as many runs as there is room for."""
-        runs = plan(self.protocol, self.done)
+        runs = plan_runs(self.protocol, self.done)
         self.bar.total = max(self.bar.total, len(runs))
         for run, constants in runs.items():
             training = sum(job.scores is None for job in self.active.values())
@@ -327,7 +333,7 @@ class Runs:
             environment = self.environment
             if self.gpus:
                 environment = {**environment, "CUDA_VISIBLE_DEVICES": next(self.gpus)}
-            with open(self.said(run), "w") as f:
+            with open(self.output_path(run), "w") as f:
                 trainer = subprocess.Popen(command, stdout=f, stderr=f, env=environment)
             self.active[run] = Job(steps, trainer)
 
@@ -338,7 +344,7 @@ class Runs:
                 if job.scores.done():
                     self.finish(run, job.scores.result())
             elif job.trainer.poll() == 0:
-                job.scores = self.scorer.submit(self.judge.run, run, job.steps)
+                job.scores = self.scorer.submit(self.judge.score_run, run, job.steps)
             elif job.trainer.poll() is not None:
                 self.note_failure(run, job)
 
@@ -346,7 +352,7 @@ class Runs:
         """A run has come to its end: its line goes to the log."""
         del self.active[run]
         self.done[run] = line
-        write(self.log, line)
+        append_line(self.log, line)
         self.bar.update()
         if "scores" in line:
             distances = [f"{nfe}: {s['features']:.2f}" for nfe, s in line["scores"].items()]
@@ -356,7 +362,7 @@ class Runs:
         self.bar.write(f"{run}: {told}")
 
     def note_failure(self, run, job):
-        with open(self.said(run)) as f:
+        with open(self.output_path(run)) as f:
             said = [line for line in re.split(r"[\r\n]", f.read()) if line]
         last = said[-1] if said else "said nothing"
         if "was not finite" in last:  # the training diverged, which is a result, too
@@ -367,7 +373,7 @@ class Runs:
         self.bar.write(f"{run}: {last}")
 
 
-def write(log, line):
+def append_line(log, line):
     with open(log, "a") as f:
         f.write(json.dumps(line, allow_nan=False) + "\n")
 
@@ -400,9 +406,9 @@ def study(protocol, log, tiny):
     torch.set_num_threads(min(4, torch.get_num_threads()))  # the other cores are the runs'
     judge = Judge(protocol, fresh, header, data, device)
     if not os.path.exists(log):
-        write(log, dict(first, real=judge.real))
+        append_line(log, dict(first, real=judge.real))
     runs = Runs(protocol, log, judge, first["step_ms"], device)
-    runs.all()
+    runs.make_all()
     if runs.failed:
         raise UserError(
             f"{len(runs.failed)} runs failed, which the same command tries again: "
@@ -414,7 +420,7 @@ def study(protocol, log, tiny):
 
 
 def parse():
-    parser = Parser(description=__doc__)
+    parser = options.Parser(description=__doc__)
     add = parser.add_argument
     add("--seconds", type=float, help="training time of a run (default 50)")
     add("--workers", type=int, help="runs at a time (default 9)")
@@ -429,7 +435,7 @@ def parse():
         value = getattr(args, name)
         if value is not None:
             protocol = dataclasses.replace(protocol, **{name: value})
-    if not (protocol.seconds > 0 and protocol.workers > 0 and protocol.images >= 10):
+    if not (0 < protocol.seconds < math.inf and protocol.workers > 0 and protocol.images >= 10):
         raise UserError("seconds and workers must be above 0, images at least 10")
     if not torch.cuda.is_available() and not args.tiny and not args.report:
         raise UserError("no CUDA device here; --tiny needs none")
@@ -447,15 +453,10 @@ def main():
         return
     log = args.log or os.path.join(protocol.folder, "log.jsonl")
     if not args.report:
-        signal.signal(signal.SIGTERM, end_by_signal)  # so that Runs.all ends the trainers
+        signal.signal(signal.SIGTERM, end_by_signal)  # so that Runs.make_all ends the trainers
         study(protocol, log, args.tiny)
     report(log, list(METHODS), os.path.basename(protocol.folder))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (UserError, OSError) as error:
-        sys.exit(f"study.py: {one_line(error)}")
+    options.run(main)

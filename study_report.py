@@ -45,15 +45,19 @@ def read_log(path):
         with open(path) as f:
             # A kill may have cut off the last line.
             lines = [json.loads(text) for text in f if text.endswith("}\n")]
-        return lines[0], {line["run"]: line for line in lines[1:]}
+        first = lines[0]
+        first["settings"]  # or this is the log of something else
+        return first, {line["run"]: line for line in lines[1:]}
     except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
         reason = str(error) or "no line in it"
         raise UserError(f"{path} is not the log of a study: {reason}") from None
 
 
-def spread(line):
-    """What a learning rate is chosen by: the geometric mean over the step counts of the Frechet
-    distance in features. Infinite for a run that diverged."""
+def mean_distance(line):
+    """What a learning rate is chosen by: the Frechet distance in features of a run.
+
+    It is the geometric mean over the step counts, and infinite for a run that diverged.
+    """
     if "scores" not in line:
         return math.inf
     logs = [math.log(scores["features"]) for scores in line["scores"].values()]
@@ -83,7 +87,9 @@ class Results:
                 self.rates[method] = sorted(found)
         self.best = {}  # {method: the best rate}
         for method, rates in self.rates.items():
-            self.best[method] = min(rates, key=lambda rate: spread(self.seed_0(method, rate)))
+            self.best[method] = min(
+                rates, key=lambda rate: mean_distance(self.seed_0(method, rate))
+            )
 
     def of(self, method):
         return [(run, line) for run, line in self.done.items() if run.startswith(f"{method}-")]
@@ -128,7 +134,8 @@ def over_seeds(values):
 
 def tables(results):
     """The lines of tables.md."""
-    first, settings = results.first, results.settings
+    first = results.first
+    settings = results.settings
     about = (
         f"{first['device']}, torch {first['torch']}, {first['date']}; "
         f"{settings['seconds']:g} s of training a run, {settings['images']} images a score, "
@@ -170,7 +177,7 @@ def table_of_rates(results):
         for rate in rates:
             line = results.seed_0(method, rate)
             cells = [f"{line['scores'][nfe]['features']:.3f}" for nfe in results.nfes]
-            lines.append(row([method, f"{rate:g}", *cells, f"{spread(line):.3f}"]))
+            lines.append(row([method, f"{rate:g}", *cells, f"{mean_distance(line):.3f}"]))
     return lines
 
 

@@ -13,7 +13,7 @@ In this order:
     samplers        times and guidance weights against their distributions
     TVM             exact flows have no loss; other networks, a loop over samples from the paper
     MeanFlow and flow matching, in the same way
-    TVM, the module what is random, dropout of labels, options
+    TrainingLoss    what is random, dropout of labels, options
     seams           data and conditions of any shape
     the rehearsal   from JPEGs to FID on small files, with kills and two ranks
     on a GPU        the same, compiled, in bfloat16, as CUDA graphs
@@ -63,6 +63,7 @@ import attention_jvp as A
 import dataset
 import dual
 import files
+import pictures
 import sample
 from checkpoint import save_tensors
 from device import Graph
@@ -70,7 +71,7 @@ from dual import Dual, column
 from inception import InceptionV3
 from loss import (
     OBJECTIVES,
-    TVM,
+    TrainingLoss,
     backward,
     flow_matching_loss,
     meanflow_loss,
@@ -472,7 +473,7 @@ def test_masked_tokens_do_not_count():
 def tvm_terms(net, target, inputs, **options):
     """The terms of the TVM loss, with s in the other order as s_fm."""
     x0, noise, t, s, y, w = inputs
-    return list(tvm_loss(net, target, x0, noise, y, w, t, s, s.flip(0), **options))
+    return list(tvm_loss(net, target, x0, y, noise, t, s, s.flip(0), w, **options))
 
 
 def loss_gradients(net, **options):
@@ -507,10 +508,10 @@ def test_which_blocks_are_checkpointed():
 
 
 def test_detached_blocks():
-    """forward_detached changes nothing but what detach_jvp throws away."""
+    """forward_detach_jvp changes nothing but what detach_jvp throws away."""
     net = random_model()
     found = []
-    for function in (Block.forward, Block.forward_detached):
+    for function in (Block.forward, Block.forward_detach_jvp):
         net.run_block = function
         found.append(loss_gradients(net, detach_jvp=True))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -537,12 +538,12 @@ def test_blocks_compile_once(name, kept):
     torch._dynamo.reset()
     net = random_model(torch.float32)
     counter = GraphCounter()
-    block = Block.forward_detached if name == "meanflow" else Block.forward
+    block = Block.forward_detach_jvp if name == "meanflow" else Block.forward
     net.checkpoint_blocks = kept
     net.run_block = torch.compile(block, fullgraph=True, dynamic=False, backend=counter)
     target = copy.deepcopy(net).requires_grad_(False)
     times = dict(sampler="two", p_equal=0.75) if name == "meanflow" else {}
-    objective = TVM(net, target, guidance=dict(w=2.0), objective=name, times=times)
+    objective = TrainingLoss(net, target, guidance=dict(w=2.0), objective=name, times=times)
     seen = []
     for step in range(3):
         x0 = randn(8, 2, 4, 4, dtype=torch.float32)
@@ -753,7 +754,7 @@ def test_gaussian_data(scaled, c, w):
     guidance = torch.full((n,), w, dtype=F64)
     y = torch.zeros(n, dtype=torch.long)
     flow = GaussianFlow(mean, c, scaled)
-    terms = by_name(tvm_loss(flow, flow, x0, noise, y, guidance, t, s, s_fm))
+    terms = by_name(tvm_loss(flow, flow, x0, y, noise, t, s, s_fm, guidance))
     assert terms["terminal"].loss.max() < 1e-12
 
     r = column(s_fm, x0)
@@ -765,7 +766,7 @@ def test_gaussian_data(scaled, c, w):
     assert abs(ratio - 1) < 4 * math.sqrt(2 / 18 / n)
 
 
-def naive_loss(net, target, x0, x1, y, w, t, s, s_fm):
+def naive_loss(net, target, x0, y, x1, t, s, s_fm, w):
     """{term: (B,)} straight from the paper, one sample after the other.
 
     The derivative is taken by PyTorch's forward mode.
@@ -809,7 +810,7 @@ def test_loss_against_a_naive_one(scaled):
     x0, noise, t, s, y, w = random_inputs(B=5)
     s[2] = t[2]
     s_fm = torch.rand(5, dtype=F64, generator=seeded(9))
-    inputs = (net, target, x0, noise, y, w, t, s, s_fm)
+    inputs = (net, target, x0, y, noise, t, s, s_fm, w)
     ours = by_name(tvm_loss(*inputs))
     naive = naive_loss(*inputs)
     assert ours["terminal"].loss[2] == 0
@@ -833,7 +834,7 @@ def test_detach_jvp_cuts_the_derivative_alone():
     net = random_model()
     target = random_model(seed=1)
     x0, noise, t, s, y, w = random_inputs(B=5)
-    inputs = (net, target, x0, noise, y, w, t, s, s)
+    inputs = (net, target, x0, y, noise, t, s, s, w)
     cut = gradients(total(tvm_loss(*inputs, detach_jvp=True)), net)
     jvp = net.jvp
 
@@ -881,24 +882,24 @@ def test_meanflow_on_gaussian_data(scaled, w):
     x_t = (1 - r) * x0 + r * noise
     u = k * flow(x_t, t, t, y, guidance)
 
-    term = meanflow(flow, x_t - r * u, x_t + (1 - r) * u, y, guidance, t, s, keep, kappa)
+    term = meanflow(flow, x_t - r * u, y, x_t + (1 - r) * u, t, s, guidance, keep, kappa)
     assert term.error.max() < 1e-24
 
     # F is linear in x, so a difference is its derivative.
     slope = k * (flow(x_t + 1, t, s, y, guidance) - flow(x_t, t, s, y, guidance))
     off = (1 + column(s - t, x0) * slope) * omega * (noise - x0 - u)
     error = off.square().mean((1, 2, 3))
-    term = meanflow(flow, x0, noise, y, guidance, t, s, keep, kappa)
+    term = meanflow(flow, x0, y, noise, t, s, guidance, keep, kappa)
     close(term.error, error, 1e-10)
     close(term.loss, error / (error + 1e-3), 1e-10)
     assert torch.equal(term.time, t)
 
     # A dropped class: nothing guides.
-    none = meanflow(flow, x0, noise, flow.no_condition(y), guidance, t, s, ~keep, kappa)
+    none = meanflow(flow, x0, flow.no_condition(y), noise, t, s, guidance, ~keep, kappa)
     close(none.error, error / omega**2, 1e-10)
 
 
-def naive_meanflow(net, x0, x1, y, w, t, s, drop, kappa, c, power):
+def naive_meanflow(net, x0, y, x1, t, s, w, drop, kappa, c, power):
     """(B,) straight from the paper, one sample after the other.
 
     The derivative is taken by PyTorch's forward mode.
@@ -937,7 +938,7 @@ def test_meanflow_against_a_naive_one(scaled):
     s[2] = t[2]
     y[3] = 3  # "no class"
     w[4] = 1.0
-    inputs = (net, x0, noise, y, w, t, s, y == 3, 0.4, 0.01, 0.7)
+    inputs = (net, x0, y, noise, t, s, w, y == 3, 0.4, 0.01, 0.7)
     ours = meanflow(*inputs).loss
     naive = naive_meanflow(*inputs)
     close(ours, naive, 1e-12)
@@ -957,8 +958,8 @@ def test_flow_matching_is_the_fm_term():
     net = random_model()
     target = random_model(seed=1)
     x0, noise, t, s, y, w = random_inputs(B=5)
-    alone = by_name(flow_matching_loss(net, target, x0, noise, y, w, s))
-    both = by_name(tvm_loss(net, target, x0, noise, y, w, t, s, s))
+    alone = by_name(flow_matching_loss(net, target, x0, y, noise, s, w))
+    both = by_name(tvm_loss(net, target, x0, y, noise, t, s, s, w))
     assert list(alone) == ["fm"]
     close(alone["fm"].loss, both["fm"].loss, 1e-12)
     assert torch.equal(alone["fm"].time, s)
@@ -982,9 +983,9 @@ def test_other_objectives_train(folder):
     assert run_script("sample.py", *sampling) is None
     net, about = load_model("out/fm/ckpt.safetensors")
     assert about["objective"] == "flow_matching"
-    x1, y = sample.draw(0, range(4), (1, 8, 8), about["data"]["class_counts"])
+    x1, y = sample.noise_and_labels(0, range(4), (1, 8, 8), about["data"]["class_counts"])
     w = torch.full((4,), 1.25)
-    by_euler = sample.to_images(sample.sample(net, x1, y, w, 3, euler=True), about["data"])
+    by_euler = pictures.to_images(sample.sample(net, x1, y, w, 3, euler=True), about["data"])
     assert (images_in("a.npz") == by_euler).all()
 
     of_meanflow = (
@@ -1003,7 +1004,7 @@ def test_other_objectives_train(folder):
     assert "kappa" in run_script("train.py", "--objective=meanflow", "--kappa=1")
 
 
-# ---- TVM, the module -----------------------------------------------------------------------------
+# ---- TrainingLoss --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
@@ -1013,7 +1014,7 @@ def test_objective_is_a_function_of_seed_and_place(kind):
     Backward of one term after the other gives the loss and the gradient of all of them together.
     """
     net = random_model(torch.float32)
-    objective = TVM(
+    objective = TrainingLoss(
         net,
         copy.deepcopy(net),
         guidance=dict(w=2.0),
@@ -1046,7 +1047,8 @@ def test_objective_is_a_function_of_seed_and_place(kind):
         close(loss, sum(term.error for term in whole.values()).mean(), 1e-6)
 
     want = gradients(loss, objective.model)
-    in_parts, _ = objective(x0, y, *objective.draw(x0, 5), backward=backward)
+    in_parts, _ = objective(x0, y, *objective.draw(x0, 5), backward_part=backward)
+    backward(in_parts)
     close(in_parts, loss, 1e-7)
     for p, g in zip(trained(objective.model), want, strict=True):
         assert nearly_equal(p.grad, g, 1e-5, 1e-8)
@@ -1074,7 +1076,7 @@ def test_label_dropout(kind):
     """About a tenth of the samples lose their class and their guidance; the others keep both."""
     n = 4000
     net = Recorder()
-    objective = TVM(net, Recorder(), guidance=dict(w=2.0), objective=kind)
+    objective = TrainingLoss(net, Recorder(), guidance=dict(w=2.0), objective=kind)
     y = torch.arange(n) % 3
     x0 = torch.zeros(n, 1, 2, 2)
     objective(x0, y, *objective.draw(x0, 0))
@@ -1089,7 +1091,7 @@ def test_meanflow_asks_dropped_labels_at_w():
     """MeanFlow drops labels, too, but the network is always given the one w."""
     n = 4000
     net = Recorder()
-    objective = TVM(net, None, guidance=dict(w=2.0), objective="meanflow")
+    objective = TrainingLoss(net, None, guidance=dict(w=2.0), objective="meanflow")
     x0 = torch.zeros(n, 1, 2, 2)
     objective(x0, torch.arange(n) % 3, *objective.draw(x0, 0))
     assert abs((net.y == 3).double().mean() - 0.1) < 4 * math.sqrt(0.09 / n)
@@ -1108,7 +1110,7 @@ def test_options_reach_the_objective(objective, option):
     found = []
     for options in ({}, option):
         times = dict(sampler="two")
-        module = TVM(net, target, times, dict(w=2.0), objective=objective, **options)
+        module = TrainingLoss(net, target, times, dict(w=2.0), objective=objective, **options)
         net.zero_grad()
         loss, _ = module(x0, y, *module.draw(x0, 5))
         loss.backward()
@@ -1169,7 +1171,7 @@ def test_objectives_of_any_shape(shape, condition_shape, kind):
     target = AnyShape(shape, condition_shape)
     with torch.no_grad():
         target.outer.weight += 0.1
-    objective = TVM(net, target, guidance=dict(w=2.0), objective=kind, label_dropout=0.4)
+    objective = TrainingLoss(net, target, guidance=dict(w=2.0), objective=kind, label_dropout=0.4)
     x0 = randn(B, *shape)
     y = randn(B, *condition_shape, seed=3)
     if not condition_shape:
@@ -1185,9 +1187,9 @@ def test_objectives_of_any_shape(shape, condition_shape, kind):
     w_fm = w.clone()
     w_fm[drop] = 1
     if kind == "meanflow":
-        naive = {"meanflow": naive_meanflow(net, x0, noise, asked, w, t, s, drop, 0.5, 1e-3, 1.0)}
+        naive = {"meanflow": naive_meanflow(net, x0, asked, noise, t, s, w, drop, 0.5, 1e-3, 1.0)}
     else:
-        naive = naive_loss(net, target, x0, noise, asked, w_fm, t, s, s_fm)
+        naive = naive_loss(net, target, x0, asked, noise, t, s, s_fm, w_fm)
     if kind == "flow_matching":
         del naive["terminal"]
     assert terms.keys() == naive.keys()
@@ -1332,7 +1334,8 @@ def train_on_latents(header, vae):
 
 def sample_latents(vae):
     """24 samples on two ranks, which are those of one process to a level. Returns the images."""
-    sampling = ("out/cut/ckpt.safetensors", "--n", 24, "--nfe", 2, "--vae", vae, "--out")
+    small_batches = ("--n", 24, "--batch", 12, "--nfe", 2)  # a batch for each rank
+    sampling = ("out/cut/ckpt.safetensors", *small_batches, "--vae", vae, "--out")
     torchrun("sample.py", *sampling, "samples.npz")
     assert run_script("sample.py", *sampling, "one.npz") is None
     images = images_in("samples.npz")
@@ -1401,7 +1404,7 @@ def step_gradients(device, dtype, half=False, compiled=False):
     """
     net = random_model(depth=3, hidden_size=64).to(device, dtype)
     target = copy.deepcopy(net)
-    module = TVM(net, target)
+    module = TrainingLoss(net, target)
     x0, noise, t, s, y, w = (a.to(device) for a in random_inputs(6, dtype=dtype))
     drop = torch.zeros_like(w, dtype=torch.bool)
     inputs = (x0, y, noise, t, s, s.flip(0), w, drop)
@@ -1409,8 +1412,9 @@ def step_gradients(device, dtype, half=False, compiled=False):
     def step(*inputs):
         net.zero_grad()
         with in_bfloat16(half):
-            loss, _ = module(*inputs, backward=backward)
-        return loss
+            loss, _ = module(*inputs, backward_part=backward)
+        backward(loss)
+        return loss.detach()
 
     if compiled:
         torch._dynamo.reset()
@@ -1552,13 +1556,15 @@ def test_graph_gpu(compiled):
     if compiled:
         model.run_block = torch.compile(Block.forward, fullgraph=True, dynamic=False)
     target = copy.deepcopy(model).requires_grad_(False)
-    module = TVM(model, target, guidance=dict(w=2.0))
+    module = TrainingLoss(model, target, guidance=dict(w=2.0))
     parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
 
     def step(*inputs):
         model.zero_grad()
         with in_bfloat16():
-            return module(*inputs, backward=backward)
+            loss, terms = module(*inputs, backward_part=backward)
+        backward(loss)
+        return loss.detach(), terms
 
     def batch(seed):
         x0 = torch.randn(6, 2, 4, 4, generator=seeded(seed)).cuda()

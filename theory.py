@@ -26,16 +26,15 @@ int lambda (e1^2 + e2^2).
 import copy
 import json
 import os
-import sys
 import time
 
 import torch
 from tqdm import tqdm
 
 from files import UserError, written
-from loss import TVM
+from loss import TrainingLoss
 from model import DiTConfig
-from options import Parser, one_line
+from options import Parser, run
 
 F64 = torch.float64
 
@@ -303,7 +302,7 @@ def bounds(row):
 # ---- the run -------------------------------------------------------------------------------------
 
 
-def run(log, quick):
+def train_and_measure(log, quick):
     """Train the networks of MODELS and write the log: settings, a line a snapshot, seconds."""
     start = time.perf_counter()
     n, intervals, batch = (200, 16, 128) if quick else (2000, 64, 512)
@@ -346,7 +345,7 @@ def train(name, data, snapshots, batch, generator):
     net = PlaneNet(width)
     target = copy.deepcopy(net).requires_grad_(False)
     ema = copy.deepcopy(net).requires_grad_(False)
-    objective = TVM(net, target, label_dropout=0.0)
+    objective = TrainingLoss(net, target, label_dropout=0.0)
     optimizer = torch.optim.AdamW(net.parameters(), lr, (0.9, 0.95), weight_decay=0)
     y = torch.zeros(batch, dtype=torch.long)
     for step in tqdm(range(snapshots[-1] + 1), desc=name, unit="step"):
@@ -357,9 +356,10 @@ def train(name, data, snapshots, batch, generator):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        for average, rate in ((target, 0.99), (ema, 0.995)):
-            parameters = list(net.parameters())
-            torch._foreach_lerp_(list(average.parameters()), parameters, 1 - rate)
+        with torch.no_grad():
+            for average, rate in ((target, 0.99), (ema, 0.995)):
+                parameters = list(net.parameters())
+                torch._foreach_lerp_(list(average.parameters()), parameters, 1 - rate)
 
 
 # ---- the report ----------------------------------------------------------------------------------
@@ -437,16 +437,11 @@ def main():
     log = "out/theory/quick.jsonl" if args.quick else "out/theory/log.jsonl"
     plot = "out/theory/quick.png" if args.quick else "assets/theory.png"
     if not args.report:
-        run(log, args.quick)
+        train_and_measure(log, args.quick)
     about, rows, seconds = read(log)
     print_table(about, rows, seconds)
     draw_plot(about, rows, args.plot or plot)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (UserError, OSError, ValueError) as error:
-        sys.exit(f"theory.py: {one_line(error)}")
+    run(main)

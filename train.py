@@ -16,8 +16,8 @@ Edit the constants in place; a flag such as --lr=1e-3 overrides one. Output, in 
     samples_STEP.png        rows: 1, 2, 4 steps; columns: classes
     curve.png               the loss
     lock                    held by the process that trains NAME
-SIGTERM and SIGINT (Ctrl-C) end a run after its step and a save; a second one, seconds later, at
-once.
+SIGTERM and SIGINT (Ctrl-C) end a run after its step and a save. A second signal, more than two
+seconds after the first, ends it at once.
 
 In this file: constants, ranks and device, data, networks, saving and resuming, the loop.
 """
@@ -37,14 +37,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from batches import Batches, misfit
+from batches import Batches, why_not_train
 from checkpoint import (
     initialize_from,
     last_good,
     load_newest,
     save_state,
     save_tensors,
-    with_prefix,
+    strip_prefix,
 )
 from dataset import DataError, load_dataset
 from device import (
@@ -62,74 +62,74 @@ from device import (
 from dual import column
 from files import HERE, CheckpointError, UserError, hold
 from latents import SD_VAE
-from loss import GUIDANCE, OBJECTIVES, TIMES, TVM, backward
+from loss import GUIDANCE, OBJECTIVES, TIMES, TrainingLoss, backward
 from model import SIZES, DiT, DiTConfig, compile_blocks
-from options import configure, differences, fail, option, options_of
+from options import Option, configure, differences, fail, options_of
 from report import Losses, Report, git_commit
 
 # ---- constants -----------------------------------------------------------------------------------
 # One line each: the default, what it is, the values that it may have. later=True: a continuation of
 # the run may have another value.
 # fmt: off
-preset         = option("",         "a group of PRESETS below, or none", later=True)
-name           = option("",         "out/NAME; default: the preset's or dataset's name", later=True)
-dataset        = option("digits",   "data/NAME; digits and shapes are made when missing")
-vae            = option("",         "the VAE that the data must be latents of; default: any")
-vae_files      = option("",         "where the VAE lies; default: Hugging Face hub", later=True)
-device         = option("",         "cpu, cuda or mps; default: a GPU if any", later=True)
-compile        = option(True,       "torch.compile on a GPU: faster steps", later=True)
-seed           = option(0,          "of weights, data order, noise and times", least=0, below=2**63)
-init_from      = option("",         "a checkpoint to take the first weights from", later=True)
-init_partly    = option(False,      "take what fits of another network, name the rest", later=True)
-change         = option("",         "what a continuation changes on purpose: lr,beta2", later=True)
+preset         = Option("",         "a group of constants, below", later=True)
+name           = Option("",         "out/NAME; default: the preset's or dataset's name", later=True)
+dataset        = Option("digits",   "data/NAME; digits and shapes are made when missing")
+vae            = Option("",         "the VAE that the data must be latents of; default: any")
+vae_files      = Option("",         "where the VAE lies; default: Hugging Face hub", later=True)
+device         = Option("",         "cpu, cuda or mps; default: a GPU if any", later=True)
+compile        = Option(True,       "torch.compile on a GPU: faster steps", later=True)
+seed           = Option(0,          "of weights, data order, noise and times", least=0, below=2**63)
+init_from      = Option("",         "a checkpoint to take the first weights from", later=True)
+init_partly    = Option(False,      "take what fits of another network, name the rest", later=True)
+change         = Option("",         "what a continuation changes on purpose: lr,beta2", later=True)
 # network (its input size, channels and classes are the data's)
-hidden_size    = option(64,         "width", least=1)
-depth          = option(4,          "blocks", least=1)
-num_heads      = option(4,          "attention heads", least=1)
-patch_size     = option(2,          "pixels on the side of a token", least=1)
-semi_lipschitz = option(True,       "False: LayerNorm, no QK norm, plain modulation")
-checkpoint_blocks = option(0,       "blocks computed again in backward", least=0, later=True)
-time_init      = option("spectral", "of the time MLPs", choices=("spectral", "normal"))
-scaled         = option(True,       "displacement (s-t) w F instead of (s-t) F")
+hidden_size    = Option(64,         "width", least=1)
+depth          = Option(4,          "blocks", least=1)
+num_heads      = Option(4,          "attention heads", least=1)
+patch_size     = Option(2,          "pixels on the side of a token", least=1)
+semi_lipschitz = Option(True,       "False: LayerNorm, no QK norm, plain modulation")
+checkpoint_blocks = Option(0,       "blocks computed again in backward", least=0, later=True)
+time_init      = Option("spectral", "of the time MLPs", choices=("spectral", "normal"))
+scaled         = Option(True,       "displacement (s-t) w F instead of (s-t) F")
 # objective
-objective      = option("tvm",      "what is trained: loss.py has the formulas", choices=OBJECTIVES)
-kappa          = option(0.5,        "MeanFlow only: share of the class velocity in its target")
-times          = option("gap*",     "how times are drawn: loss.py has the formulas", choices=TIMES)
-mu             = option(-0.8,       "logit-normal of the gap, or of t (trunc, clamp: try 1)")
-sigma          = option(1.0,        "its deviation")
-mu_s           = option(-0.4,       "logit-normal of s")
-sigma_s        = option(1.0,        "its deviation")
-p_equal        = option(0.0,        "the probability of t = s")
-guidance       = option("constant", "w, or drawn between w_min and w_max", choices=GUIDANCE)
-w              = option(1.25,       "guidance weight; 1: none")
-w_min          = option(1.0,        "the smallest weight that is drawn")
-w_max          = option(1.0,        "the largest weight that is drawn")
-label_dropout  = option(0.1,        "share of samples that lose their label", least=0, below=1)
-detach_jvp     = option(False,      "no gradient through dF/ds: faster, biased")
+objective      = Option("tvm",      "what is trained: loss.py has the formulas", choices=OBJECTIVES)
+kappa          = Option(0.5,        "MeanFlow only: share of the class velocity in its target")
+times          = Option("gap*",     "how times are drawn: loss.py has the formulas", choices=TIMES)
+mu             = Option(-0.8,       "logit-normal of the gap, or of t (trunc, clamp: try 1)")
+sigma          = Option(1.0,        "its deviation")
+mu_s           = Option(-0.4,       "logit-normal of s")
+sigma_s        = Option(1.0,        "its deviation")
+p_equal        = Option(0.0,        "the probability of t = s")
+guidance       = Option("constant", "how w is drawn; constant: w itself", choices=GUIDANCE)
+w              = Option(1.25,       "guidance weight; 1: none")
+w_min          = Option(1.0,        "the smallest weight that is drawn")
+w_max          = Option(1.0,        "the largest weight that is drawn")
+label_dropout  = Option(0.1,        "share of samples that lose their label", least=0, below=1)
+detach_jvp     = Option(False,      "no gradient through dF/ds: faster, biased")
 # optimization (AdamW)
-steps          = option(1900,       "optimizer steps", least=1, later=True)
-batch_size     = option(64,         "images a step, of all ranks together", least=1)
-micro_batch    = option(0,          "images at once; 0: batch_size / ranks", least=0, later=True)
-lr             = option(2e-3,       "learning rate", least=0)
-warmup         = option(0,          "steps in which the learning rate rises to lr", least=0)
-beta1          = option(0.9,        "decay of the first moment", least=0, below=1)
-beta2          = option(0.95,       "decay of the second moment", least=0, below=1)
-eps            = option(1e-8,       "AdamW's epsilon", least=0)
-weight_decay   = option(0.0,        "decoupled", least=0)
-grad_clip      = option(0.0,        "largest gradient norm; 0: no clipping", least=0)
-ema_target     = option(0.99,       "decay of F*, the loss's target network", least=0, below=1)
-ema_eval       = option(0.995,      "decay of the network that is sampled", least=0, below=1)
+steps          = Option(1900,       "optimizer steps", least=1, later=True)
+batch_size     = Option(64,         "images a step, of all ranks together", least=1)
+micro_batch    = Option(0,          "images at once; 0: batch_size / ranks", least=0, later=True)
+lr             = Option(2e-3,       "learning rate", least=0)
+warmup         = Option(0,          "steps in which the learning rate rises to lr", least=0)
+beta1          = Option(0.9,        "decay of the first moment", least=0, below=1)
+beta2          = Option(0.95,       "decay of the second moment", least=0, below=1)
+eps            = Option(1e-8,       "AdamW's epsilon", least=0)
+weight_decay   = Option(0.0,        "decoupled", least=0)
+grad_clip      = Option(0.0,        "largest gradient norm; 0: no clipping", least=0)
+ema_target     = Option(0.99,       "decay of F*, the loss's target network", least=0, below=1)
+ema_eval       = Option(0.995,      "decay of the network that is sampled", least=0, below=1)
 # reports
-log_every      = option(50,         "steps from line to line of the log", least=1, later=True)
-sample_every   = option(500,        "steps from picture to picture", least=1, later=True)
-save_every     = option(500,        "steps from save to save", least=1, later=True)
-keep           = option(2,          "the last so many states stay", least=1, later=True)
-lock_wait      = option(30,         "seconds to wait for the old process", least=0, later=True)
-score_images   = option(2000,       "samples scored at the end, at most", least=1, later=True)
-fid_reference  = option("",         "statistics: FID every sample_every steps", later=True)
-fid_images     = option(10000,      "one-step samples for it", least=2, later=True)
-inception      = option("",         "weights for it; default: downloaded once", later=True)
-classifier     = option("1-nn",     "who judges labels", choices=("1-nn", "cnn"), later=True)
+log_every      = Option(50,         "steps from line to line of the log", least=1, later=True)
+sample_every   = Option(500,        "steps from picture to picture", least=1, later=True)
+save_every     = Option(500,        "steps from save to save", least=1, later=True)
+keep           = Option(2,          "the last so many states stay", least=1, later=True)
+lock_wait      = Option(30,         "seconds to wait for the old process", least=0, later=True)
+score_images   = Option(2000,       "samples scored at the end, at most", least=1, later=True)
+fid_reference  = Option("",         "statistics: FID every sample_every steps", later=True)
+fid_images     = Option(10000,      "one-step samples for it", least=2, later=True)
+inception      = Option("",         "weights for it; default: downloaded once", later=True)
+classifier     = Option("1-nn",     "who judges labels", choices=("1-nn", "cnn"), later=True)
 
 IMAGENET = dict(
     SIZES["XL/2"], vae=SD_VAE, steps=300_000, batch_size=2048, micro_batch=32,
@@ -203,10 +203,10 @@ try:
     header, data = load_dataset(data_path)
 except DataError as error:
     fail(error)
-complaint = misfit(header, data_path, config)
+complaint = why_not_train(header, data_path, config)
 if complaint:
     fail(complaint)
-batches = Batches(header, data, seed, batch_size, rank, ranks, device)
+batches = Batches(header, data, seed, batch_size, steps, device, rank, ranks)
 mean = torch.tensor(header["mean"], device=device)
 std = torch.tensor(header["std"], device=device)
 
@@ -252,8 +252,15 @@ optimizer = torch.optim.AdamW(
 times_config = dict(sampler=times, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, p_equal=p_equal)
 guidance_config = dict(sampler=guidance, w=w, w_min=w_min, w_max=w_max)
 try:
-    tvm = TVM(
-        model, target, times_config, guidance_config, label_dropout, detach_jvp, objective, kappa
+    loss = TrainingLoss(
+        model,
+        target,
+        times=times_config,
+        guidance=guidance_config,
+        label_dropout=label_dropout,
+        detach_jvp=detach_jvp,
+        objective=objective,
+        kappa=kappa,
     )
 except ValueError as error:
     fail(error)
@@ -264,7 +271,7 @@ if objective == "meanflow" and (times, p_equal, scaled) != ("two", 0.75, False) 
         file=sys.stderr,
     )
 if compiled:
-    compile_blocks(model, target, detached=tvm.detaches_tangent)
+    compile_blocks(model, target, detach_jvp=loss.detaches_jvp)
 
 
 def learning_rate(step):
@@ -276,11 +283,11 @@ def learning_rate(step):
 
 # ---- saving and resuming -------------------------------------------------------------------------
 about = dict(
-    config=vars(model_config),
+    config=vars(model_config),  # the network's
     objective=objective,
     guidance=guidance_config,
     times=times_config,
-    train=config,
+    train=config,  # the constants above; log.jsonl calls these "config"
     data=header,
     commit=git_commit(),
 )
@@ -329,34 +336,35 @@ def resume():
             f"give this run another --name, or delete {out}"
         )
     for kind, net in nets.items():
-        net.load_state_dict(with_prefix(state, f"{kind}."))
-    for key, p in parameters.items():
-        optimizer.state[p] = with_prefix(state, f"optimizer.{key}.")
-    return was["step"]
-
-
-def complaint_of_hold():
-    """Take out/NAME for this process, on rank 0. Returns what is wrong, or None."""
-    global lock
-    if rank == 0:
         try:
-            lock = hold(out, lock_wait)
-        except OSError as error:
-            return f"cannot train in {out}: {error}"
-    return None
+            net.load_state_dict(strip_prefix(state, f"{kind}."))
+        except RuntimeError:
+            fail(
+                f"{path} is of another network than these constants make. To begin with what fits "
+                f"of it: --init_from={path} --init_partly=True --name=ANOTHER"
+            )
+    for key, p in parameters.items():
+        optimizer.state[p] = strip_prefix(state, f"optimizer.{key}.")
+    return was["step"]
 
 
 report = Report(out, config, header, data, evaluated, device, rank, ranks)
 try:
     report.load_fid()  # complain now rather than in a day
-except (OSError, ValueError) as error:
+except (UserError, OSError, ValueError) as error:
     fail(error)
-complaint = from_rank_0(complaint_of_hold())
+complaint = None
+if rank == 0:
+    try:
+        lock = hold(out, lock_wait)  # out/NAME is this process's own until it ends
+    except OSError as error:
+        complaint = f"cannot train in {out}: {error}"
+complaint = from_rank_0(complaint)
 if complaint:
     fail(complaint)
 try:
     first_step = resume()
-except (CheckpointError, KeyError, RuntimeError) as error:
+except CheckpointError as error:
     fail(error)
 if ranks > 1:
     first_steps = from_all_ranks(first_step if os.path.isdir(out) else "nowhere")
@@ -374,34 +382,38 @@ if first_step > steps:
     fail(f"{out} has come to step {first_step} already, beyond steps {steps}")
 
 precision = "bfloat16" if has_bfloat16 else "float32"
-report.begin(first_step, about, f"{precision}, {'compiled' if compiled else 'eager'}")
+report.log_start(first_step, about, f"{precision}, {'compiled' if compiled else 'eager'}")
 saved = True
 if first_step > 0:
     # A stop may have come between the state and what follows it: the picture, ckpt.safetensors.
     if report.lacks_samples(first_step, steps):
-        report.samples(first_step)
+        report.save_samples(first_step)
     saved = report.attempt("ckpt.safetensors", save_evaluated, first_step, errors=OSError)
 
 
 # ---- the loop ------------------------------------------------------------------------------------
-def gradients(x0, y, *drawn):
-    """Forward and backward of a micro-batch. Returns its terms.
+# Gradients of several micro-batches add up in .grad, which is zeroed before each step. With one
+# micro-batch .grad is freed before the forward, which then uses its memory.
+accumulates = micro_batch < local_batch
+if accumulates:
+    for p in weights:
+        p.grad = torch.zeros_like(p)
 
-    Its share of the gradient of the global batch is added to .grad. Where one micro-batch is all of
-    this rank's batch, .grad is dropped first, and its memory serves the forward.
+
+def gradients(x0, y, *drawn):
+    """Forward and backward of a micro-batch: adds its share of the global gradient to .grad.
+
+    Returns the terms of the loss.
     """
-    if whole_batch:
+    if not accumulates:
         optimizer.zero_grad()
-    share = partial(backward, share=micro_batch / batch_size)
+    backward_part = partial(backward, share=micro_batch / batch_size)
     with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16):
-        _, terms = tvm(x0, y, *drawn, backward=share)
+        rest, terms = loss(x0, y, *drawn, backward_part=backward_part)
+    backward_part(rest)
     return terms
 
 
-whole_batch = micro_batch == local_batch
-if not whole_batch:
-    for p in weights:
-        p.grad = torch.zeros_like(p)
 use_graph = compiled and device.type == "cuda"
 graph = None
 losses = Losses(device)  # since the last line of the log
@@ -419,18 +431,18 @@ progress = tqdm(
     mininterval=1,
 )
 for step in progress:
-    images, labels = batches.get(step, steps)
-    # Of all that is drawn in this step: a continuation needs no generator's state.
+    images, labels = batches.get(step)
+    # Seeds all that is drawn in this step, so that a continuation needs no generator's state.
     step_seed = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
     losses.begin_step()
     for first in range(0, local_batch, micro_batch):
         x0 = images[first : first + micro_batch].to(device, non_blocking=True)
         y = labels[first : first + micro_batch].to(device, non_blocking=True)
         x0 = (x0 - column(mean, x0[0])) / column(std, x0[0])
-        drawn = tvm.draw(x0, step_seed, rank * local_batch + first, batch_size)
+        drawn = loss.draw(x0, step_seed, rank * local_batch + first, batch_size)
         if use_graph and graph is None:
             graph = Graph(gradients, [x0, y, *drawn])
-        if first == 0 and not whole_batch:
+        if first == 0 and accumulates:
             optimizer.zero_grad(set_to_none=False)  # after Graph, which has run gradients
         terms = graph(x0, y, *drawn) if use_graph else gradients(x0, y, *drawn)
         losses.add(terms)
@@ -442,18 +454,19 @@ for step in progress:
     if grad_clip:
         torch.nn.utils.clip_grads_with_norm_(weights, grad_clip, norm)
     # All ranks must agree on these three numbers: one reduction, and one copy to the host.
-    common = torch.stack([norm, losses.of_step(), torch.full_like(norm, stop_request.asked())])
+    common = torch.stack([norm, losses.step_total(), torch.full_like(norm, stop_request.asked())])
     if ranks > 1:
         dist.all_reduce(common)
-    norm, error, share_that_asks = (common / ranks).tolist()
+    norm, total, share_that_asks = (common / ranks).tolist()
     stop = share_that_asks > 0
 
-    if math.isfinite(norm) and math.isfinite(error):
+    if math.isfinite(norm) and math.isfinite(total):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
         optimizer.step()
-        torch._foreach_lerp_(target_weights, weights, 1 - ema_target)
-        torch._foreach_lerp_(eval_weights, weights, 1 - ema_eval)
+        with torch.no_grad():
+            torch._foreach_lerp_(target_weights, weights, 1 - ema_target)
+            torch._foreach_lerp_(eval_weights, weights, 1 - ema_eval)
         losses.end_step(norm)
         skipped_in_a_row = 0
     else:
@@ -473,10 +486,9 @@ for step in progress:
     if done % log_every == 0 or done == steps:
         if ranks > 1 and not ranks_agree(weights):
             fail(f"the ranks' weights have come apart before step {done}; {last_good(out)}")
-        shown = report.losses(done, losses, batches, skipped)
+        shown = report.log_losses(done, losses, batches, skipped)
         progress.set_postfix_str(shown)
-    # While steps are skipped nothing is saved: a good state stays until steps are good again. At
-    # the end the weights decide.
+    # No save while steps are being skipped. At the end, a save if the weights are finite.
     is_last = done == steps or stop
     if is_last and skipped_in_a_row and not all(p.isfinite().all() for p in weights):
         fail(f"the weights at step {done} are not finite; {last_good(out)}")
@@ -485,12 +497,12 @@ for step in progress:
     if stop:
         break
     if done % sample_every == 0 or done == steps:
-        report.samples(done)
+        report.save_samples(done)
 
 # ---- the end -------------------------------------------------------------------------------------
 stop_request.restore()
 if ranks > 1:
-    dist.barrier()  # a rank that ends has torchrun end the others: not before rank 0 has saved
+    dist.barrier()  # where a rank fails torchrun ends the others: not before rank 0 has saved
     dist.destroy_process_group()  # nobody waits while rank 0 scores
 if not saved:
     fail(f"the save of step {done} failed; {last_good(out)}")
@@ -503,8 +515,8 @@ if stop or stop_request.asked():
         )
     sys.exit(stop_request.exit_code())
 if rank == 0:
-    report.scores(steps)
-    report.curve()
+    report.log_scores(steps)
+    report.save_curve()
     print(
         f"{out}: ckpt.safetensors, samples_{steps}.png, curve.png, log.jsonl. "
         f"More images: python sample.py {out}/ckpt.safetensors"

@@ -17,6 +17,8 @@ import zlib
 import numpy as np
 import torch
 
+from files import UserError
+
 # Mean and standard deviation of ImageNet's latents under stabilityai/sd-vae-ft-ema, one a channel,
 # by the size of the images.
 PUBLISHED = {
@@ -33,7 +35,7 @@ PUBLISHED = {
 PIXELS_AT_ONCE = 2**22  # that are decoded together: 64 images of 256 x 256
 
 
-class VAEError(OSError):
+class VAEError(UserError):
     """Something about a VAE, in one line for the user."""
 
 

@@ -289,6 +289,18 @@ def images_in(path):
     return np.load(path, allow_pickle=False)["arr_0"]
 
 
+@contextlib.contextmanager
+def full_disk(room):
+    """As if the disk were full: no file can become larger than `room` bytes."""
+    resource = pytest.importorskip("resource")  # not on Windows
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 # ---- what a run of train.py leaves ---------------------------------------------------------------
 
 
@@ -333,7 +345,7 @@ def state(name):
 
 def weights(state, kind):
     """Those of a state that belong to "model", "target", "eval" or "optimizer"."""
-    return ckpt.with_prefix(state, kind + ".")
+    return ckpt.strip_prefix(state, kind + ".")
 
 
 def same_end(one, other):

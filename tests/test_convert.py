@@ -287,7 +287,7 @@ def test_convert_refuses_options(folder, snapshot):
 def test_one_writer_of_a_checkpoint(folder, snapshot):
     """Two at once would have written into one another's file."""
     write("s.pkl", snapshot(random_model(torch.float32, **LATENT), False, "ema"))
-    other = files.open_locked("c.safetensors.partial")
+    other = files.open_locked("c.safetensors" + files.PARTIAL)
     assert "another process is writing it" in convert_it()
     other.close()
     assert convert_it() is None

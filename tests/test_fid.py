@@ -252,12 +252,12 @@ def test_a_part_of_torchruns_environment(pixels, monkeypatch, environment, word)
 
 def test_one_writer_of_statistics(pixels):
     """Two at once would have written into one another's file."""
-    other = files.open_locked("stats.npz.partial")
+    other = files.open_locked("stats.npz" + files.PARTIAL)
     other.write(b"half")
     other.flush()
     text = fid_main("--save-stats", "a", "stats.npz")
     assert text.startswith("refused") and "another process is writing it" in text
-    assert sorted(glob.glob("stats*")) == ["stats.npz.partial"]
+    assert sorted(glob.glob("stats*")) == ["stats.npz" + files.PARTIAL]
     other.close()
     assert fid_main("--save-stats", "a", "stats.npz") == ""
     assert glob.glob("stats*") == ["stats.npz"]
@@ -318,7 +318,7 @@ def mixed(pixels):
     os.makedirs("mixed")
     for i, (mode, *size) in enumerate((("RGB", 30, 20), ("L", 19, 40), ("CMYK", 70, 50))):
         Image.fromarray(pixels[i]).convert(mode).resize(size).save(f"mixed/{i}.JPEG")
-    cut = [images.read_image(f"mixed/{i}.JPEG", 16).transpose(1, 2, 0) for i in range(3)]
+    cut = [images.read_square(f"mixed/{i}.JPEG", 16).pixels.transpose(1, 2, 0) for i in range(3)]
     np.savez("cut.npz", arr_0=cut)
 
 
@@ -365,7 +365,7 @@ def test_size_does_not_turn_images(pixels, capfd):
         Image.fromarray(pixels[i]).save(f"lying/{i:02}.JPEG", format="PNG", exif=exif)
     crops = [images.centre_crop(Image.fromarray(x), 16) for x in pixels[:12]]
     np.savez("crops.npz", arr_0=[np.asarray(crop) for crop in crops])
-    turned = images.read_image("lying/00.JPEG", 16).transpose(1, 2, 0)
+    turned = images.read_square("lying/00.JPEG", 16).pixels.transpose(1, 2, 0)
     assert not np.array_equal(turned, crops[0])
     assert fid_main("--save-stats", "lying", "lying.npz", "--size=16") == ""
     said = capfd.readouterr().err
@@ -589,12 +589,13 @@ def test_only_pictures_are_opened(folder, monkeypatch):
         f.write(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
         f.write(b"showpage\n%%EOF\n")
     monkeypatch.setattr("PIL.EpsImagePlugin.EpsImageFile._open", lambda self: 1 / 0)
-    assert "none of JPEG, PNG, WebP" in images.read_image("src/1.png", 8)
-    assert images.read_image("src/0.png", 8).shape == (3, 8, 8)
+    assert "none of JPEG, PNG, WebP" in images.try_square("src/1.png", 8).reason
+    assert images.read_square("src/0.png", 8).pixels.shape == (3, 8, 8)
     with pytest.raises(fid.FidError, match="1.png"):
         imageset.open_images("src")[1]
     Image.new("RGB", (1, 4000)).save("long.png")
-    assert images.read_image("long.png", 256) == "1x4000 is too long and thin"
+    with pytest.raises(images.ImageError, match="^1x4000 is too long and thin$"):
+        images.read_square("long.png", 256)
 
 
 # ---- continuing, and several ranks ---------------------------------------------------------------

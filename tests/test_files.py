@@ -7,7 +7,7 @@ import sys
 import threading
 
 import pytest
-from helpers import HERE, SMALL, run_script, until
+from helpers import HERE, SMALL, full_disk, run_script, until
 
 import files
 
@@ -96,7 +96,7 @@ def test_written_is_synced_before_it_is_renamed(folder, monkeypatch):
 
 def test_a_second_writer_gets_one_line(slow_writer):
     """The second one is told before it has written a byte. The first one's file is whole."""
-    with pytest.raises(OSError, match="another process is writing it: 'x.partial'"):
+    with pytest.raises(OSError, match="another process is writing it: 'x'"):
         write("x", b"second")
     assert not os.path.exists("x")
     slow_writer.communicate("go on\n")
@@ -108,7 +108,7 @@ def test_a_second_writer_gets_one_line(slow_writer):
 def test_a_killed_writer_leaves_nothing_that_stays(slow_writer):
     slow_writer.kill()
     slow_writer.wait()
-    assert read("x.partial") == b"first"
+    assert read("x.tvm-partial") == b"first"
     write("x", b"new")
     assert read("x") == b"new"
     assert os.listdir() == ["x"]
@@ -121,6 +121,33 @@ def test_a_failed_write_leaves_what_was_there(folder):
         raise ZeroDivisionError
     assert read("x") == b"old"
     assert os.listdir() == ["x"]
+
+
+def test_files_of_other_names_stay(folder):
+    """What a user calls NAME.partial is neither overwritten nor taken for a save that was cut."""
+    write("x.partial", b"mine")
+    write("x", b"new")
+    files.hold(".").close()
+    assert read("x.partial") == b"mine"
+    assert sorted(os.listdir()) == ["lock", "x", "x.partial"]
+
+
+@pytest.mark.parametrize("size", [200, 1_000_000])
+def test_a_full_disk_is_told_with_the_name(folder, size):
+    """Whether that shows in the middle of a file, or only when its last bytes are flushed."""
+    write("x", b"old")
+    with full_disk(100), pytest.raises(OSError, match="File too large: 'x'"):
+        write("x", bytes(size))
+    assert read("x") == b"old"
+    assert os.listdir() == ["x"]
+
+
+def test_an_error_of_another_file_keeps_its_name(folder):
+    with pytest.raises(FileNotFoundError, match="'gone'"), files.written("x"):
+        read("gone")
+    with pytest.raises(OSError, match="^no VAE$"), files.written("x"):
+        raise OSError("no VAE")
+    assert os.listdir() == []
 
 
 def test_many_writers_of_one_file(folder):
@@ -158,7 +185,7 @@ def test_disks_without_locks(folder, monkeypatch):
 
 
 def test_locks_name_their_holder(folder):
-    open("state_7.safetensors.partial", "w").close()
+    open("state_7.safetensors.tvm-partial", "w").close()
     with open("lock", "w") as f:
         f.write("process 1 on a machine of long ago, with a long name\n")
     lock = files.hold(".", 0)
@@ -188,10 +215,10 @@ def test_one_process_a_run(folder):
 
 def test_hold_spares_what_is_being_written(slow_writer):
     """Only leftovers of processes that are gone are removed."""
-    open("gone.partial", "w").close()
-    os.mkdir("folder.partial")
+    open("gone.tvm-partial", "w").close()
+    os.mkdir("folder.tvm-partial")
     lock = files.hold(".")
-    assert sorted(os.listdir()) == ["folder.partial", "lock", "x.partial"]
+    assert sorted(os.listdir()) == ["folder.tvm-partial", "lock", "x.tvm-partial"]
     slow_writer.communicate("go on\n")
     assert read("x") == b"first, whole"
     lock.close()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from helpers import F64, GREEDY, Calling, randn
+from helpers import F64, GREEDY, Calling, full_disk, randn
 
 import fid
 import frechet
@@ -18,11 +18,13 @@ from frechet import Moments, frechet_distance, read_statistics, write_npz
 
 
 def covariance(D, rank, seed):
+    """A random covariance (D, D) of this rank."""
     A = randn(D, rank, seed=seed)
     return A @ A.T / rank
 
 
 def by_scipy(mu1, sigma1, mu2, sigma2):
+    """The Frechet distance by its formula, with scipy's root of a matrix."""
     root = scipy.linalg.sqrtm((sigma1 @ sigma2).numpy()).real
     return ((mu1 - mu2).square().sum() + (sigma1 + sigma2).trace()).item() - 2 * np.trace(root)
 
@@ -32,7 +34,9 @@ def by_scipy(mu1, sigma1, mu2, sigma2):
 
 def test_closed_forms():
     D = 6
-    mu, sigma, eye = randn(D), covariance(D, D, 0), torch.eye(D, dtype=F64)
+    mu = randn(D)
+    sigma = covariance(D, D, 0)
+    eye = torch.eye(D, dtype=F64)
     assert abs(frechet_distance(mu, sigma, mu, sigma)) < 1e-12
     assert abs(frechet_distance(mu, sigma, mu + 2, sigma) - 4 * D) < 1e-12
     assert abs(frechet_distance(mu, sigma, mu, 9 * sigma) - 4 * sigma.trace()) < 1e-12
@@ -49,7 +53,8 @@ def test_never_below_zero_by_rounding():
     """-0.0000 was printed for the distance of something from itself."""
     for D in range(2, 40):
         for rank in (D, D // 2 + 1):
-            mu, sigma = randn(D), covariance(D, rank, 0)
+            mu = randn(D)
+            sigma = covariance(D, rank, 0)
             distance = frechet_distance(mu, sigma, mu, sigma)
             assert distance >= 0 and not f"{distance:.4f}".startswith("-")
             assert distance < 1e-5
@@ -58,16 +63,20 @@ def test_never_below_zero_by_rounding():
 def test_against_scipy():
     D = 64
     zero = torch.zeros(D, dtype=F64)
-    a, b = covariance(D, 100, 0), covariance(D, 100, 1)
+    a = covariance(D, 100, 0)
+    b = covariance(D, 100, 1)
     assert abs(frechet_distance(zero, a, zero, b) - by_scipy(zero, a, zero, b)) < 1e-9
 
 
 def test_low_rank():
-    """Both of rank 10: the square root is that of A A^T alone. Then one of rank 10."""
+    """Two covariances of rank 10, with factors A and B that give the distance. Then only one."""
     D = 64
-    zero, eye = torch.zeros(D, dtype=F64), torch.eye(D, dtype=F64)
-    A, B = randn(D, 10, seed=2), randn(D, 10, seed=3)
-    low, other = covariance(D, 10, 2), covariance(D, 10, 3)
+    zero = torch.zeros(D, dtype=F64)
+    eye = torch.eye(D, dtype=F64)
+    A = randn(D, 10, seed=2)
+    B = randn(D, 10, seed=3)
+    low = covariance(D, 10, 2)  # A A^T / 10
+    other = covariance(D, 10, 3)  # B B^T / 10
     assert abs(frechet_distance(zero, low, zero, low)) < 1e-12
     expected = (low + other).trace() - 2 * torch.linalg.svdvals(A.T @ B).sum() / 10
     assert abs(frechet_distance(zero, low, zero, other) - expected) < 1e-9
@@ -77,9 +86,12 @@ def test_low_rank():
 
 def test_512_dimensions(monkeypatch):
     D = 512
-    mu, zero, eye = randn(D), torch.zeros(D, dtype=F64), torch.eye(D, dtype=F64)
-    a, b = covariance(D, 2000, 0) * torch.logspace(0, -4, D, dtype=F64), covariance(D, 2000, 1)
+    mu = randn(D)
+    zero = torch.zeros(D, dtype=F64)
+    eye = torch.eye(D, dtype=F64)
+    a = covariance(D, 2000, 0) * torch.logspace(0, -4, D, dtype=F64)
     a = (a + a.T) / 2 + eye
+    b = covariance(D, 2000, 1)
     low = covariance(D, 100, 2)
     # Each pair has one of full rank, so a Cholesky factor does: eigh would be slow.
     monkeypatch.setattr(torch.linalg, "eigh", None)
@@ -274,14 +286,8 @@ def test_statistics_of_formats_3_and_9(folder):
 
 def test_a_full_disk_is_told_with_the_file(folder):
     write_npz("s.npz", mu=MU, sigma=SIGMA, notes="")
-    resource = pytest.importorskip("resource")  # not on Windows
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
-    try:
-        with pytest.raises(fid.FidError, match="cannot write s.npz: File too large"):
-            write_npz("s.npz", mu=np.zeros(9999))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with full_disk(4096), pytest.raises(OSError, match="File too large: 's.npz'"):
+        write_npz("s.npz", mu=np.zeros(9999))
     assert os.listdir() == ["s.npz"]
     assert (read_statistics("s.npz")[0] == MU).all()
     with pytest.raises(FileNotFoundError, match="gone"):  # names the file by itself

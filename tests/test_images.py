@@ -3,12 +3,15 @@
 import io
 import json
 import os
+import struct
+import subprocess
 import sys
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
-from helpers import write_picture
+from helpers import HERE, write_picture
 from PIL import Image
 
 import images
@@ -26,7 +29,7 @@ def touch(path, content=b"x"):
 
 def colour_of(file):
     """The middle pixel of an image of one colour."""
-    pixels = images.open_image(file)
+    pixels = images.read_whole(file).pixels
     return tuple(pixels[len(pixels) // 2, pixels.shape[1] // 2].tolist())
 
 
@@ -279,6 +282,46 @@ def test_a_zip_with_a_dataset_json_in_its_top_folder(folder):
     assert colour_of(labelled.files[0]) == RED
 
 
+def test_a_zip_in_a_zip(folder):
+    """It is left out by name, as in a folder."""
+    for name in ("cats/0.png", "dogs/0.png"):
+        write_picture(folder / "src" / name)
+    pack("src", "inner.zip")
+    os.rename("inner.zip", "src/inner.zip")
+    pack("src", "OUTER.ZIP")
+    for src in ("src", "OUTER.ZIP"):
+        labelled = labels.find_labelled(src)
+        assert labelled.names == ["cats/0.png", "dogs/0.png"]
+        assert labelled.left_out == [("inner.zip", "its name is not that of an image")]
+
+
+def test_zips_without_an_image(folder):
+    with zipfile.ZipFile("hollow.zip", "w"):
+        pass
+    (folder / "zero.zip").write_bytes(b"")
+    with zipfile.ZipFile("nested.zip", "w") as archive:
+        archive.write("hollow.zip")
+    for src, complaint in (
+        ("hollow.zip", "no .jpg, .* file in hollow.zip$"),
+        ("zero.zip", "cannot read zero.zip: File is not a zip file"),
+        ("nested.zip", r"file in nested.zip \(hollow.zip: its name is not that of an image\)"),
+    ):
+        with pytest.raises(images.ImageError, match=complaint):
+            labels.find_labelled(src)
+
+
+@linux
+def test_folders_that_link_to_one_another(folder):
+    for name in ("x/0.png", "y/0.png"):
+        write_picture(folder / "src" / name)
+    os.symlink("../y", "src/x/to_y")
+    os.symlink("../x", "src/y/to_x")
+    found = images.find_images("src")
+    assert found.names == ["x/0.png", "x/to_y/0.png", "y/0.png", "y/to_x/0.png"]
+    reason = "a link to a folder that it lies in"
+    assert found.left_out == [("x/to_y/to_x", reason), ("y/to_x/to_y", reason)]
+
+
 def test_a_zip_with_backslashes(folder):
     """Some programs of Windows write them between folders."""
     write_picture(folder / "src" / "a" / "0.png")
@@ -391,11 +434,11 @@ def test_zips_that_cannot_be(folder, monkeypatch):
     (folder / "b.zip").write_bytes(content)
     first, second = images.find_images("b.zip").files
     with pytest.raises(images.ImageError, match="Bad CRC-32"):
-        images.open_image(first)
+        images.read_whole(first)
     assert colour_of(second) == RED
     monkeypatch.setattr(images, "MAX_MEMBER", 500)
     with pytest.raises(images.ImageError, match="it takes more than"):
-        images.open_image(images.find_images("a.zip").files[1])
+        images.read_whole(images.find_images("a.zip").files[1])
     assert colour_of(images.find_images("a.zip").files[0]) == RED
 
 
@@ -428,7 +471,7 @@ def test_formats_and_modes(folder, suffix, mode):
     picture = Image.new("RGB", (20, 14), RED)
     picture = picture.quantize(4) if mode == "P" else picture.convert(mode)
     picture.save(file)
-    pixels = images.open_image(file)
+    pixels = images.read_whole(file).pixels
     assert pixels.shape == (14, 20, 3) and pixels.dtype == np.uint8
     assert nearly(colour_of(file), RED, levels=12)
 
@@ -436,10 +479,10 @@ def test_formats_and_modes(folder, suffix, mode):
 def test_gray_modes(folder):
     for mode, value, level in (("1", 1, 255), ("L", 77, 77), ("I;16", 30000, 117)):
         Image.new(mode, (9, 9), value).save("x.png")
-        assert (images.open_image("x.png") == level).all()
-        assert (images.read_image("x.png", 4, gray=True) == level).all()
+        assert (images.read_whole("x.png").pixels == level).all()
+        assert (images.read_square("x.png", 4, gray=True).pixels == level).all()
     Image.new("I;16", (9, 9), 65535).save("deep.tif")
-    assert (images.open_image("deep.tif") == 255).all()
+    assert (images.read_whole("deep.tif").pixels == 255).all()
 
 
 def test_pixels_of_unknown_range(folder):
@@ -447,7 +490,7 @@ def test_pixels_of_unknown_range(folder):
     Image.new("I", (9, 9), 2**20).save("i.tif")
     for file in ("f.tif", "i.tif"):
         with pytest.raises(images.ImageError, match="whose range nobody knows"):
-            images.open_image(file)
+            images.read_whole(file)
 
 
 def test_transparency_shows_white(folder):
@@ -463,7 +506,8 @@ def test_transparency_shows_white(folder):
         assert colour_of(name) == (255, 255, 255), name
     Image.new("RGBA", (9, 9), (0, 0, 0, 128)).save("half.png")
     assert nearly(colour_of("half.png"), (127, 127, 127), levels=1)
-    assert (images.read_image("half.png", 8) == images.open_image("half.png")[0, 0, 0]).all()
+    whole = images.read_whole("half.png").pixels
+    assert (images.read_square("half.png", 8).pixels == whole[0, 0, 0]).all()
 
 
 def turned(file, orientation):
@@ -480,13 +524,13 @@ def test_exif_orientation(folder, suffix):
     """6: the camera was held upright, so the left side of what it stored is the top."""
     file = f"phone.{suffix}"
     turned(file, 6)
-    pixels = images.open_image(file)
+    pixels = images.read_whole(file).pixels
     assert pixels.shape == (40, 20, 3) and pixels[5].min() > 200 and pixels[-5].max() < 50
-    upright = images.read_image(file, 8)
+    upright = images.read_square(file, 8).pixels
     assert upright[:, :3].min() > 200 and upright[:, 5:].max() < 50
     if suffix == "tif":  # Pillow itself turns these
         return
-    as_stored = images.read_image(file, 8, upright=False)
+    as_stored = images.read_square(file, 8, upright=False).pixels
     assert as_stored[:, :, :3].min() > 200 and as_stored[:, :, 5:].max() < 50
 
 
@@ -498,8 +542,11 @@ def test_exif_that_is_broken(folder):
 def test_the_content_counts_and_not_the_name(folder):
     Image.new("RGB", (9, 9), RED).save("webp.jpg", "WEBP", lossless=True)
     assert colour_of("webp.jpg") == RED
-    assert images.open_picture("webp.jpg").kind == "WEBP"
-    assert images.is_misnamed("webp.jpg", "WEBP") and not images.is_misnamed("a.JPE", "JPEG")
+    assert images.read_whole("webp.jpg").kind == "WEBP"
+    remarks = images.Remarks()
+    for name, kind in (("webp.jpg", "WEBP"), ("a.JPE", "JPEG"), ("a.png", "PNG")):
+        remarks.note_kind(name, kind)
+    assert remarks.misnamed == {"webp.jpg": "WEBP"}
 
 
 def test_no_program_is_opened(folder):
@@ -508,7 +555,33 @@ def test_no_program_is_opened(folder):
     touch(folder / "ps.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
     for file in ("gif.png", "ps.png"):
         with pytest.raises(images.ImageError, match="it is none of JPEG, PNG, WebP"):
-            images.open_image(file)
+            images.read_whole(file)
+
+
+def png_of_zeros(width, height):
+    """A PNG of black pixels, 1 bit each, which Pillow would take minutes to make."""
+    row = bytes(1 + width // 8)
+    packer = zlib.compressobj()
+    packed = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, chunk in ((b"IHDR", head), (b"IDAT", packed), (b"IEND", b"")):
+        checksum = zlib.crc32(kind + chunk)
+        content += struct.pack(">I", len(chunk)) + kind + chunk + struct.pack(">I", checksum)
+    return content
+
+
+def test_images_of_very_many_pixels(folder):
+    """Up to a limit they are read, and without a word. (Pillow warns of half as many.)"""
+    touch(folder / "large.png", png_of_zeros(10_000, 9_000))
+    touch(folder / "bomb.png", png_of_zeros(20_000, 9_000))
+    program = """import images
+for file in ("large.png", "bomb.png"):
+    print(images.try_square(file, 8).reason)"""
+    command = [sys.executable, "-c", program]
+    environment = {**os.environ, "PYTHONPATH": HERE}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout == "\nit has more than 179 million pixels\n" and done.stderr == ""
 
 
 def test_reasons_are_one_line(folder):
@@ -523,13 +596,16 @@ def test_reasons_are_one_line(folder):
         ("gone.png", "FileNotFoundError"),
     ):
         with pytest.raises(images.ImageError, match=reason) as caught:
-            images.open_image(file)
+            images.read_whole(file)
         assert "\n" not in str(caught.value)
-        assert images.read_image(file, 8) == str(caught.value)
+        assert images.try_square(file, 8) == (None, str(caught.value))
 
 
 def test_first_of_several_frames(folder):
     frames = [Image.new("RGB", (9, 9), colour) for colour in (RED, (0, 0, 255))]
+    frames[0].save("x.gif", save_all=True, append_images=frames[1:])
+    os.rename("x.gif", "gif.png")
+    assert images.try_square("gif.png", 8).picture is None  # no GIF is read, whatever its name
     for file in ("x.webp", "x.tif", "x.png"):
         frames[0].save(file, save_all=True, append_images=frames[1:])
         assert nearly(colour_of(file), RED)
@@ -540,7 +616,7 @@ def test_first_of_several_frames(folder):
 
 def test_sixteen_bit_gray(folder):
     Image.fromarray(np.full((9, 9), 30000, np.uint16)).save("deep.png")
-    assert (images.read_image("deep.png", 8) == round(30000 / 257)).all()
+    assert (images.read_square("deep.png", 8).pixels == round(30000 / 257)).all()
 
 
 def test_centre_crop():
@@ -557,10 +633,10 @@ def test_centre_crop_halves_with_a_box():
     assert np.abs(halved - pixels.reshape(8, 2, 8, 2).mean((1, 3))).max() <= 1
 
 
-def test_read_image_is_the_middle_in_three_channels(folder):
+def test_read_square_is_the_middle_in_three_channels(folder):
     write_picture(folder / "a.png", size=(30, 20), colour=RED)
-    pixels = images.read_image("a.png", 8)
+    pixels = images.read_square("a.png", 8).pixels
     assert pixels.shape == (3, 8, 8) and pixels[:, 4, 4].tolist() == list(RED)
-    gray = images.read_image("a.png", 8, gray=True)
+    gray = images.read_square("a.png", 8, gray=True).pixels
     assert gray.shape == (1, 8, 8)
     assert gray[0, 4, 4] == np.asarray(Image.new("RGB", (1, 1), RED).convert("L"))[0, 0]

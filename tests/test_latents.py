@@ -29,6 +29,7 @@ import checkpoint as ckpt
 import dataset
 import images
 import latents
+import pictures
 import sample as s
 import vae as v
 
@@ -121,7 +122,7 @@ def test_draws_of_latents():
     noise = (z - stored[:, :3]) / stored[:, 3:]
     assert abs(noise.mean()) < 5 / noise.size**0.5
     assert abs(noise.var() - 1) < 5 * (2 / noise.size) ** 0.5
-    of_sampler = s.draw(3, [0], (3, 2, 2))[0][0, 0, 0, 0]
+    of_sampler = s.noise_and_labels(3, [0], (3, 2, 2))[0][0, 0, 0, 0]
     assert abs(noise[0, 0, 0, 0] - of_sampler) > 1e-3
     assert scipy.stats.kstest(noise.ravel(), "norm").pvalue > 1e-3
 
@@ -154,7 +155,7 @@ def test_imagenet(folder, source, capsys):
 
     vae = v.load_vae(str(source / "vae"))
     pick = [0, 74, 75, 76, 198]
-    pixels = [images.read_image(source / "src" / files[i], 32) for i in pick]
+    pixels = [images.read_square(source / "src" / files[i], 32).pixels for i in pick]
     again = v.encode(vae, np.stack(pixels))  # in another batch than before
     assert np.allclose(data["train_images"][pick], again, rtol=2**-9, atol=1e-3)
     assert header["vae_crc32"] == vae.crc32
@@ -203,7 +204,8 @@ def test_imagenet_keeps_the_orientation_that_is_stored(folder, source, capsys):
     os.makedirs("src/c")
     picture.save("src/c/0.png")
     picture.save("src/c/1.png", "WEBP", lossless=True, exif=exif)
-    assert (images.read_image("src/c/0.png", 32) != images.read_image("src/c/1.png", 32)).any()
+    upright = [images.read_square(f"src/c/{i}.png", 32).pixels for i in (0, 1)]
+    assert (upright[0] != upright[1]).any()
     with_vae = ("--vae", source / "vae")
     assert complain("imagenet", "src", "--size", 32, "--name", "a", *with_vae) is None
     assert "1 of another format than the name says" in capsys.readouterr().err
@@ -255,6 +257,31 @@ def test_imagenet_with_a_class_that_cannot_be_read(folder, source):
     write_picture(folder / "src" / "dogs" / "1.png")
     assert complain(*command, "--batch", 2) is None
     assert dataset.load_dataset("data/a")[0]["class_counts"] == [3, 1]
+
+
+def test_what_an_interrupted_run_does_not_go_on_with(folder, source):
+    """Other labels of the same files, which would stay the old ones; and what is damaged."""
+    rows = [[f"{i}.png", i % 2] for i in range(4)]
+    for name, _ in rows:
+        write_picture(folder / "src" / name)
+        (folder / "src" / name).write_bytes(b"")
+
+    def encode(labels):
+        (folder / "src" / "dataset.json").write_text(json.dumps({"labels": labels}))
+        command = ("imagenet", "src", "--size", 32, "--name", "a", "--vae", source / "vae")
+        return complain(*command)
+
+    assert "none of the 4 images" in encode(rows)  # so it stays as it was begun
+    assert "none of the 4 images" in encode(rows)
+    rows[0][1] = 1
+    assert "begun with another labels_crc32: delete it" in encode(rows)
+    rows[0][1] = 0
+    os.truncate("data/a.partial/train_images.npy", 200)
+    said = encode(rows)
+    assert "cannot write data/a: mmap length" in said and "delete data/a.partial" in said
+    for content in ("[]", "{", "3"):
+        (folder / "data" / "a.partial" / "plan.json").write_text(content)
+        assert "plan.json is damaged: delete data/a.partial" in encode(rows)
 
 
 def test_published_latents(folder, source, capsys):
@@ -361,6 +388,48 @@ def test_check_draws_any_number_of_channels(folder, channels, shown):
     assert (sheet[:, :9] == stored[first][shown].transpose(1, 2, 0)).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, np.int16])
+def test_check_draws_numbers_of_any_kind(folder, dtype):
+    """The smallest is black, the largest white; whatever is not finite is counted."""
+    shape = (3, 6, 9)
+    stored = np.random.default_rng(0).integers(-300, 300, (8, *shape)).astype(dtype)
+
+    def write(name, images):
+        writer = dataset.Writer(f"data/{name}", shape, {"train": 8, "test": 0}, dtype)
+        for i, image in enumerate(images):
+            writer.set(i, image, 0)
+        writer.finish(name, [], mean=[0.0] * 3, std=[1.0] * 3)
+
+    write("a", stored)
+    assert complain("check", "a") is None
+    sheet = np.asarray(Image.open("data/a/check.png")).astype(float)
+    order = np.random.default_rng(0).permutation(8)
+    drawn = np.concatenate(stored[order], axis=2).transpose(1, 2, 0).astype(float)
+    levels = (drawn - drawn.min()) / np.ptp(drawn) * 255
+    assert np.abs(sheet - levels).max() <= 0.5
+    if dtype != np.int16:
+        stored[2, 0, 0, 0] = np.nan
+        stored[5, 0, 0, 0] = np.inf
+        write("b", stored)
+        assert "2 of 8 images hold numbers that are not finite" in complain("check", "b")
+        assert os.path.exists("data/b/check.png")
+
+
+def test_check_takes_what_folder_makes_of_unused_labels(folder, capsys):
+    """A dataset.json may leave labels out. Both say so, and neither refuses it."""
+    (folder / "src").mkdir()
+    rows = []
+    for i in range(12):
+        Image.effect_noise((9, 9), 50).save(folder / "src" / f"{i}.png")
+        rows.append([f"{i}.png", 2 * (i % 2)])
+    (folder / "src" / "dataset.json").write_text(json.dumps({"labels": rows}))
+    said_so = "1 of the 3 classes have no image: 1\n"
+    assert complain("folder", "src", "--size", 8) is None
+    assert said_so in capsys.readouterr().err
+    assert complain("check", "folder") is None
+    assert said_so in capsys.readouterr().out
+
+
 def test_check_of_sequences(folder, capsys):
     """Their moments are printed, and nothing is drawn."""
     writer = dataset.Writer("data/a", (2, 50), {"train": 8, "test": 0}, np.float32)
@@ -384,5 +453,9 @@ def test_gpu_vae(folder):
     close(torch.from_numpy(got), torch.from_numpy(reference), 3e-3)
     header = dict(mean=[0.1] * 4, std=[2.0] * 4, vae="vae")
     x0 = torch.randn(5, 4, 8, 8, dtype=F64)
-    reference, got = (s.to_images(x0.to(device), header).astype(int) for device in ("cpu", "cuda"))
+    images_on = {}
+    for device in ("cpu", "cuda"):
+        vae = pictures.find_vae(header, torch.device(device))
+        images_on[device] = pictures.to_images(x0.to(device), header, vae).astype(int)
+    reference, got = images_on["cpu"], images_on["cuda"]
     assert np.abs(got - reference).max() <= 3 and np.abs(got - reference).mean() < 0.3

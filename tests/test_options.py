@@ -8,15 +8,15 @@ import sys
 import pytest
 from helpers import HERE, run_script, train_config
 
-from options import configure, differences, option, options_of, out_of_range
+from options import Option, configure, differences, options_of, out_of_range
 
 OPTIONS = dict(
-    preset=option("", "a group of constants"),
-    name=option("", "a folder", later=True),
-    steps=option(10, "optimizer steps", least=1, later=True),
-    lr=option(1e-3, "learning rate", least=0, below=1),
-    mode=option("gap", "how times are drawn", choices=("gap", "two")),
-    scaled=option(True, "whether F is scaled"),
+    preset=Option("", "a group of constants"),
+    name=Option("", "a folder", later=True),
+    steps=Option(10, "optimizer steps", least=1, later=True),
+    lr=Option(1e-3, "learning rate", least=0, below=1),
+    mode=Option("gap", "how times are drawn", choices=("gap", "two")),
+    scaled=Option(True, "whether F is scaled"),
 )
 PRESETS = {"large": dict(steps=1000, lr=1e-4), "unlike": dict(mode="two", scaled=False, lr=0)}
 
@@ -64,7 +64,7 @@ def test_the_type_of_a_default_is_the_type_of_its_values():
     assert type(values("--steps=7")["steps"]) is int
     assert values("--name=1")["name"] == "1"
 
-    edited = dict(OPTIONS, lr=option(10, "learning rate", least=0))
+    edited = dict(OPTIONS, lr=Option(10, "learning rate", least=0))
     assert values(options=edited)["lr"] == 10
     assert type(values(options=edited)["lr"]) is int
     assert "--lr takes a whole number, as its default is" in complaint("--lr=0.5", options=edited)
@@ -76,7 +76,7 @@ def test_ranges_and_choices():
     assert complaint("--mode=no").endswith("mode must be one of gap, two, not 'no'")
     assert values("--lr=0", "--mode=two", "--steps=1")["mode"] == "two"
     assert out_of_range("lr", float("nan"), OPTIONS["lr"])
-    edited = dict(OPTIONS, steps=option(0, "optimizer steps", least=1))
+    edited = dict(OPTIONS, steps=Option(0, "optimizer steps", least=1))
     assert "steps must be at least 1, not 0" in complaint(options=edited)
 
 
@@ -115,7 +115,8 @@ def test_help_says_what_each_constant_is(capsys):
     assert lines[lines.index("    --mode='gap'      how times are drawn") + 1].endswith(
         "one of gap, two"
     )
-    assert len(lines) == 1 + len(OPTIONS) + 1
+    assert lines[2].endswith("one of large, unlike")
+    assert len(lines) == 1 + len(OPTIONS) + 2
 
 
 def test_help_of_train(capsys, folder):
@@ -123,7 +124,7 @@ def test_help_of_train(capsys, folder):
     assert run_script("train.py", "--help") is None
     printed = capsys.readouterr().out
     with open(os.path.join(HERE, "train.py")) as f:
-        names = [line.split()[0] for line in f if " = option(" in line]
+        names = [line.split()[0] for line in f if " = Option(" in line]
     assert len(names) > 50
     flags = [line for line in printed.splitlines() if line.startswith("    --")]
     assert [flag.strip()[2:].split("=")[0] for flag in flags] == names
@@ -135,9 +136,9 @@ def test_a_new_constant_is_one_line(folder):
     """A whole number of a fork keeps its type, its range, and its place in log and checkpoint."""
     with open(os.path.join(HERE, "train.py")) as f:
         script = f.read()
-    line = "warmup         = option(0, "
+    line = "warmup         = Option(0, "
     assert script.count(line) == 1
-    new = 'horizon        = option(10,         "frames at once", least=1)\n'
+    new = 'horizon        = Option(10,         "frames at once", least=1)\n'
     with open("train.py", "w") as f:
         f.write(script.replace(line, new + line))
     mine = str(folder / "train.py")
@@ -209,9 +210,9 @@ def test_edited_constants(folder):
     with open(os.path.join(HERE, "train.py")) as f:
         script = f.read()
     for old, new in (
-        ("beta2          = option(0.95,", "beta2          = option(0.9,"),
-        ("lr             = option(2e-3,", "lr             = option(9,"),
-        ("sigma_s        = option(1.0,", "sigma_s        = option(2.0,"),
+        ("beta2          = Option(0.95,", "beta2          = Option(0.9,"),
+        ("lr             = Option(2e-3,", "lr             = Option(9,"),
+        ("sigma_s        = Option(1.0,", "sigma_s        = Option(2.0,"),
     ):
         assert script.count(old) == 1
         script = script.replace(old, new)
@@ -223,7 +224,7 @@ def test_edited_constants(folder):
     # The preset's lr is 1e-3, and lr has been edited into a whole number.
     assert "preset shapes: lr takes a whole number" in run_script(mine, *flags)
     with open("train.py", "w") as f:
-        f.write(script.replace("option(9,", "option(9.0,"))
+        f.write(script.replace("Option(9,", "Option(9.0,"))
     assert run_script(mine, *flags) is None
     config = train_config("shapes")
     expected = dict(dataset="shapes", mu_s=0.4, hidden_size=48, beta2=0.9, weight_decay=0.0)

@@ -1,5 +1,6 @@
 """prepare.py and dataset.py: what becomes of raw images, whose a name is, and what is refused."""
 
+import errno
 import io
 import json
 import math
@@ -30,10 +31,11 @@ def complain(*arguments):
     return run_script("prepare.py", *arguments)
 
 
-def start(*arguments):
-    """prepare.py in a process of its own."""
+def start(*arguments, **options):
+    """prepare.py in a process of its own. options: of subprocess.Popen."""
     return subprocess.Popen(
         [sys.executable, os.path.join(HERE, "prepare.py"), *map(str, arguments)],
+        **options,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -129,6 +131,8 @@ def test_what_folder_refuses(folder):
         assert "must not end in .partial or .replaced" in complain("digits", "--name", name)
     assert "[0, 1)" in complain("folder", "flat", "--size", 8, "--held-out", 1.5)
     assert "at least 1" in complain("folder", "flat", "--size", 0)
+    assert "its disk has" in complain("folder", "flat", "--size", 10**12)
+    assert "its disk has" in complain("shapes", "--n", 10**20)
     assert "unrecognized" in complain("digits", "--sise", 3)
     assert "--seed" in complain("digits", "--seed", -1)
     os.makedirs("data/mine")
@@ -568,6 +572,78 @@ def test_a_full_disk(folder, monkeypatch):
     monkeypatch.setattr(dataset.shutil, "disk_usage", lambda path: Disk(next(room)))
     assert "its disk has 100 bytes left" in complain("folder", "red", "--size", 8)
     assert os.listdir("data") == []
+
+
+@linux
+@pytest.mark.parametrize(
+    "arguments",
+    [("folder", "red", "--size", 32), ("digits",), ("shapes", "--n", 100)],
+    ids=["folder", "digits", "shapes"],
+)
+@pytest.mark.parametrize("cause", ["full", "limit"])
+def test_a_disk_that_has_no_room_for_an_array(folder, monkeypatch, arguments, cause):
+    """One line, and nothing is left. Without room a memory map would end in a bus error."""
+    write_pictures(folder / "red", 40)
+    if cause == "full":
+
+        def refuse(descriptor, offset, size):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+        said = complain(*arguments)
+        assert said.endswith(f"cannot write data/{arguments[0]}: No space left on device")
+    else:
+        import resource
+
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+        try:
+            said = complain(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert said.endswith(f"cannot write data/{arguments[0]}: File too large")
+    assert os.listdir("data") == []
+
+
+@linux
+def test_arrays_take_their_room_at_once(folder):
+    dataset.new_memory_map("a.npy", (1000, 3, 20, 20), np.uint8)
+    assert os.stat("a.npy").st_blocks * 512 >= 1_200_000
+
+
+@linux
+@pytest.mark.parametrize("command", ["folder", "shapes"])
+def test_ctrl_c(folder, command):
+    """As a terminal sends it, to all processes: nothing is said, and nothing is left."""
+    picture = Image.effect_noise((1000, 1000), 50)
+    (folder / "src").mkdir()
+    for i in range(40):
+        picture.save(f"src/{i}.png")
+    arguments, first_file = {
+        "folder": (("folder", "src", "--size", 8), "scratch.npy"),
+        "shapes": (("shapes", "--n", 60000), "train_images.npy"),
+    }[command]
+    process = start(*arguments, start_new_session=True)
+    until(lambda: os.path.exists(f"data/{command}.partial/{first_file}"), "its first bytes")
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "Traceback" not in said and "prepare.py" not in said
+    assert os.listdir("data") == []
+
+
+def test_a_replaced_dataset_that_cannot_be_removed(folder, monkeypatch, capsys):
+    """The new one is whole all the same; the next run wants the old one away."""
+    assert complain("digits") is None
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", "test_labels.npy")
+
+    monkeypatch.setattr(dataset.shutil, "rmtree", refuse)
+    assert complain("digits", "--overwrite", "--seed", 1) is None
+    assert "cannot remove data/digits.replaced: Permission denied\n" in capsys.readouterr().err
+    assert dataset.load_dataset("data/digits")[0]["made_by"].endswith("--seed 1")
+    assert "cannot remove data/digits.replaced" in complain("digits", "--overwrite")
 
 
 def test_sizes_are_shown_in_their_own_unit():

@@ -206,7 +206,7 @@ def options_of_train():
     """The names of train.py's constants."""
     names = set()
     for node in ast.parse(read("train.py")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("option("):
+        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("Option("):
             names.add(node.targets[0].id)
     return names
 
@@ -309,15 +309,15 @@ def test_all_snippets_of_attention():
 
 
 def test_lines_for_wandb(tmp_path, monkeypatch):
-    """The README's lines, put into Report.append, hand on the numbers of a line of the log."""
+    """The README's lines, at the end of Report.append, hand on the numbers of a line of the log."""
     import torch
 
     lines = re.search(r"```python\n(.*?)```", read("README.md"), re.DOTALL)[1]
-    head = "    def append(self, line):\n"
+    last = '            f.write(json.dumps(line, allow_nan=False).encode() + b"\\n")\n'
     source = read("report.py")
-    assert source.count(head) == 1
+    assert source.count(last + "\n    def ") == 1  # it ends the method
     path = tmp_path / "report_with_wandb.py"
-    path.write_text("import wandb\n" + source.replace(head, head + lines))
+    path.write_text("import wandb\n" + source.replace(last, last + lines))
 
     sent = []
     wandb = types.ModuleType("wandb")
@@ -335,7 +335,7 @@ def test_lines_for_wandb(tmp_path, monkeypatch):
 
     out = tmp_path / "out"
     out.mkdir()
-    config = dict(name="a-run", guidance="constant", w=1.0)
+    config = dict(name="a-run", guidance="constant", w=1.0, w_min=1.0, w_max=1.0)
     report = report_with_wandb.Report(
         str(out), config, {}, {}, None, torch.device("cpu"), rank=0, ranks=1
     )

@@ -135,15 +135,14 @@ def test_full_disk(folder, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert complaint == (
-        "train.py: the save of step 4 failed; "
-        "the last good checkpoint is out/digits/state_1.safetensors"
+        "train.py: the save of step 4 failed; what was saved last is out/digits/state_1.safetensors"
     )
     of_steps = [line for line in warnings(capsys) if "write the checkpoint of step" in line]
     assert len(of_steps) == 2
     assert "File too large" in of_steps[0]
     with open("out/digits/state_1.safetensors", "rb") as f:
         assert f.read() == before
-    assert not glob.glob("out/digits/*.partial")
+    assert not glob.glob("out/digits/*.tvm-partial")
     assert train("--steps=4") is None
     assert list(ckpt.states("out/digits")) == [1, 4]
 
@@ -205,14 +204,14 @@ def test_losses_by_quarters():
     losses.begin_step()
     losses.add({"a": term("a", [1.0, 2.0], [0.0, 1.0]), "b": term("b", [4.0, 4.0], [0.3, 0.3])})
     losses.add({"a": term("a", [5.0, 2.0], [0.1, 0.8]), "b": term("b", [8.0, 8.0], [0.3, 0.7])})
-    assert losses.of_step() == 34
+    assert losses.step_total() == 34
     losses.end_step(0.5)
 
     logged = []
     self = types.SimpleNamespace(
         device=torch.device("cpu"), ranks=1, log=lambda **x: logged.append(x)
     )
-    shown = report.Report.losses(self, 7, losses, batches, skipped=1)
+    shown = report.Report.log_losses(self, 7, losses, batches, skipped=1)
     (line,) = logged
     assert (line["step"], line["a"], line["b"], line["loss"]) == (7, 2.5, 6.0, 8.5)
     assert line["a_by_time"] == [3.0, None, None, 2.0]
@@ -225,7 +224,7 @@ def test_losses_by_quarters():
     # Nothing is logged where every step was skipped, and the time of these steps is forgotten.
     batches.waited = 3.0
     losses.since = 0.0
-    assert report.Report.losses(self, 8, losses, batches, skipped=2) == "2 skipped"
+    assert report.Report.log_losses(self, 8, losses, batches, skipped=2) == "2 skipped"
     assert len(logged) == 1
     assert batches.waited == 0
     assert losses.since > 0

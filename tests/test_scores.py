@@ -76,6 +76,27 @@ def test_nearest_neighbours_that_leave_one_out():
     assert (index.numpy() == brute.argmin(1)).all()
 
 
+def test_scores_are_computed_on_the_device_that_is_given(points):
+    """By default that is the CPU, also where there is a GPU. "meta" computes nothing."""
+    a, _ = points
+    distance, index = scores.nearest_neighbours(a, a)
+    assert distance.device.type == index.device.type == "cpu"
+    labels = (a[:, 0] > 0).long()
+    for function, arguments in (
+        (scores.two_sample_accuracy, (a, a)),
+        (scores.label_accuracy, (a, labels, a, labels)),
+        (scores.nearest_ratio, (a, a, a)),
+        (scores.small_data_scores, (a, labels, a, a, labels)),
+    ):
+        with pytest.raises(NotImplementedError, match="meta"):
+            function(*arguments, device="meta")
+
+
+def in_rows(images):
+    """uint8 (N, ...) -> (N, D), in units of 255."""
+    return images.reshape(len(images), -1) / 255
+
+
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
 def test_all_scores_by_hand(channels):
     """The first 30 of 60 training images as samples, each leaving itself out."""
@@ -83,21 +104,25 @@ def test_all_scores_by_hand(channels):
     train = rng.integers(256, size=(60, channels, 2, 2), dtype=np.uint8)
     held_out = rng.integers(256, size=(30, channels, 2, 2), dtype=np.uint8)
     labels = rng.integers(3, size=60)
-    samples, y, itself = train[:30], torch.from_numpy(labels[:30]), torch.arange(30)
+    samples = train[:30]
+    y = torch.from_numpy(labels[:30])
+    itself = torch.arange(30)
     got = scores.small_data_scores(samples, y, held_out, train, labels, itself)
 
-    flat_train, flat_held_out = (a.reshape(len(a), -1) / 255 for a in (train, held_out))
-    to_train = brute_distances(flat_train[:30], flat_train)
+    to_train = brute_distances(in_rows(samples), in_rows(train))
     to_train[itself, itself] = np.inf
-    from_held_out = brute_distances(flat_held_out, flat_train)
+    from_held_out = brute_distances(in_rows(held_out), in_rows(train))
     assert got["label"] == (labels[to_train.argmin(1)] == labels[:30]).mean()
     expected = to_train.min(1).mean() / from_held_out.min(1).mean()
     assert got["nearest_ratio"] == pytest.approx(expected)
-    (m1, s1), (m2, s2) = (
-        (pixels.mean(0), np.cov(pixels.T)) for pixels in (flat_train[:30], flat_held_out)
-    )
-    assert got["frechet_pixels"] == pytest.approx(fid.frechet_distance(m1, s1, m2, s2))
+    moments = []
+    for images in (samples, held_out):
+        moments += [in_rows(images).mean(0), np.cov(in_rows(images).T)]
+    assert got["frechet_pixels"] == pytest.approx(fid.frechet_distance(*moments))
     assert got["two_sample"] == scores.two_sample_accuracy(samples, held_out)
+
+    tensors = [torch.as_tensor(a) for a in (samples, y, held_out, train, labels)]
+    assert scores.small_data_scores(*tensors, itself) == got
 
 
 def test_scores_that_say_nothing_are_nan():
@@ -112,7 +137,8 @@ def test_scores_that_say_nothing_are_nan():
 def test_classifier_learns():
     """Disks and bars. As the judge of small_data_scores it says the same."""
     images = [shapes.draw_shape(10 * (i // 2) + 5 * (i % 2), size=12) for i in range(300)]
-    images, labels = np.stack(images), np.arange(300) % 2
+    images = np.stack(images)
+    labels = np.arange(300) % 2
     net = scores.train_classifier(images[:200], labels[:200], 2, "cpu", epochs=8, batch=50)
     right = (scores.classify(net, images[200:]).numpy() == labels[200:]).mean()
     assert right > 0.9
@@ -120,3 +146,20 @@ def test_classifier_learns():
         images[200:], labels[200:], images[:100], images[:200], labels[:200], judge=net
     )
     assert by_judge["label"] == right
+
+
+def test_classifier_is_a_function_of_its_seed():
+    """Its training leaves the random numbers of others as they are."""
+    images = np.random.default_rng(0).integers(256, size=(20, 1, 8, 8), dtype=np.uint8)
+    labels = np.arange(20) % 2
+
+    def weights(seed, outer_seed):
+        torch.manual_seed(outer_seed)
+        net = scores.train_classifier(images, labels, 2, "cpu", epochs=1, seed=seed)
+        drawn = torch.rand(3)
+        torch.manual_seed(outer_seed)
+        assert (torch.rand(3) == drawn).all()
+        return net[0][0].weight
+
+    assert (weights(0, 1) == weights(0, 2)).all()
+    assert (weights(0, 1) != weights(1, 1)).any()

@@ -12,7 +12,7 @@ from helpers import HERE, run_script, until
 from PIL import Image
 
 import study
-from study_report import spread
+from study_report import mean_distance
 
 LOG = "out/study-tiny/log.jsonl"
 
@@ -31,13 +31,13 @@ def test_study_rates():
 
     def planned():
         """What is to be run next, ablations aside."""
-        runs = study.plan(study.FULL, done)
+        runs = study.plan_runs(study.FULL, done)
         return {run for run in runs if run not in done and not run.startswith("ablation")}
 
     def other_seeds(*best):
         return {f"{method}-{seed}" for method in best for seed in (1, 2)}
 
-    runs = study.plan(study.FULL, done)
+    runs = study.plan_runs(study.FULL, done)
     rates = {run.split("-")[1] for run in runs if run.startswith("tvm")}
     assert rates == {"0.0005", "0.001", "0.002"}
 
@@ -52,9 +52,9 @@ def test_study_rates():
     assert planned() == other_seeds("tvm-0.001", "meanflow-0.004", "flow_matching-0.0005")
 
 
-def test_study_spread():
+def test_mean_distance():
     scores = {1: {"features": 1.0}, 2: {"features": 100.0}}
-    assert spread({"scores": scores}) == pytest.approx(10)
+    assert mean_distance({"scores": scores}) == pytest.approx(10)
 
 
 def log_lines():
@@ -120,7 +120,11 @@ def test_study(tiny_study, capsys):
 def test_study_refuses(folder):
     assert "unrecognized arguments: --secs=3" in run_script("study.py", "--secs=3")
     assert "is not the log of a study" in run_script("study.py", "--report", "--log=no")
-    assert "above 0" in run_script("study.py", "--seconds=0")
+    with open("log.jsonl", "w") as f:
+        f.write('{"step": 0}\n')  # of train.py
+    assert "is not the log of a study" in run_script("study.py", "--report", "--log=log.jsonl")
+    for seconds in ("0", "nan", "inf"):
+        assert "above 0" in run_script("study.py", f"--seconds={seconds}")
 
 
 def test_the_study_in_the_repository(folder, capsys):
