@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from pictures import are_floats
 from vae import draw_latents
 
 AHEAD = 3  # batches that are read while the device computes
@@ -38,10 +39,17 @@ def why_not_train(header, path, config):
     side = min(header["shape"][1:])
     if config["classifier"] == "cnn" and side < 4:
         return f'classifier "cnn" takes images of at least 4 pixels, not {side}'
+    if config["classifier"] == "cnn" and are_floats(header):
+        return 'classifier "cnn" takes uint8 images, not floats'
     if config["guidance"] == "constant":
         guided = config["w"] != 1
+    elif config["w_min"] == config["w_max"]:
+        return (
+            f"guidance {config['guidance']!r} draws w between w_min and w_max, which are both "
+            f"{config['w_max']:g}"
+        )
     else:
-        guided = (config["w_min"], config["w_max"]) != (1, 1)
+        guided = True
     if guided and not header["num_classes"]:
         return f"{path} has no classes, so there is nothing to guide: --guidance=constant --w=1"
     if guided and config["label_dropout"] == 0:

@@ -39,7 +39,7 @@ from frechet import FEATURES, Moments, frechet_distance
 from latents import SD_VAE
 from model import SIZES, DiT, DiTConfig
 from options import Parser, run
-from sample import fast, sample
+from sample import prepare_to_sample, sample
 from step import TrainingStep, milliseconds
 
 MODES = {  # of a step: what TrainingStep is given, and passes that its products are worth
@@ -228,7 +228,7 @@ def sample_table(size, input_size, batch):
         ("bfloat16, eager", True, False),
         ("bfloat16, compiled", True, True),
     ):
-        context = fast(model, half, compiled)
+        context = prepare_to_sample(model, half, compiled)
         for nfe in (1, 4):
             run = functools.partial(sample, model, x1, y, w, nfe)
             with context:

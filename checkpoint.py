@@ -164,7 +164,8 @@ def initialize_from(path, model, header, partly):
         return take_weights(path, model, tensors)
     config = type(model.config)(**was["config"])
     now = {**vars(model.config), **units(header)}
-    before = {**vars(config), **units(was["data"]), "time_init": now["time_init"]}
+    before = {**vars(config), **units(was["data"])}
+    before["time_init"] = now["time_init"]  # says only how weights start, and these are loaded
     differ = [f"{key} {before[key]!r} -> {now[key]!r}" for key in now if before[key] != now[key]]
     if differ:
         raise CheckpointError(
@@ -216,9 +217,10 @@ def states(folder):
 
 
 def save_state(folder, step, tensors, about, keep):
-    """Save a state, and then delete all but the last `keep` up to this step.
+    """Save a state. Then delete all states but the last `keep` up to this step.
 
-    A later state than this one is damaged: load_newest has passed it over.
+    Later ones are deleted too: train.py saves below a state only when load_newest has found that
+    state damaged.
     """
     path = os.path.join(folder, f"state_{step}.safetensors")
     save_tensors(path, tensors, {**about, "step": step})

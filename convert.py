@@ -358,6 +358,8 @@ def parse():
     args = parser.parse_args()
     if not 0 < args.w < math.inf:
         raise CheckpointError(f"--w must be above 0 and finite, not {args.w:g}")
+    if os.path.lexists(args.checkpoint):  # it may be the snapshot
+        raise CheckpointError(f"{args.checkpoint} is there already: choose another name")
     return args
 
 

@@ -20,6 +20,7 @@ import math
 import os
 import shutil
 import sys
+import zipfile
 
 import numpy as np
 from numpy.lib.format import open_memmap
@@ -31,7 +32,7 @@ FORMAT = "tvm-data-1"
 SPLITS = ("train", "test")
 LEFT_OUT = "left_out.txt"
 
-# All that prepare.py writes in NAME.partial. Nothing else is ever removed from there.
+# All that prepare.py writes in NAME.partial or NAME. Nothing else is ever removed from the former.
 OURS = {
     "lock",
     "header.json",
@@ -44,6 +45,7 @@ OURS = {
     "plan.json",
     "train_files.txt",
     LEFT_OUT,
+    "check.png",
 }
 
 
@@ -169,8 +171,10 @@ def load_array(path, name, shape, dtype, mmap_mode=None):
     file = os.path.join(path, name + ".npy")
     try:
         array = np.load(file, mmap_mode=mmap_mode, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"cannot read {file}: {error}") from None
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"cannot read {file}: it is an .npz file, whatever its name says")
     if array.shape != shape or array.dtype != dtype:
         raise DataError(
             f"{file} holds {array.dtype} {array.shape}, but its header says {dtype} {shape}"
@@ -218,10 +222,15 @@ def describe_size(count):
 def claim(path, overwrite=False, keep=False, seconds=0):
     """Make the name of a dataset this process's own, before anything is written.
 
-    Holds path.partial and returns its lock, for Writer. Waits `seconds` for another process that
-    writes there; raises OSError where it goes on, and DataError where `path` is there already,
-    unless it is a dataset and to be overwritten. What a killed run has left in path.partial is
-    removed, or kept for the caller to go on with. Raises DataError where something else is there.
+    First refuse a `path` that is there already (unless it is a dataset and `overwrite` is given)
+    and files of others in path.partial or path.replaced. Then lock path.partial, waiting `seconds`
+    for another process that writes there. Then finish or undo a replacement that a kill has cut in
+    two, and refuse a `path` that another run has made meanwhile. Then remove what a killed run has
+    left in path.partial, but refuse what an imagenet run has left; with `keep` both stay, for the
+    caller to go on with.
+
+    Returns the lock, for Writer. Raises DataError where something is refused, and OSError where
+    another process still holds path.partial.
     """
     refuse_existing(path, overwrite)
     partial = path + ".partial"
@@ -234,7 +243,7 @@ def claim(path, overwrite=False, keep=False, seconds=0):
         if leftovers:
             lock.close()
         else:
-            abandon(path, lock)  # hold has made it
+            remove_partial(path, lock)  # hold has made it
         raise DataError(f"{path} is there already: another run made it")
     if not keep:
         if "plan.json" in leftovers:
@@ -242,12 +251,12 @@ def claim(path, overwrite=False, keep=False, seconds=0):
                 f"{partial} is of an imagenet run that was interrupted: "
                 "give that command again, or delete it"
             )
-        clear(path)
+        remove_files(path)
     return lock
 
 
 def is_ours(name):
-    """Whether prepare.py writes a file of this name in NAME.partial."""
+    """Whether prepare.py writes a file of this name in NAME.partial or NAME."""
     return name.removesuffix(PARTIAL) in OURS
 
 
@@ -267,27 +276,32 @@ def refuse_strangers(partial):
         )
 
 
-def clear(path):
-    """Remove what a run has written in path.partial, all but its lock."""
+def remove_files(path):
+    """Remove the files that prepare.py has written in path.partial, all but the lock."""
     partial = path + ".partial"
     for name in os.listdir(partial):
         if name != "lock" and is_ours(name):
             os.remove(os.path.join(partial, name))
 
 
-def undo(path, lock, error):
-    """Abandon what was begun, after an error. The disk's errors that name no file name the path."""
+def clean_up_after(error, path, lock):
+    """After an error: remove path.partial, if `lock` still holds it.
+
+    The caller then raises the error again. An OSError that names no file is raised here, as a
+    DataError that names the path.
+    """
     if not lock.closed and is_still_at(lock, os.path.join(path + ".partial", "lock")):
-        abandon(path, lock)
+        remove_partial(path, lock)
     if isinstance(error, OSError) and error.strerror and not error.filename:
         raise DataError(f"cannot write {path}: {error.strerror}") from None
 
 
-def abandon(path, lock):
-    """Remove path.partial, whose lock the caller holds. What others have put there stays."""
+def remove_partial(path, lock):
+    """Remove path.partial, whose lock the caller holds. If others have put files there, those and
+    the folder stay."""
     if os.name != "posix":
         lock.close()  # Windows does not remove an open file
-    clear(path)
+    remove_files(path)
     os.remove(os.path.join(path + ".partial", "lock"))
     with contextlib.suppress(OSError):
         os.rmdir(path + ".partial")
@@ -364,7 +378,9 @@ class Writer:
         self.dtype = np.dtype(dtype)
         self.overwrite = overwrite
         self.arrays = {}
-        self.lock = lock or claim(path, overwrite, keep=begun)
+        self.lock = lock
+        if lock is None:
+            self.lock = claim(path, overwrite, keep=begun)
         try:
             if not begun:
                 need_room(path, sum(count.values()), shape, dtype)
@@ -373,7 +389,9 @@ class Writer:
                 self.arrays[images] = self.open_array(images, (rows, *shape), dtype, begun)
                 self.arrays[labels] = self.open_array(labels, (rows,), np.int64, begun)
         except BaseException as error:
-            if not lock:  # else the caller has to
+            # A `with` statement has not begun yet, so nobody else would clean up. Where the caller
+            # has called `claim`, the caller cleans up.
+            if lock is None:
                 self.__exit__(type(error), error, None)
             raise
 
@@ -383,7 +401,7 @@ class Writer:
     def __exit__(self, kind, error, trace):
         if error is not None:
             self.arrays.clear()  # or Windows would not remove their files
-            undo(self.path, self.lock, error)
+            clean_up_after(error, self.path, self.lock)
 
     def open_array(self, name, shape, dtype, begun):
         """A memory map of NAME.partial/name.npy, which is made unless it is begun."""
@@ -448,7 +466,8 @@ class Writer:
 
     def rename(self):
         """NAME.partial becomes NAME. The lock is held until then, so that no other run comes
-        between; its file goes last. A dataset that is replaced waits in NAME.replaced."""
+        between; its file goes last. A dataset that is replaced waits in NAME.replaced, and comes
+        back where the new one cannot be renamed."""
         refuse_existing(self.path, self.overwrite)
         if os.name != "posix":
             self.lock.close()  # Windows does not rename a folder with an open file
@@ -456,7 +475,12 @@ class Writer:
         is_replacement = os.path.exists(self.path)
         if is_replacement:
             os.rename(self.path, replaced)
-        os.rename(self.partial, self.path)
+        try:
+            os.rename(self.partial, self.path)
+        except OSError:
+            if is_replacement:
+                os.rename(replaced, self.path)
+            raise
         os.remove(os.path.join(self.path, "lock"))
         self.lock.close()
         if is_replacement:

@@ -12,6 +12,7 @@ as they are.
 import math
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from attention_jvp import attention, attention_jvp
@@ -20,7 +21,10 @@ EPS = 1e-6  # of every norm
 
 
 class Dual:
-    """A value and its tangent, two tensors of one shape."""
+    """A value and its tangent, two tensors of one shape. It has +, - and *.
+
+    Any other operation needs a rule below.
+    """
 
     def __init__(self, value, tangent):
         self.value = value
@@ -29,7 +33,8 @@ class Dual:
     def __add__(self, other):
         if isinstance(other, Dual):
             return Dual(self.value + other.value, self.tangent + other.tangent)
-        return Dual(self.value + other, self.tangent)
+        value = self.value + other
+        return Dual(value, self.tangent.to(value.dtype).expand_as(value))
 
     def __mul__(self, other):
         if isinstance(other, Dual):
@@ -77,8 +82,10 @@ def cat(parts, dim):
 
 
 def linear(layer, x):
-    """W x + b, and W dx."""
+    """W x + b, and W dx. Another kind of layer (LoRA, for example) needs a rule of its own."""
     if isinstance(x, Dual):
+        if type(layer) is not nn.Linear:
+            raise TypeError(f"there is no rule for the tangent of a {type(layer).__name__}")
         return Dual(layer(x.value), functional.linear(x.tangent, layer.weight))
     return layer(x)
 

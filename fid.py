@@ -3,13 +3,14 @@ How good are images? FID, Inception Score, precision and recall, of Inception's 
 
     python fid.py SAMPLES REFERENCE                  # where both are images: precision, recall too
     python fid.py --save-stats IMAGES stats.npz      # the statistics of a reference, once
-    python fid.py --save-stats IMAGES stats.npz --size 256    # of images cut as prepare.py does
+    python fid.py --save-stats IMAGES stats.npz --size 256    # of images cut to this size
     torchrun --nproc_per_node=8 fid.py SAMPLES REFERENCE --state=progress    # can be continued
 
 Images: a folder or .zip of image files, at any depth (images.py says which), or an .npz or .npy of
 uint8 (N, H, W, 3 or 1). Statistics: an .npz of mu and sigma, as --save-stats and pytorch-fid write
 it, or a .pkl of {"fid": {"mu", "sigma"}}, of which arrays are made and nothing else. ADM's
-reference batches are both: FID takes their mu and sigma, precision and recall their images.
+reference batches are both: FID takes their mu and sigma, precision and recall their images. With
+--size images are cut as prepare.py imagenet does (not turned by EXIF).
 
 In this file: the features of many images; the scores; the command. frechet.py has the distance and
 the files of statistics, imageset.py the images, inception.py the network.
@@ -47,10 +48,10 @@ NEAREST = 3  # neighbours, of precision and recall
 # ---- features of many images ---------------------------------------------------------------------
 
 
-def measure(images, net, resize="tf1", batch=128, keep=True, state=None):
+def features_of(images, net, resize="tf1", batch=128, keep=True, state=None):
     """Moments of the features of all ranks' images and, on rank 0, the features (n, 2048).
 
-    images: of imageset.open_images; each rank measures its share. keep=False: without the features,
+    images: of imageset.open_images; each rank takes its share. keep=False: without the features,
     (0, 2048). state: files STATE-RANK.npz keep what is done, and the next run continues from them.
     """
     rank, ranks = 0, 1
@@ -85,17 +86,28 @@ def measure(images, net, resize="tf1", batch=128, keep=True, state=None):
     images.remarks.tell_misnamed()
     if ranks == 1:
         return moments, on_cpu(kept)
+    return gather(moments, on_cpu(kept))
+
+
+def gather(moments, features):
+    """Every rank calls this with its own: the moments of all and, on rank 0, all features."""
     moments.all_reduce()
-    features_of_ranks = [None] * ranks if rank == 0 else None
-    dist.gather_object(on_cpu(kept), features_of_ranks)
-    return moments, torch.cat(features_of_ranks) if rank == 0 else None
+    if dist.get_rank() > 0:
+        dist.gather_object(features)
+        return moments, None
+    features_of_ranks = [None] * dist.get_world_size()
+    dist.gather_object(features, features_of_ranks)
+    return moments, torch.cat(features_of_ranks)
 
 
 def load_state(file, about, moments, kept):
     """Fill moments and kept with what a run has saved. Returns the next image. Raises FidError."""
     with reading(file), np.load(file, allow_pickle=False) as state:
         if str(state["about"]) != about:
-            raise FidError(f"{file} belongs to another run: delete it, or give another --state")
+            raise FidError(
+                f"{file} is of other images, options or number of processes: "
+                "delete it, or give another --state"
+            )
         moments.merge(state["n"], state["mean"], state["scatter"])
         kept.append(torch.from_numpy(state["kept"]))
         return int(state["next"])
@@ -103,6 +115,15 @@ def load_state(file, about, moments, kept):
 
 def on_cpu(kept):
     return torch.cat([part.cpu() for part in kept])
+
+
+def tell_few(moments):
+    """Print that there are too few images for a covariance, where that is so."""
+    if moments.remark_on_few():
+        tell(
+            f"{moments.n} images for {FEATURES} dimensions: the covariance is rank deficient, "
+            "FID biased upward"
+        )
 
 
 def fid_of(batches, net, reference, resize="tf1", all_ranks=False):
@@ -115,7 +136,9 @@ def fid_of(batches, net, reference, resize="tf1", all_ranks=False):
         moments.add(net(images.to(net.fc.weight.device), resize))
     if all_ranks:
         moments.all_reduce()
-    return frechet_distance(*moments.mean_and_covariance(), *reference)
+    mu, sigma = moments.mean_and_covariance()
+    tell_few(moments)
+    return frechet_distance(mu, sigma, *reference)
 
 
 # ---- a reference: statistics of the same network ------------------------------------------------
@@ -220,7 +243,7 @@ class Given:
         self.gaussian = None  # (mu, sigma), of a file or, after `measure`, of the images
         self.notes = ""  # how --save-stats made the statistics of a file
         self.features = None  # (n, 2048), of the images, after `measure`
-        self.few = ""  # the remark that the images are too few
+        self.few = None  # the remark that the images are too few
         has_images, has_statistics = contents(path)
         if has_images:
             self.images = open_images(path, size)
@@ -236,10 +259,11 @@ class Given:
         if self.images is None:
             return
         keep = not args.save_stats
-        moments, self.features = measure(self.images, net, args.resize, args.batch, keep, state)
+        moments, self.features = features_of(self.images, net, args.resize, args.batch, keep, state)
         if self.gaussian is None and ranks_of_torchrun()[0] == 0:
             self.gaussian = moments.mean_and_covariance()
-            self.few = moments.few()
+            self.few = moments.remark_on_few()
+            tell_few(moments)
             if moments.n < len(self.images):
                 tell(f"{self.path}: {moments.n} of {len(self.images)} images could be read")
 
@@ -271,7 +295,8 @@ def parse(argv):
         "--size",
         type=int,
         default=0,
-        help="of a folder's images, cut as prepare.py does for --save-stats",
+        help="of a folder's images for --save-stats: "
+        "cut as prepare.py imagenet does (not turned by EXIF)",
     )
     parser.add_argument(
         "--inception",
@@ -285,7 +310,9 @@ def parse(argv):
     )
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument(
-        "--state", help="keep progress in files whose names begin so, and continue from them"
+        "--state",
+        help="keep progress in STATE-0-RANK.npz (samples) and STATE-1-RANK.npz (reference); "
+        "continue with the same number of processes",
     )
     args = parser.parse_args(argv)
     check_options(args)
@@ -347,6 +374,8 @@ def main(argv=None):
     args = parse(argv)
     rank = ranks_of_torchrun()[0]
     samples = Given(args.samples, args.size)
+    if args.save_stats and samples.images is None:
+        raise FidError(f"--save-stats takes images, and {args.samples} holds statistics already")
     given = [samples]
     if not args.save_stats:
         reference = Given(args.reference, is_reference=True)
@@ -378,8 +407,9 @@ def main(argv=None):
 
 def print_fid(samples, reference, notes):
     distance = frechet_distance(*samples.gaussian, *reference.gaussian)
-    in_brackets = f" ({notes})" if notes else ""
-    print(f"FID {distance:.4f}{in_brackets}{samples.few}{reference.few}")
+    remarks = [notes, samples.few, reference.few]
+    in_brackets = "".join(f" ({remark})" for remark in remarks if remark)
+    print(f"FID {distance:.4f}{in_brackets}")
 
 
 def print_inception_score(features, net):

@@ -8,14 +8,12 @@ Mean, covariance and the Frechet distance, which FID is made of; the files that 
     distance = frechet_distance(mu, sigma, mu_ref, sigma_ref)
 """
 
-import sys
 import zipfile
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from device import ranks_of_torchrun
 from files import written
 from imageset import WANTED, arrays_in, kind_of
 from inception import FidError, reading
@@ -88,25 +86,19 @@ class Moments:
             "scatter": self.scatter.cpu().numpy(),
         }
 
-    def few(self):
-        """What to print beside an FID of too few images, or "".
+    def remark_on_few(self):
+        """What to print beside an FID of too few images, or None.
 
         The covariance of n images has rank n - 1, which must reach the number of dimensions.
         """
         if len(self.mean) == FEATURES and self.n <= FEATURES:
-            return f" (too few images: {self.n} <= {FEATURES})"
-        return ""
+            return f"too few images: {self.n} <= {FEATURES}"
+        return None
 
     def mean_and_covariance(self):
         """(dim,) and, unbiased, (dim, dim): float64 arrays. Raises FidError for fewer than 2."""
         if self.n < 2:
             raise FidError(f"a covariance needs at least 2 images, not {self.n}")
-        if self.few() and ranks_of_torchrun()[0] == 0:
-            print(
-                f"{self.n} images for {FEATURES} dimensions: the covariance is rank "
-                "deficient, FID biased upward",
-                file=sys.stderr,
-            )
         return self.mean.cpu().numpy(), (self.scatter / (self.n - 1)).cpu().numpy()
 
 

@@ -15,6 +15,7 @@ folder, by the numbers of their letters: "Z" comes before "a", and "a/b" before 
 
 import contextlib
 import ctypes
+import errno
 import functools
 import io
 import os
@@ -49,6 +50,17 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # no other: PostScript, say, i
 OF_SYSTEMS = {"__macosx", "thumbs.db", "desktop.ini"}
 LABELS = "dataset.json"  # of EDM and StyleGAN, at the top of a folder or a .zip
 MAX_MEMBER = 2**30  # bytes of an image in a .zip, which is read into memory
+
+# Faults of a disk, a network or a full machine. They say nothing about the image. (Pillow's own
+# errors about what it decodes have no errno.)
+PASSING = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+}
 
 # What Pillow says about files that it reads all the same: EXIF with a fault, very many pixels.
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
@@ -291,9 +303,9 @@ class Attempt(NamedTuple):
 def read_whole(file):
     """An image as it is: pixels (H, W, 3), upright, and on white where it is transparent.
 
-    file: a path, or one of Found.files. Raises ImageError.
+    file: a path, or one of Found.files. Raises ImageError, or OSError for a passing fault.
     """
-    with as_image_errors():
+    with as_image_errors(file):
         image, kind = decode_file(file, upright=True)
         return Picture(np.asarray(image), kind)
 
@@ -301,9 +313,9 @@ def read_whole(file):
 def read_square(file, size, upright=True, gray=False):
     """The middle of an image, resized: pixels (3, size, size), or (1, size, size) if `gray`.
 
-    upright: turned as its EXIF orientation says. Raises ImageError.
+    upright: turned as its EXIF orientation says. Raises ImageError, or OSError for a passing fault.
     """
-    with as_image_errors():
+    with as_image_errors(file):
         image, kind = decode_file(file, upright)
         if max(image.size) > 100 * min(image.size):  # the crop would make it gigabytes long
             raise ImageError(f"{image.width}x{image.height} is too long and thin")
@@ -314,7 +326,10 @@ def read_square(file, size, upright=True, gray=False):
 
 
 def try_square(file, size, upright=True, gray=False):
-    """read_square as an Attempt, for other processes: an error there would end all the work."""
+    """read_square as an Attempt, so that one bad image does not end all the work.
+
+    Raises OSError for a passing fault, which should end it: the image may be a good one.
+    """
     try:
         return Attempt(read_square(file, size, upright, gray))
     except ImageError as error:
@@ -363,8 +378,11 @@ def readable(names, attempts, remarks):
 
 
 @contextlib.contextmanager
-def as_image_errors():
-    """Whatever Pillow raises about a file becomes an ImageError. It raises many kinds."""
+def as_image_errors(file):
+    """Whatever Pillow raises about a file becomes an ImageError. It raises many kinds.
+
+    A passing fault becomes an OSError that names the file.
+    """
     try:
         yield
     except ImageError:
@@ -377,8 +395,16 @@ def as_image_errors():
         most = round(2 * Image.MAX_IMAGE_PIXELS / 1e6)
         raise ImageError(f"it has more than {most} million pixels") from None
     except Exception as error:
+        if is_passing(error):
+            number = getattr(error, "errno", errno.ENOMEM)
+            raise OSError(number, os.strerror(number), printable(str(file))) from None
         first_line = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ImageError(first_line) from None
+
+
+def is_passing(error):
+    """Whether an error says nothing about the image: the same image may be read another time."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) in PASSING
 
 
 def open_bytes(file):
@@ -404,7 +430,7 @@ def decode_file(file, upright):
             image.load()
             if upright:
                 image = turn_upright(image)
-            return to_rgb(image), kind
+            return to_rgb(image, kind), kind
 
 
 def turn_upright(image):
@@ -412,14 +438,20 @@ def turn_upright(image):
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         return image if orientation == 1 else ImageOps.exif_transpose(image)
-    except Exception:
+    except Exception as error:
+        if is_passing(error):
+            raise
         return image
 
 
-def to_rgb(image):
-    """Any mode of Pillow's to 8-bit RGB; what is transparent shows white."""
+def to_rgb(image, kind):
+    """Any mode of Pillow's to 8-bit RGB; what is transparent shows white. kind: its format."""
+    # Before version 11, Pillow opens a PNG of 16-bit gray as mode "I".
+    if image.mode == "I" and kind != "PNG":
+        raise ImageError("its pixels are 32-bit numbers, whose range nobody knows")
     if image.mode.startswith("I"):
-        image = Image.fromarray(eight_bits(np.asarray(image)))
+        values = np.asarray(image) / 257  # of 16 bits, which Pillow would clip
+        image = Image.fromarray(values.round().astype(np.uint8))
     elif image.mode == "F":
         raise ImageError("its pixels are floating-point numbers, whose range nobody knows")
     if image.has_transparency_data:
@@ -427,13 +459,6 @@ def to_rgb(image):
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
-
-
-def eight_bits(values):
-    """16-bit gray to 8 bits. Pillow would clip it."""
-    if values.min() < 0 or values.max() > 65535:
-        raise ImageError("its pixels are 32-bit numbers, whose range nobody knows")
-    return (values / 257).round().astype(np.uint8)
 
 
 # ---- cropping ------------------------------------------------------------------------------------

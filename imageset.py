@@ -55,7 +55,8 @@ def kind_of(path):
 def open_images(path, size=0):
     """The images of a folder, an .npz or an .npy. Raises FidError.
 
-    size: of a folder's images, which are then cut and resized as prepare.py does; 0 leaves them.
+    size: of a folder's images, which are then cut as prepare.py imagenet does (not turned by EXIF);
+    0 leaves them as they are.
     """
     with reading(path):
         kind = kind_of(path)

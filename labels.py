@@ -1,5 +1,6 @@
 """
-Which label an image has: that of its folder, or that which a dataset.json gives it.
+Which label an image has: that of its folder, or that which a dataset.json gives it. And, by the
+labels, which images are held out.
 
     labelled = find_labelled("photos")     # photos/cats/0.jpg, photos/dogs/0.jpg, ...
     labelled.classes, labelled.labels      # ["cats", "dogs"], [0, ..., 1, ...]
@@ -11,6 +12,7 @@ import json
 import os
 import sys
 import zipfile
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -70,15 +72,18 @@ def find_labelled(src, top=""):
 
 
 def find_wrapper(found):
-    """The only folder, where it is no class but what the class folders or dataset.json lie in."""
+    """The name of the single top folder, if it is a wrapper and not a class; else None.
+
+    It is a wrapper if it holds dataset.json, or if it holds images only in folders of its own.
+    """
     if len(found.folders) != 1 or any("/" not in name for name in found.names):
         return None
     folder = found.folders[0]
     left_out = [name for name, _ in found.left_out]
-    has_table = f"{folder}/{LABELS}" in left_out
+    has_labels_file = f"{folder}/{LABELS}" in left_out
     has_images = any(name.count("/") == 1 for name in found.names)
-    is_deep = bool(found.names) and not has_images
-    return folder if has_table or is_deep else None
+    only_deeper_images = bool(found.names) and not has_images
+    return folder if has_labels_file or only_deeper_images else None
 
 
 def label_by_folders(src, found):
@@ -155,7 +160,8 @@ def read_labels_file(src, top=""):
             return file.read()
     except (FileNotFoundError, KeyError):
         return None
-    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+        # RuntimeError: it is encrypted, or (NotImplementedError) packed in an unknown way.
         raise ImageError(f"cannot read {src}/{LABELS}: {error}") from None
 
 
@@ -207,3 +213,29 @@ def parse_labels(src, content):
         if other != label:
             raise ImageError(f"{src}/{LABELS} gives {name} two labels, {other} and {label}")
     return label_of
+
+
+# ---- which images are held out -------------------------------------------------------------------
+
+
+def choose_held_out(labels, share, rng):
+    """Which images are held out: a bool (N,).
+
+    Each class (labels: (N,)) gives its share, rounded so that the total is N * share, rounded down,
+    or less where small classes must each keep one image to train on. The last images of a class go.
+    """
+    total = int(round(len(labels) * share, 6))  # 0.29 * 100 is a little below 29
+    classes, sizes = np.unique(labels, return_counts=True)
+    wanted = np.round(sizes * share, 6)
+    counts = np.minimum(np.floor(wanted).astype(int), sizes - 1)
+    # What is missing to the total goes to the classes that lack most, one each; ties are drawn.
+    lacking = wanted - counts
+    by_need = sorted(rng.permutation(len(classes)), key=lambda place: -lacking[place])
+    for place in by_need:
+        if counts.sum() < total and counts[place] < sizes[place] - 1:
+            counts[place] += 1
+    held_out = np.zeros(len(labels), bool)
+    for label, count in zip(classes, counts):
+        rows = np.flatnonzero(labels == label)
+        held_out[rows[len(rows) - count :]] = True
+    return held_out

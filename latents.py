@@ -9,7 +9,7 @@ and which never can be (2), and plan.json says what was begun. The steps:
     make_plan      what is to be done; on every rank
     begin          claim the name; make the arrays, or go on with those that are there; rank 0
     encode_rows    each rank its own batches
-    finish         drop the rows that cannot be, write the header, rename; rank 0
+    finish         drop the rows that cannot be read, write the header, rename; rank 0
 """
 
 import json
@@ -31,11 +31,11 @@ from dataset import (
     DataError,
     Writer,
     claim,
-    clear,
+    clean_up_after,
     describe_classes,
     describe_gaps,
     load_dataset,
-    undo,
+    remove_files,
     write_left_out,
 )
 from device import from_rank_0, join_ranks, ranks_of_torchrun
@@ -56,15 +56,18 @@ from vae import PUBLISHED, decode, encode, latent_moments, load_vae
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 
+NAMES = dict(encoding="utf-8", errors="surrogateescape")  # how file names are kept
+
 ENCODED = 1  # the values of done.npy; 0 is still to do
 UNREADABLE = 2
 
 
-def encode_images(src, path, name, size, vae_files, vae_name, batch=0):
+def encode_images(src, path, name, size, vae_files, vae_name, batch=0, measure=False):
     """Encode the images of `src` into the folder of data `path`, on all ranks of torchrun.
 
     size: of the square images. vae_files: a folder, or a name on the hub. vae_name: what the header
     calls it. batch: images that are encoded at a time; 0: as many as fill 64 images of 256 x 256.
+    measure: normalize with the latents' own mean and std, where others are published, too.
     Raises UserError and OSError.
     """
     rank, ranks, local_rank = ranks_of_torchrun()
@@ -80,7 +83,8 @@ def encode_images(src, path, name, size, vae_files, vae_name, batch=0):
         raise DataError(f"--size must be a multiple of {vae.shrinks} (this VAE's), not {size}")
     batch = batch or max(1, 2**22 // size**2)
     labelled = find_labelled(src)
-    plan = make_plan(labelled, size, batch, vae_name, vae.crc32)
+    refuse_line_ends(src, labelled)
+    plan = make_plan(labelled, size, batch, vae_name, vae.crc32, measure)
     side = size // vae.shrinks
     shape = (vae.config.latent_channels, side, side)
 
@@ -109,7 +113,14 @@ def encode_images(src, path, name, size, vae_files, vae_name, batch=0):
         finish(writer, plan, labelled, src, name, shape)
 
 
-def make_plan(labelled, size, batch, vae_name, vae_crc32):
+def refuse_line_ends(src, labelled):
+    """Raise DataError where a name would take two lines of train_files.txt."""
+    for name in labelled.names:
+        if "\n" in name or "\r" in name:
+            raise DataError(f"{src}/{name}: a file name holds a line end: rename it")
+
+
+def make_plan(labelled, size, batch, vae_name, vae_crc32, measure):
     """What must be the same for a run to go on where another was interrupted."""
     names = "\n".join(labelled.names)
     labels = np.array(labelled.labels, np.int64)
@@ -121,6 +132,7 @@ def make_plan(labelled, size, batch, vae_name, vae_crc32):
         class_names=[printable(name) for name in labelled.classes],
         files_crc32=f"{zlib.crc32(os.fsencode(names)):08x}",
         labels_crc32=f"{zlib.crc32(labels):08x}",
+        measure=measure,
     )
 
 
@@ -148,7 +160,7 @@ def begin(path, plan, labelled, shape):
                 f"cannot write {path}: {error}; delete {path}.partial to start over"
             ) from None
     try:
-        clear(path)
+        remove_files(path)
         writer = Writer(path, stored_shape, count, np.float16, lock=lock)
         writer.arrays["train_labels"][:] = labelled.labels
         writer.arrays["train_labels"].flush()
@@ -157,7 +169,7 @@ def begin(path, plan, labelled, shape):
         with written(f"{path}.partial/plan.json") as f:  # last: where it is, all the others are
             f.write(json.dumps(plan).encode())
     except (DataError, OSError) as error:
-        undo(path, lock, error)
+        clean_up_after(error, path, lock)
         raise
     return writer
 
@@ -199,6 +211,8 @@ def encode_rows(path, plan, labelled, vae, rank, ranks):
     )
     with bar:
         for rows, attempts in zip(batches, loader):
+            if isinstance(attempts, OSError):  # see read_batch
+                raise attempts
             names = [labelled.names[row] for row in rows]
             found = dict(readable(names, attempts, remarks))  # {place in the batch: pixels}
             read_rows = rows[list(found)]
@@ -213,8 +227,14 @@ def encode_rows(path, plan, labelled, vae, rank, ranks):
 
 
 def read_batch(files, size):
-    """A list of Attempts. EXIF orientation is not applied, as in ADM's ImageNet."""
-    return [try_square(file, size, upright=False) for file in files]
+    """A list of Attempts. EXIF orientation is not applied, as in ADM's ImageNet.
+
+    An OSError is returned: if it were raised, the DataLoader would hand on a traceback as its text.
+    """
+    try:
+        return [try_square(file, size, upright=False) for file in files]
+    except OSError as error:
+        return error
 
 
 def batches_to_do(done, batch, rank, ranks):
@@ -228,48 +248,75 @@ def batches_to_do(done, batch, rank, ranks):
 
 
 def finish(writer, plan, labelled, src, name, shape):
-    """Drop the rows that cannot be, write the header, and rename path.partial to path."""
-    stored = writer.arrays["train_images"]
-    labels = writer.arrays["train_labels"]
+    """Drop the rows that cannot be read, write the header, and rename path.partial to path."""
     done = np.load(os.path.join(writer.partial, "done.npy"), mmap_mode="r+")
-    refuse_empty_classes(done, labels, labelled, src)
+    refuse_empty_classes(done, writer.arrays["train_labels"], labelled, src)
 
     unreadable = find_reasons(labelled, np.flatnonzero(done == UNREADABLE), plan["image_size"])
     write_left_out(writer.partial, unreadable + labelled.left_out)
 
-    # Rows from the end take the places of those that cannot be. Should this end here, it can be
-    # done again with the same result.
-    count = int(np.count_nonzero(done == ENCODED))
-    empty_rows = np.flatnonzero(done[:count] == UNREADABLE)
-    last_rows = count + np.flatnonzero(done[count:] == ENCODED)
-    names = np.array(labelled.names, object)
-    for array in (stored, labels, names):
-        array[empty_rows] = array[last_rows]
+    names = fill_gaps(writer.arrays, labelled.names, done)
     file = os.path.join(writer.partial, "train_files.txt")
-    with open(file, "w", encoding="utf-8", errors="surrogateescape") as f:
-        f.writelines(f"{name}\n" for name in names[:count])
+    with open(file, "w", newline="\n", **NAMES) as f:
+        f.writelines(f"{file_name}\n" for file_name in names)
+    skipped = len(done) - len(names)
+    del done  # or Windows would not rename
 
-    is_published = plan["vae"] == SD_VAE and plan["image_size"] in PUBLISHED
-    if is_published:
-        mean, std = PUBLISHED[plan["image_size"]]
-    else:
-        mean, std = latent_moments(stored[:count])
-    writer.count["train"] = count
-    about = dict(
+    writer.count["train"] = len(names)
+    mean, std, kind = normalization(plan, writer.arrays["train_images"][: len(names)])
+    made_by = f"prepare.py imagenet --size {plan['image_size']} --batch {plan['batch']}"
+    if plan["measure"]:
+        made_by += " --measure"
+    writer.finish(
+        name,
+        plan["class_names"],
         kind="latents",
         shape=list(shape),
         mean=mean,
         std=std,
-        skipped=len(done) - count,
-        normalization="published" if is_published else "measured",
+        normalization=kind,
+        skipped=skipped,
+        image_size=plan["image_size"],
+        batch=plan["batch"],
+        vae=plan["vae"],
+        vae_crc32=plan["vae_crc32"],
+        files_crc32=plan["files_crc32"],
+        labels_crc32=plan["labels_crc32"],
         license="yours",
         source="a folder of images",
-        made_by=f"prepare.py imagenet --size {plan['image_size']} --batch {plan['batch']}",
+        made_by=made_by,
     )
-    del stored, labels, done, array  # or Windows would not rename
-    writer.finish(name, **plan, **about)
+    print(f"normalization: {kind}")
     for file in ("done.npy", "plan.json"):
         os.remove(os.path.join(writer.path, file))
+
+
+def fill_gaps(arrays, names, done):
+    """Move rows from the end to the places of those that cannot be read.
+
+    Returns the file names of the rows that are left, from the first one on. If a run ends within
+    this function, the next run does it again with the same result.
+    """
+    count = int(np.count_nonzero(done == ENCODED))
+    empty_rows = np.flatnonzero(done[:count] == UNREADABLE)
+    last_rows = count + np.flatnonzero(done[count:] == ENCODED)
+    names = np.array(names, object)
+    for array in (arrays["train_images"], arrays["train_labels"], names):
+        array[empty_rows] = array[last_rows]
+    return names[:count].tolist()
+
+
+def normalization(plan, stored):
+    """The mean and std of latents, one a channel, and whether they are "published" or "measured".
+
+    Published ones are known of the default VAE's latents of ImageNet. stored: (N, 2C, h, w).
+    """
+    is_published = plan["vae"] == SD_VAE and plan["image_size"] in PUBLISHED
+    if is_published and not plan["measure"]:
+        mean, std = PUBLISHED[plan["image_size"]]
+        return mean, std, "published"
+    mean, std = latent_moments(stored)
+    return mean, std, "measured"
 
 
 def find_reasons(labelled, rows, size):
@@ -369,13 +416,16 @@ def check_values(header, x):
     """Print each channel's moments. x: (n, C, ...) as stored. Returns what is wrong."""
     wrong = []
     is_latent = "vae" in header
+    is_normal = True
     of_an_image = tuple(range(1, x.ndim))
     spoiled = np.count_nonzero(~np.isfinite(x).all(axis=of_an_image))
     if spoiled:
         return [f"{spoiled} of {len(x)} images hold numbers that are not finite"]
     flat = np.count_nonzero(np.ptp(x, axis=of_an_image) == 0)
     if flat:
-        wrong.append(f"{flat} of {len(x)} images have one value everywhere")
+        print(f"{flat} of {len(x)} images have one value everywhere")
+    if flat == len(x):
+        wrong.append("all images have one value everywhere")
     if is_latent:
         means, stds = latent_moments(x)
     else:
@@ -389,14 +439,17 @@ def check_values(header, x):
         found = f"channel {channel} has mean {mean:.3g} and std {std:.3g}"
         if is_latent and not (abs(mean) < 0.1 and abs(std - 1) < 0.1):
             wrong.append(f"{found}, not about 0 and 1")
+            is_normal = False
         elif not std > 0.01:
             wrong.append(found)
+    if not is_normal and header.get("normalization") == "published":
+        wrong.append("prepare.py imagenet --measure normalizes with these images' own mean and std")
     return wrong
 
 
 def read_originals(path, header, src, rows, count):
     """The images that became these rows, (n, size, size, 3) uint8."""
-    with open(f"{path}/train_files.txt", encoding="utf-8", errors="surrogateescape") as f:
+    with open(f"{path}/train_files.txt", newline="\n", **NAMES) as f:
         names = f.read().split("\n")
     if len(names) != count + 1 or "image_size" not in header:
         raise DataError(f"{path}/train_files.txt is not whole, or header.json lacks its image_size")

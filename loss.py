@@ -36,6 +36,7 @@ from dual import at_least_float32, column
 OBJECTIVES = ("tvm", "meanflow", "flow_matching")
 TIMES = ("gap*", "gap", "trunc", "clamp", "two")
 GUIDANCE = ("constant", "inverse", "uniform")
+EULER = ("flow_matching",)  # of s = t alone: sampled by Euler steps with F(x, t, t)
 
 
 # ---- times and guidance weights ------------------------------------------------------------------
@@ -139,7 +140,7 @@ class Term(NamedTuple):
 
     name: str  # in the log
     loss: Tensor  # (B,), of which the mean is minimized
-    error: Tensor  # (B,), what the log shows; often the same
+    error: Tensor  # (B,), what the log shows: the loss before any weighting
     time: Tensor  # (B,) in [0, 1]; the log has the mean error of each quarter of it
     early: bool = False  # backward goes through it before the next term is computed: less memory
 

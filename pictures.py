@@ -113,14 +113,15 @@ def as_pil(image):
     return Image.fromarray(image)
 
 
-def grid(images, columns, least=800):
+def grid(images, columns, width=800):
     """Images (N, H, W, C) uint8 -> one PIL image of all of them, row by row.
 
-    They are enlarged by a whole number, to about `least` pixels of width. Of 2 channels the first
-    is shown, of more than 3 the first three.
+    They are enlarged by the largest whole number that keeps the picture within `width` pixels.
+    Images that are wider together stay as they are. Of 2 channels the first is shown, of more than
+    3 the first three.
     """
     images = visible(images)
-    zoom = max(1, least // (columns * images.shape[2]))
+    zoom = max(1, width // (columns * images.shape[2]))
     images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
     gap = 2
     missing = -len(images) % columns  # in the last row

@@ -4,6 +4,7 @@ Raw images -> data/NAME/, the memory-mapped arrays that train.py reads.
     python prepare.py digits                          # 1,797 real 8x8 scans, in this repository
     python prepare.py shapes --size 32 --n 60000      # drawn here: 10 classes of coloured shapes
     python prepare.py folder SRC --size 64            # images of your own: one folder a class
+    python prepare.py emoji emoji-datasource-*.tgz    # of npm packages: emoji.py says which
     python prepare.py cifar10 cifar-10-python.tar.gz  # from its authors' page; or the binary one
     python prepare.py imagenet SRC --size 256         # images -> latents of a VAE, in data/im256
     torchrun --nproc_per_node=8 prepare.py imagenet SRC --size 512
@@ -36,20 +37,22 @@ import zlib
 from functools import partial
 
 import numpy as np
+from tqdm import tqdm
 
 from dataset import (
     LEFT_OUT,
     DataError,
     Writer,
     claim,
+    clean_up_after,
     need_room,
     new_memory_map,
-    undo,
     write_left_out,
 )
+from emoji import read_package, to_pixels
 from files import HERE
 from images import Remarks, parallel, printable, readable, tell_left_out, try_square
-from labels import find_labelled, tell_notes
+from labels import choose_held_out, find_labelled, tell_notes
 from options import Parser, run
 from pickles import RefusedPickle, load_arrays
 from shapes import SHAPES, draw_shape
@@ -176,7 +179,7 @@ def folder(args):
     try:
         write_folder(args, labelled, lock)
     except BaseException as error:
-        undo(args.path, lock, error)
+        clean_up_after(error, args.path, lock)
         raise
 
 
@@ -259,27 +262,51 @@ def refuse_empty_classes(src, labelled, labels, unreadable):
         raise DataError(f"no image of class {name!r} in {src} can be read")
 
 
-def choose_held_out(labels, share, rng):
-    """Which images are held out: a bool (N,).
+# ---- emoji ---------------------------------------------------------------------------------------
 
-    Each class (labels: (N,)) gives its share, rounded down or up so that together they are
-    int(N * share), but keeps at least one image to train on. The last images of a class go.
-    """
-    total = int(len(labels) * share)
-    classes, sizes = np.unique(labels, return_counts=True)
-    wanted = sizes * share
-    counts = np.minimum(np.floor(wanted).astype(int), sizes - 1)
-    # What is missing to the total goes to the classes that lack most, one each; ties are drawn.
-    lacking = wanted - counts
-    by_need = sorted(rng.permutation(len(classes)), key=lambda place: -lacking[place])
-    for place in by_need:
-        if counts.sum() < total and counts[place] < sizes[place] - 1:
-            counts[place] += 1
-    held_out = np.zeros(len(labels), bool)
-    for label, count in zip(classes, counts):
-        rows = np.flatnonzero(labels == label)
-        held_out[rows[len(rows) - count :]] = True
-    return held_out
+
+@new_dataset
+@with_seed
+@argument("files", nargs="+", help="emoji-datasource-VENDOR-VERSION.tgz, as npm pack leaves them")
+@argument("--size", type=int, default=32, help="pixels of a side, at most 64")
+@argument("--held-out", type=float, default=0.1, help="the share of each class that is held out")
+def emoji(args):
+    """Emoji of npm packages, on white; a class is a category."""
+    if not 1 <= args.size <= 64:
+        raise DataError(f"--size must be at least 1 and at most 64, not {args.size}")
+    if not 0 <= args.held_out < 1:
+        raise DataError(f"--held-out must be in [0, 1), not {args.held_out:g}")
+    packages = [read_package(file) for file in args.files]
+    titles = [package.title for package in packages]
+    if len(set(titles)) < len(titles):
+        raise DataError("the same package is given twice")
+    pictures = [picture for package in packages for picture in package.emoji]
+    left_out = [file for package in packages for file in package.left_out]
+
+    category_of = {picture.group: picture.category for picture in pictures}
+    classes = sorted(set(category_of.values()))
+    rng = np.random.default_rng(args.seed)
+    groups = rng.permutation(sorted(category_of))
+    labels = np.array([classes.index(category_of[group]) for group in groups])
+    held_out = set(groups[choose_held_out(labels, args.held_out, rng)])
+    train = [picture for picture in pictures if picture.group not in held_out]
+    test = [picture for picture in pictures if picture.group in held_out]
+
+    count = {"train": len(train), "test": len(test)}
+    shape = (3, args.size, args.size)
+    with Writer(args.path, shape, count, overwrite=args.overwrite) as writer:
+        for place, picture in enumerate(tqdm(train + test, desc="emoji", unit="image")):
+            writer.set(place, to_pixels(picture, args.size), classes.index(picture.category))
+        tell_left_out(left_out, os.path.join(args.path, LEFT_OUT))
+        write_left_out(args.path + ".partial", left_out)
+        how = f"--size {args.size} --held-out {args.held_out} --seed {args.seed}"
+        writer.finish(
+            args.name,
+            classes,
+            license="; ".join(f"{package.title}: {package.license}" for package in packages),
+            source="npm packages " + ", ".join(titles),
+            made_by=f"prepare.py emoji {how}",
+        )
 
 
 # ---- CIFAR-10 ------------------------------------------------------------------------------------
@@ -392,6 +419,11 @@ def parse_python_names(content):
     default=0,
     help="of the VAE (default: 64 images of 256 x 256, fewer larger ones)",
 )
+@argument(
+    "--measure",
+    action="store_true",
+    help="normalize with these latents' own mean and std, not ImageNet's published ones",
+)
 def imagenet(args):
     """Images -> latents of a VAE, on the GPUs of one machine."""
     import latents  # with torch, which takes seconds to import
@@ -402,7 +434,9 @@ def imagenet(args):
     data_path(name)  # raises where it is no name
     data_path(os.path.basename(path))
     vae = args.vae or latents.SD_VAE
-    latents.encode_images(args.src, path, name, args.size, vae, args.vae_name or vae, args.batch)
+    latents.encode_images(
+        args.src, path, name, args.size, vae, args.vae_name or vae, args.batch, args.measure
+    )
 
 
 @command
@@ -434,7 +468,7 @@ def refuse_ranks(command):
 def refuse_no_value(args):
     """Raise DataError where an option is given as --name=--, of which argparse makes []."""
     for name, value in vars(args).items():
-        if isinstance(value, list):
+        if value == []:
             option = name.replace("_", "-")
             raise DataError(f"--{option} must have a value, which is not --")
 

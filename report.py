@@ -2,7 +2,7 @@
 What a run tells: log.jsonl, pictures of samples, the loss curve, scores, FID.
 
 Each of these is worth less than the run: where one fails, a message says so, and training goes on.
-Report.load_fid alone, which is called before training, ends a run.
+Report.load alone, which is called before training, may end a run.
 
 Every number goes through `Report.log`, and on rank 0 through `Report.append`. To send the numbers
 elsewhere too, add that at the end of append.
@@ -27,9 +27,10 @@ from tqdm import tqdm
 import fid
 from batches import conditions
 from device import from_rank_0
-from files import HERE, written
+from files import HERE, UserError, written
+from loss import EULER
 from options import one_line
-from pictures import find_vae, grid, to_images
+from pictures import find_vae, grid, to_images, unlike_pictures
 from sample import guidance_weight, noise_and_labels, sample
 from scores import classify, small_data_scores, train_classifier
 
@@ -112,7 +113,7 @@ class Report:
     def say_failure(self, what, error):
         """Say that something could not be made. The same thing of a later step is not said again.
 
-        Errors of the disk are said each time, for it may have had room in between.
+        Errors of the disk are said each time: it may have been cleared and have filled again.
         """
         kind = re.sub(r"\d+", "", what)  # without the step
         if kind not in self.failed:
@@ -194,7 +195,7 @@ class Report:
             memory["peak_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 1)
         self.log(
             step=step,
-            loss=sum(means.values()),
+            loss=sum(means.values()),  # before the weight that MeanFlow gives its error
             **means,
             **by_time,
             grad_norm=float(np.mean(losses.norms)),
@@ -252,7 +253,7 @@ class Report:
         seed. classes: one for each image, instead of labels drawn as often as in the data.
         """
         images, labels = [], []
-        euler = self.config["objective"] == "flow_matching"
+        euler = self.config["objective"] in EULER
         vae = find_vae(self.header, self.device, self.config["vae_files"])
         for first in range(0, len(indices), BATCH):
             part = indices[first : first + BATCH]
@@ -293,13 +294,17 @@ class Report:
 
     # ---- FID -------------------------------------------------------------------------------------
 
-    def load_fid(self):
-        """Load Inception and the reference. Raises FidError and VAEError, which are UserErrors."""
+    def load(self):
+        """Load the VAE, Inception and the reference, before training.
+
+        Raises UserError where FID is asked for and cannot be. A VAE that is missing is only said.
+        """
         if not self.config["fid_reference"]:
+            self.attempt("pictures", find_vae, self.header, self.device, self.config["vae_files"])
             return
-        channels = 3 if "vae" in self.header else self.header["shape"][0]
-        if channels not in (1, 3):
-            raise ValueError(f"FID takes images of 1 or 3 channels, not {channels}")
+        unlike = unlike_pictures(self.header, self.header["shape"])
+        if unlike:
+            raise UserError(f"fid_reference is for uint8 images of 1 or 3 channels, not {unlike}")
         self.inception = fid.load_inception(self.config["inception"] or None, self.device)
         self.reference = fid.read_reference(self.config["fid_reference"], self.inception)
         find_vae(self.header, self.device, self.config["vae_files"])
@@ -336,7 +341,9 @@ class Report:
         score = fid.frechet_distance(mean, covariance, *self.reference)
         n = self.config["fid_images"]
         self.log(step=step, nfe=1, fid=score, images=n, reference=self.config["fid_reference"])
-        tqdm.write(f"step {step}: FID {score:.3f} of {n} one-step samples")
+        few = moments.remark_on_few()
+        in_brackets = f" ({few})" if few else ""
+        tqdm.write(f"step {step}: FID {score:.3f} of {n} one-step samples{in_brackets}")
 
     # ---- scores ----------------------------------------------------------------------------------
 
@@ -358,39 +365,45 @@ class Report:
         judge = None
         if self.config["classifier"] == "cnn" and self.header["num_classes"]:
             others = np.setdiff1d(np.arange(len(train)), real)
-            judge = train_classifier(
-                train[others], labels[others], self.header["num_classes"], self.device
-            )
-            right = (classify(judge, held_out).numpy() == held_out_labels).mean()
-            print(f"the classifier names {right:.1%} of held-out images rightly")
-            self.log(step=step, classifier_held_out=right)
+            judge = self.train_judge(step, others, held_out, held_out_labels)
         print(
             f"{n} samples of the evaluation network against {n} held-out images "
             "(real: training images in their place)"
         )
         print(f"{'steps':>5} {'two-sample':>11} {'label':>7} {'nearest':>8} {'Frechet':>8}")
-        for nfe in ("real", 1, 2, 4):
-            leave_out = None
-            if nfe == "real":
-                images = train[real]
-                y = torch.from_numpy(labels[real])
-                leave_out = torch.from_numpy(real)  # no image is its own nearest neighbour
-            else:
-                images, y = self.images_of(range(n), nfe)
-                images = np.moveaxis(images, -1, 1)
-            found = small_data_scores(
-                images, y, held_out, train, labels, leave_out, judge, self.device
-            )
-            print(
-                f"{nfe:>5} {found['two_sample']:>11.3f} {found['label']:>7.3f} "
-                f"{found['nearest_ratio']:>8.2f} {found['frechet_pixels']:>8.3f}"
-            )
-            finite = {key: x if math.isfinite(x) else None for key, x in found.items()}
-            self.log(step=step, checkpoint="ckpt.safetensors", nfe=nfe, images=n, **finite)
+        against = dict(
+            held_out=held_out, train=train, labels=labels, judge=judge, device=self.device
+        )
+        y = torch.from_numpy(labels[real])
+        leave_out = torch.from_numpy(real)  # no image is its own nearest neighbour
+        found = small_data_scores(train[real], y, leave_out=leave_out, **against)
+        self.tell_scores(step, "real", n, found)
+        for nfe in (1, 2, 4):
+            images, y = self.images_of(range(n), nfe)
+            found = small_data_scores(np.moveaxis(images, -1, 1), y, **against)
+            self.tell_scores(step, nfe, n, found)
         print(
             "two-sample 0.5: cannot be told apart. label: the class asked for is found. "
             "nearest, well under 1: memorized."
         )
+
+    def train_judge(self, step, rows, held_out, held_out_labels):
+        """Train a classifier on training images `rows`. Tells how it does on held-out images."""
+        images, labels = self.data["train_images"][rows], self.data["train_labels"][rows]
+        judge = train_classifier(images, labels, self.header["num_classes"], self.device)
+        right = (classify(judge, held_out).numpy() == held_out_labels).mean()
+        print(f"the classifier names {right:.1%} of held-out images rightly")
+        self.log(step=step, classifier_held_out=right)
+        return judge
+
+    def tell_scores(self, step, nfe, n, found):
+        """Print and log a row of the table. nfe: 1, 2, 4 or "real"."""
+        print(
+            f"{nfe:>5} {found['two_sample']:>11.3f} {found['label']:>7.3f} "
+            f"{found['nearest_ratio']:>8.2f} {found['frechet_pixels']:>8.3f}"
+        )
+        finite = {key: x if math.isfinite(x) else None for key, x in found.items()}
+        self.log(step=step, checkpoint="ckpt.safetensors", nfe=nfe, images=n, **finite)
 
     def choose(self, count, n, stream):
         """n of `count` rows, sorted, by the seed and the number of the stream."""

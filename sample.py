@@ -13,10 +13,11 @@ The sampler stands first: `sample`. Then come the noise, and the command: its op
 what is made (`Plan`), the score, and `main`, which has all steps in their order.
 
 The noise and the label of image i depend on the seed and i alone: not on the batch size, the ranks
-or the other images. Finished batches wait in OUT.parts/. After a kill the same command goes on from
-them, on any number of ranks, and ends with the same images. OUT appears whole or not at all; what
-is there already is replaced with --overwrite only, but for the default samples.png. A state of a
-run (state_STEP.safetensors) is sampled as its ckpt.safetensors is: by its evaluation network.
+or the other images. Finished batches wait in OUT.parts/, with --fid in CKPT-...-fid.parts/. After a
+kill the same command goes on from them, on any number of ranks, and ends with the same images. OUT
+appears whole or not at all; what is there already is replaced with --overwrite only, but for the
+default samples.png. A state of a run (state_STEP.safetensors) is sampled as its ckpt.safetensors
+is: by its evaluation network.
 """
 
 import dataclasses
@@ -39,6 +40,7 @@ from checkpoint import raw_bytes
 from device import abilities, find_device, from_rank_0, join_ranks, ranks_of_torchrun
 from dual import column, widest
 from files import UserError
+from loss import EULER
 from model import Block, compile_blocks, load_model
 from options import Parser, run
 from parts import Parts
@@ -85,17 +87,17 @@ def sample(model, x1, y, w, nfe, euler=False):
     return x
 
 
-def fast(model, half=True, compiled=True):
-    """Make a model sample as fast as its device can: in bfloat16, and with compiled blocks.
+def prepare_to_sample(model, bfloat16=True, compiled=True):
+    """Set how a model's blocks run, where its device can. Returns the context to call `sample` in.
 
-    Returns the context to call `sample` in. The blocks compile at the first call.
+    The blocks compile at the first call.
     """
     device = model.pos_embed.device
     has_bfloat16, can_compile = abilities(device)
     model.run_block = Block.forward
     if compiled and can_compile:
         compile_blocks(model, dynamic=True)
-    return torch.autocast(device.type, torch.bfloat16, enabled=half and has_bfloat16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16 and has_bfloat16)
 
 
 def noise_and_labels(seed, indices, shape, class_counts=None):
@@ -180,7 +182,7 @@ def check_numbers(args):
 
 
 def prepare_fid(args):
-    """With --fid nothing is kept. OUT then names the folder of finished batches alone."""
+    """With --fid no images are kept, but for a while their features."""
     if args.out or args.overwrite:
         raise UserError("--fid keeps no images, so it goes without --out and --overwrite")
     if args.n is None:
@@ -189,7 +191,7 @@ def prepare_fid(args):
         raise UserError(f"--fid needs at least 2 images, not {args.n}")
     name = os.path.basename(args.checkpoint)
     digest = hashlib.sha256(os.path.abspath(args.checkpoint).encode()).hexdigest()
-    args.out = f"{name}-{digest[:8]}-nfe{args.nfe}-fid"
+    args.parts = f"{name}-{digest[:8]}-nfe{args.nfe}-fid.parts"
     args.kind = None
 
 
@@ -200,6 +202,7 @@ def prepare_out(args):
     out = args.out or "samples.png"
     args.kind = output_kind(out)
     args.out = os.path.normpath(out)
+    args.parts = args.out + ".parts"
     refuse_taken(args.out, args.kind, args.overwrite)
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
 
@@ -290,7 +293,7 @@ class Plan:
     classes: list[int] | None  # taken in turn; None: drawn from class_counts
     euler: bool  # the network was trained by flow matching
     batch: int
-    half: bool
+    bfloat16: bool
     compiled: bool
 
     def batches(self):
@@ -337,7 +340,7 @@ def make_plan(args, config, about, device):
         n = len(classes) * max(1, 80 // len(classes))
     elif n is None:
         n = 80
-    half = has_bfloat16 and args.precision != "float32"
+    bfloat16 = has_bfloat16 and args.precision != "float32"
     return Plan(
         n=n,
         nfe=args.nfe,
@@ -346,10 +349,10 @@ def make_plan(args, config, about, device):
         shape=header.get("shape") or [config.in_channels, *config.height_and_width],
         class_counts=header["class_counts"],
         classes=classes,
-        euler=about.get("objective") == "flow_matching",
+        euler=about.get("objective") in EULER,
         batch=min(args.batch, n),
-        half=half,
-        compiled=half and can_compile and n >= COMPILE_FROM,
+        bfloat16=bfloat16,
+        compiled=bfloat16 and can_compile and n >= COMPILE_FROM,
     )
 
 
@@ -387,7 +390,9 @@ class Score:
         for features in batches:
             moments.add(torch.from_numpy(features))
         distance = fid.frechet_distance(*moments.mean_and_covariance(), *self.reference)
-        return f"FID {distance:.4f}{moments.few()} against {self.path}"
+        few = moments.remark_on_few()
+        in_brackets = f" ({few})" if few else ""
+        return f"FID {distance:.4f}{in_brackets} against {self.path}"
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -395,7 +400,7 @@ class Score:
 
 def sample_batches(batches, plan, model, device, header, vae, show):
     """Yield each batch with its images, uint8 (B, H, W, C). show: with a progress bar."""
-    context = fast(model, plan.half, plan.compiled)
+    context = prepare_to_sample(model, plan.bfloat16, plan.compiled)
     for batch in tqdm(batches, desc="sampling", unit="batch", disable=not show):
         indices = batch
         if plan.compiled:  # for one shape of all: the last batch is filled up, and cut off below
@@ -455,7 +460,7 @@ def main():
     vae = find_vae(header, device, args.vae)
     score = Score(args.fid, args.inception, device) if args.fid else None
     key = key_of(plan, about, model, device, vae, score)
-    parts = Parts(args.out + ".parts", key, plan.batches())
+    parts = Parts(args.parts, key, plan.batches())
     missing = None
     if rank == 0:
         missing = find_missing(parts, args)

@@ -27,7 +27,7 @@ MOST_ELEMENTS = 4096  # C x H x W of an image: of more the covariance says nothi
 
 
 def small_data_scores(images, y, held_out, train, labels, leave_out=None, judge=None, device="cpu"):
-    """The scores of images (N, C, H, W) uint8 for which the classes y (N,) were asked.
+    """The scores of images (N, C, H, W), uint8 or floats, for which the classes y (N,) were asked.
 
     held_out: as many images that were not trained on. train, labels: the training images (M, ...)
     and their classes (M,). leave_out: (N,), which training image each image is, where the images
@@ -42,8 +42,9 @@ def small_data_scores(images, y, held_out, train, labels, leave_out=None, judge=
         label = label_accuracy(images, y, train, labels, leave_out, device)
     frechet_pixels = math.nan
     if math.prod(images.shape[1:]) <= MOST_ELEMENTS:
+        scale = 255 if as_tensor(held_out[:1]).dtype == torch.uint8 else 1
         frechet_pixels = frechet_distance(
-            *moments(flat(images) / 255), *moments(flat(held_out) / 255)
+            *moments(flat(images) / scale), *moments(flat(held_out) / scale)
         )
     return {
         "two_sample": two_sample_accuracy(images, held_out, device),

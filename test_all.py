@@ -174,6 +174,25 @@ def test_cat_of_duals_and_tensors():
     assert torch.equal(dual.cat([a, b], 1), torch.cat([a, b], 1))
 
 
+def test_a_sum_that_broadcasts():
+    """A tensor that is added gives the tangent its shape and dtype, and no derivative."""
+    x = Dual(torch.randn(1, 4, dtype=torch.bfloat16), torch.randn(1, 4, dtype=torch.bfloat16))
+    found = x + randn(3, 4, dtype=torch.float32)
+    assert found.value.shape == found.tangent.shape == (3, 4)
+    assert found.value.dtype == found.tangent.dtype == torch.float32
+    assert (found.tangent == x.tangent.float()).all()
+
+
+def test_linear_refuses_other_layers():
+    """Of a layer that is more than W x + b, the weight alone would give a wrong tangent."""
+
+    class WithAdapter(nn.Linear):
+        pass
+
+    with pytest.raises(TypeError, match="no rule for the tangent of a WithAdapter"):
+        dual.linear(WithAdapter(4, 4), Dual(randn(2, 4), randn(2, 4)))
+
+
 # ---- the network ---------------------------------------------------------------------------------
 
 
@@ -1521,12 +1540,12 @@ def test_gpu_fast_sampling():
     _, noise, _, _, y, w = (a.cuda() for a in random_inputs(6, dtype=torch.float32))
     exact = sample.sample(net, noise, y, w, 2)
     for compiled in (False, True):
-        with sample.fast(net, compiled=compiled):
+        with sample.prepare_to_sample(net, compiled=compiled):
             x0 = sample.sample(net, noise, y, w, 2)
         assert x0.dtype == F64
         assert not torch.equal(x0, exact)
         close(x0, exact, 2e-2)
-    with sample.fast(net, half=False, compiled=False):
+    with sample.prepare_to_sample(net, bfloat16=False, compiled=False):
         assert torch.equal(sample.sample(net, noise, y, w, 2), exact)
 
 
@@ -1538,9 +1557,9 @@ def test_gpu_fast_sampling_of_many_batch_sizes():
     with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
         for B in range(1, 13):
             _, noise, _, _, y, w = (a.cuda() for a in random_inputs(B, dtype=torch.float32))
-            with sample.fast(net):
+            with sample.prepare_to_sample(net):
                 x0 = sample.sample(net, noise, y, w, 2)
-            with sample.fast(net, half=False, compiled=False):
+            with sample.prepare_to_sample(net, bfloat16=False, compiled=False):
                 close(x0, sample.sample(net, noise, y, w, 2), 2e-2)
 
 

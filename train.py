@@ -59,7 +59,6 @@ from device import (
     ranks_agree,
     ranks_of_torchrun,
 )
-from dual import column
 from files import HERE, CheckpointError, UserError, hold
 from latents import SD_VAE
 from loss import GUIDANCE, OBJECTIVES, TIMES, TrainingLoss, backward
@@ -77,7 +76,7 @@ dataset        = Option("digits",   "data/NAME; digits and shapes are made when 
 vae            = Option("",         "the VAE that the data must be latents of; default: any")
 vae_files      = Option("",         "where the VAE lies; default: Hugging Face hub", later=True)
 device         = Option("",         "cpu, cuda or mps; default: a GPU if any", later=True)
-compile        = Option(True,       "torch.compile on a GPU: faster steps", later=True)
+compile        = Option(True,       "on a GPU: torch.compile and a CUDA graph", later=True)
 seed           = Option(0,          "of weights, data order, noise and times", least=0, below=2**63)
 init_from      = Option("",         "a checkpoint to take the first weights from", later=True)
 init_partly    = Option(False,      "take what fits of another network, name the rest", later=True)
@@ -101,9 +100,9 @@ mu_s           = Option(-0.4,       "logit-normal of s")
 sigma_s        = Option(1.0,        "its deviation")
 p_equal        = Option(0.0,        "the probability of t = s")
 guidance       = Option("constant", "how w is drawn; constant: w itself", choices=GUIDANCE)
-w              = Option(1.25,       "guidance weight; 1: none")
-w_min          = Option(1.0,        "the smallest weight that is drawn")
-w_max          = Option(1.0,        "the largest weight that is drawn")
+w              = Option(1.25,       "guidance weight, where it is constant; 1: none")
+w_min          = Option(1.0,        "the smallest weight, where it is drawn")
+w_max          = Option(1.0,        "the largest weight, where it is drawn")
 label_dropout  = Option(0.1,        "share of samples that lose their label", least=0, below=1)
 detach_jvp     = Option(False,      "no gradient through dF/ds: faster, biased")
 # optimization (AdamW)
@@ -207,8 +206,9 @@ complaint = why_not_train(header, data_path, config)
 if complaint:
     fail(complaint)
 batches = Batches(header, data, seed, batch_size, steps, device, rank, ranks)
-mean = torch.tensor(header["mean"], device=device)
-std = torch.tensor(header["std"], device=device)
+per_channel = (-1, *[1] * (len(header["shape"]) - 1))  # (C, 1, 1) for images
+mean = torch.tensor(header["mean"], device=device).view(per_channel)
+std = torch.tensor(header["std"], device=device).view(per_channel)
 
 # ---- networks, loss, optimizer -------------------------------------------------------------------
 try:
@@ -350,7 +350,7 @@ def resume():
 
 report = Report(out, config, header, data, evaluated, device, rank, ranks)
 try:
-    report.load_fid()  # complain now rather than in a day
+    report.load()  # complain now rather than in a day
 except (UserError, OSError, ValueError) as error:
     fail(error)
 complaint = None
@@ -438,7 +438,7 @@ for step in progress:
     for first in range(0, local_batch, micro_batch):
         x0 = images[first : first + micro_batch].to(device, non_blocking=True)
         y = labels[first : first + micro_batch].to(device, non_blocking=True)
-        x0 = (x0 - column(mean, x0[0])) / column(std, x0[0])
+        x0 = (x0 - mean) / std  # (B, C, H, W)
         drawn = loss.draw(x0, step_seed, rank * local_batch + first, batch_size)
         if use_graph and graph is None:
             graph = Graph(gradients, [x0, y, *drawn])

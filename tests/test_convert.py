@@ -284,6 +284,19 @@ def test_convert_refuses_options(folder, snapshot):
     assert run_script("convert.py", "--help") is None
 
 
+def test_convert_replaces_nothing(folder, snapshot):
+    """Not another file, and not the snapshot itself, whatever it is called."""
+    content = snapshot(random_model(torch.float32, **LATENT), False, "ema")
+    write("s.pkl", content)
+    write("c.safetensors", b"mine")
+    os.symlink("s.pkl", "link")
+    for checkpoint in ("c.safetensors", "s.pkl", "link"):
+        said = run_script("convert.py", "s.pkl", checkpoint, "--w", 2)
+        assert said == f"convert.py: {checkpoint} is there already: choose another name"
+    assert (folder / "c.safetensors").read_bytes() == b"mine"
+    assert (folder / "s.pkl").read_bytes() == content and os.path.islink("link")
+
+
 def test_one_writer_of_a_checkpoint(folder, snapshot):
     """Two at once would have written into one another's file."""
     write("s.pkl", snapshot(random_model(torch.float32, **LATENT), False, "ema"))

@@ -1,6 +1,7 @@
 """fid.py and imageset.py: the scores, the command, and every file that a person may hand over."""
 
 import contextlib
+import errno
 import functools
 import glob
 import io
@@ -28,6 +29,8 @@ import frechet
 import images
 import imageset
 import inception
+
+OTHER_STATE = "is of other images, options or number of processes: delete it, or give another"
 
 # ---- scores --------------------------------------------------------------------------------------
 
@@ -225,6 +228,14 @@ def test_bad_options(pixels):
         assert "--size is at least 1 and goes with --save-stats of a folder" in text
 
 
+def test_save_stats_wants_images(pixels, moments):
+    (_, (mu, sigma)), _ = moments
+    np.savez("b.stats.npz", mu=mu, sigma=sigma)
+    text = fid_main("--save-stats", "b.stats.npz", "stats.npz")
+    assert text == "refused: --save-stats takes images, and b.stats.npz holds statistics already"
+    assert not os.path.exists("stats.npz")
+
+
 def test_as_a_process(folder):
     command = [sys.executable, os.path.join(HERE, "fid.py"), "gone", "b.npz"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -328,7 +339,7 @@ def test_size(mixed):
     for got, want in zip(statistics("m.npz"), statistics("c.npz"), strict=True):
         assert (got == want).all()
     text = fid_main("--save-stats", "mixed", "m.npz", "--size=8", "--state=m")
-    assert "another run" in text
+    assert OTHER_STATE in text
 
 
 def test_size_leaves_out_what_cannot_be_read(mixed, capfd):
@@ -351,6 +362,16 @@ def test_size_leaves_out_what_cannot_be_read(mixed, capfd):
     assert np.allclose(got[1], want[1], rtol=1e-10, atol=1e-12)
     with np.load("newer/mixed-0-0.npz") as f:
         assert f["n"] == 2 and f["next"] == 3
+
+
+def test_size_does_not_leave_out_what_a_disk_fails_to_give(mixed, monkeypatch):
+    def fail(self):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("PIL.JpegImagePlugin.JpegImageFile.load", fail)
+    text = fid_main("--save-stats", "mixed", "m.npz", "--size=16")
+    assert text.startswith(f"refused: [Errno {errno.EIO}] Input/output error: 'mixed/")
+    assert not os.path.exists("m.npz")
 
 
 def test_size_does_not_turn_images(pixels, capfd):
@@ -617,7 +638,7 @@ def test_fid_continues(pixels, monkeypatch):
     with open(broken, "wb") as f:
         f.write(good)
     # As many bytes, but others.
-    assert "another run" in fid_main("a", "b.npz", "--state=state")
+    assert OTHER_STATE in fid_main("a", "b.npz", "--state=state")
     os.utime(broken, ns=(before, before))  # as if only reading had failed
 
     counted = []
@@ -633,7 +654,7 @@ def test_fid_continues(pixels, monkeypatch):
     counted.clear()
     assert fid_main("a", "b.npz", "--state=state") == whole
     assert counted == [0]  # all was done
-    assert "another run" in fid_main("a", "b.npz", "--state=state", "--resize=torch")
+    assert OTHER_STATE in fid_main("a", "b.npz", "--state=state", "--resize=torch")
     with open(state, "r+b") as f:
         f.truncate(1000)
     assert f"cannot read {state}" in fid_main("a", "b.npz", "--state=state")

@@ -131,12 +131,12 @@ def test_moments_of_batches():
 def test_moments_say_when_images_are_few():
     wide = Moments(2048)
     wide.n = 2048
-    assert wide.few() == " (too few images: 2048 <= 2048)"
+    assert wide.remark_on_few() == "too few images: 2048 <= 2048"
     wide.n = 2049
-    assert wide.few() == ""
+    assert wide.remark_on_few() is None
     narrow = Moments(6)
     narrow.add(randn(3, 6))
-    assert narrow.few() == ""
+    assert narrow.remark_on_few() is None
 
 
 def test_moments_refuse():

@@ -1,5 +1,6 @@
 """images.py and labels.py: which files are images, their labels, and how each kind is read."""
 
+import errno
 import io
 import json
 import os
@@ -11,7 +12,7 @@ import zlib
 
 import numpy as np
 import pytest
-from helpers import HERE, write_picture
+from helpers import HERE, run_script, write_picture
 from PIL import Image
 
 import images
@@ -398,6 +399,32 @@ def test_dataset_json_that_cannot_be(folder, content):
         labels.find_labelled("edm")
 
 
+@pytest.mark.parametrize("fault", ["deflated", "cut off", "encrypted", "unknown method"])
+def test_a_dataset_json_in_a_zip_that_cannot_be_read(folder, fault):
+    picture = io.BytesIO()
+    Image.new("RGB", (9, 9), RED).save(picture, "PNG")
+    packing = zipfile.ZIP_STORED if fault == "cut off" else zipfile.ZIP_DEFLATED
+    with zipfile.ZipFile("a.zip", "w", packing) as archive:
+        archive.writestr("dataset.json", b'{"labels": [["a.png", 0]]}')
+        archive.writestr("a.png", picture.getvalue())
+    content = bytearray((folder / "a.zip").read_bytes())
+    local, central = 0, content.index(b"PK\x01\x02")  # two headers of dataset.json
+    if fault == "deflated":
+        start = 30 + len("dataset.json")
+        content[start : start + 4] = b"\xff\xff\xff\xff"
+    elif fault == "cut off":  # more bytes than are there
+        content[central + 20 : central + 28] = struct.pack("<II", 10**6, 10**6)
+    elif fault == "encrypted":
+        content[local + 6] |= 1
+        content[central + 8] |= 1
+    else:
+        content[local + 8] = content[central + 10] = 77
+    (folder / "a.zip").write_bytes(content)
+    with pytest.raises(images.ImageError, match="cannot read a.zip/dataset.json: ") as caught:
+        labels.find_labelled("a.zip")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_zip_of_class_folders(folder):
     """The rules are those of a folder; nothing is written, inside or outside."""
     picture = io.BytesIO()
@@ -488,9 +515,18 @@ def test_gray_modes(folder):
 def test_pixels_of_unknown_range(folder):
     Image.new("F", (9, 9), 0.5).save("f.tif")
     Image.new("I", (9, 9), 2**20).save("i.tif")
-    for file in ("f.tif", "i.tif"):
+    Image.new("I", (9, 9), 200).save("low.tif")  # of 255, or of 65535?
+    for file in ("f.tif", "i.tif", "low.tif"):
         with pytest.raises(images.ImageError, match="whose range nobody knows"):
             images.read_whole(file)
+
+
+def test_mode_i_is_sixteen_bit_gray_of_a_png():
+    """So Pillow opens it before version 11."""
+    picture = Image.new("I", (9, 9), 30000)
+    assert (np.asarray(images.to_rgb(picture, "PNG")) == 117).all()
+    with pytest.raises(images.ImageError, match="32-bit numbers"):
+        images.to_rgb(picture, "TIFF")
 
 
 def test_transparency_shows_white(folder):
@@ -599,6 +635,32 @@ def test_reasons_are_one_line(folder):
             images.read_whole(file)
         assert "\n" not in str(caught.value)
         assert images.try_square(file, 8) == (None, str(caught.value))
+
+
+PASSING_FAULTS = [
+    *(OSError(number, os.strerror(number)) for number in sorted(images.PASSING)),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("fault", PASSING_FAULTS, ids=repr)
+@pytest.mark.parametrize("place", ["load", "getexif"])
+def test_passing_faults_are_not_the_images(folder, monkeypatch, fault, place):
+    """They end the work, in one line with the file's name."""
+    Image.new("RGB", (9, 9), RED).save("a.png")
+
+    def fail(self):
+        raise fault
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile." + place, fail)
+    number = getattr(fault, "errno", errno.ENOMEM)
+    for read in (images.read_whole, lambda file: images.try_square(file, 8)):
+        with pytest.raises(OSError) as caught:
+            read("a.png")
+        assert caught.value.errno == number and caught.value.filename == "a.png"
+    said = run_script("prepare.py", "folder", ".", "--size", 8)
+    assert said == f"prepare.py: [Errno {number}] {os.strerror(number)}: './a.png'"
+    assert os.listdir("data") == []
 
 
 def test_first_of_several_frames(folder):

@@ -1,5 +1,7 @@
 """vae.py and latents.py: the VAE against its parts, images -> latents, and `prepare.py check`."""
 
+import errno
+import gc
 import json
 import math
 import os
@@ -284,6 +286,49 @@ def test_what_an_interrupted_run_does_not_go_on_with(folder, source):
         assert "plan.json is damaged: delete data/a.partial" in encode(rows)
 
 
+def test_a_plan_from_before_measure_was_an_option(folder, source):
+    write_picture(folder / "src" / "0.png")
+    (folder / "src" / "0.png").write_bytes(b"")
+    command = ("imagenet", "src", "--size", 32, "--name", "a", "--vae", source / "vae")
+    assert "none of the 1 images" in complain(*command)
+    file = folder / "data" / "a.partial" / "plan.json"
+    plan = json.loads(file.read_text())
+    assert plan["measure"] is False
+    assert "begun with another measure" in complain(*command, "--measure")
+    del plan["measure"]
+    file.write_text(json.dumps(plan))
+    assert "none of the 1 images" in complain(*command, "--measure")
+
+
+def test_imagenet_goes_on_after_a_fault_of_the_disk(folder, source, monkeypatch):
+    """It ends in one line, without a traceback of a worker; no image is left out for it."""
+    for i in range(4):
+        write_picture(folder / "src" / f"{i}.png", colour=(60 * i, 9, 9))
+    command = ("imagenet", "src", "--size", 32, "--name", "a", "--vae", source / "vae")
+
+    def fail(self):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as disk:
+        disk.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
+        said = complain(*command)
+    assert said == f"prepare.py: [Errno {errno.EIO}] Input/output error: 'src/0.png'"
+    assert os.listdir("data") == ["a.partial"]
+    gc.collect()  # the error, and with it the lock
+    assert complain(*command) is None
+    assert dataset.load_dataset("data/a")[0]["count"]["train"] == 4
+
+
+@pytest.mark.parametrize("end", ["\n", "\r"])
+def test_imagenet_refuses_names_with_a_line_end(folder, source, end):
+    write_picture(folder / "src" / f"a{end}b.png")
+    said = complain("imagenet", "src", "--size", 32, "--vae", source / "vae")
+    assert said.endswith(
+        f"src/a{end!r}b.png: a file name holds a line end: rename it".replace("'", "")
+    )
+    assert not os.path.exists("data")
+
+
 def test_published_latents(folder, source, capsys):
     """With the published VAE's name its published numbers, and the presets that go with them."""
     for i in range(4):
@@ -297,7 +342,18 @@ def test_published_latents(folder, source, capsys):
         header = dataset.load_dataset(f"data/im{size}")[0]
         assert header["normalization"] == "published" and header["mean"][0] == mean
         assert header["vae"] == latents.SD_VAE
-    assert "not about 0 and 1" in complain("check", "im256", "--vae", vae)
+    said = complain("check", "im256", "--vae", vae)
+    assert "not about 0 and 1" in said and "prepare.py imagenet --measure" in said
+    assert capsys.readouterr().out.count("normalization: published\n") == 2
+
+    mine = ("--name", "mine", "--measure")
+    assert complain("imagenet", "src", "--size", 256, *named, *mine) is None
+    assert "normalization: measured\n" in capsys.readouterr().out
+    header, data = dataset.load_dataset("data/mine")
+    assert header["normalization"] == "measured" and "measure" not in header
+    assert header["made_by"].endswith(" --measure")
+    assert (header["mean"], header["std"]) == v.latent_moments(data["train_images"])
+    assert complain("check", "mine", "--vae", vae) is None
 
     small = ("--hidden_size=32", "--depth=1", "--num_heads=2", "--patch_size=16")
     short = ("--batch_size=4", "--micro_batch=4", "--steps=1", f"--vae_files={vae}")
@@ -358,7 +414,11 @@ def test_check_of_latents(folder, source, capsys):
     rewrite()
     stored = np.load("data/a/train_images.npy")
     np.save("data/a/train_images.npy", np.concatenate([stored[:190], 0 * stored[190:]]))
-    assert "9 of 199 images have one value" in check("a")
+    capsys.readouterr()
+    check("a")
+    assert "9 of 199 images have one value" in capsys.readouterr().out
+    np.save("data/a/train_images.npy", 0 * stored)
+    assert "all images have one value" in check("a")
     np.save("data/a/train_images.npy", stored[:199])
     assert "its header says float16 (200, 8, 8, 8)" in check("a")
 

@@ -18,7 +18,7 @@ from helpers import HERE, run_script, torchrun, until, write_picture
 from PIL import Image
 
 import dataset
-import prepare
+import labels as image_labels
 import shapes
 
 RED, GREEN, BLUE = (200, 30, 40), (0, 250, 0), (20, 30, 220)
@@ -321,7 +321,7 @@ def test_folder_with_labels_of_a_dataset_json(folder, capsys):
 
 
 def held_out(labels, share, seed=0):
-    return prepare.choose_held_out(np.array(labels), share, np.random.default_rng(seed))
+    return image_labels.choose_held_out(np.array(labels), share, np.random.default_rng(seed))
 
 
 def test_split_is_stratified():
@@ -331,6 +331,9 @@ def test_split_is_stratified():
     uneven = np.repeat([0, 1, 2], [7, 7, 6])  # 1.4, 1.4 and 1.2: four together
     assert sorted(np.bincount(uneven[held_out(uneven, 0.2)], minlength=3)) == [1, 1, 2]
     assert held_out(uneven, 0).sum() == 0
+    hundred = np.zeros(100, int)
+    of_100 = [held_out(hundred, percent / 100).sum() for percent in range(100)]
+    assert of_100 == list(range(100))  # 0.29 * 100 is a little below 29
 
 
 def test_split_keeps_every_class_in_training():
@@ -489,7 +492,7 @@ def test_files_of_others_stay(folder):
     writer = dataset.Writer("data/b", (1, 8, 8), {"train": 1, "test": 0})
     os.rename("data/a.replaced", "data/b.replaced")  # while it was at work
     (folder / "data" / "b.partial" / "notes.txt").write_text("x")
-    dataset.abandon("data/b", writer.lock)
+    dataset.remove_partial("data/b", writer.lock)
     assert os.listdir("data/b.partial") == os.listdir("data/b.replaced") == ["notes.txt"]
     os.remove("data/b.partial/notes.txt")
     os.rename("data/b.replaced", "aside")
@@ -644,6 +647,22 @@ def test_a_replaced_dataset_that_cannot_be_removed(folder, monkeypatch, capsys):
     assert "cannot remove data/digits.replaced: Permission denied\n" in capsys.readouterr().err
     assert dataset.load_dataset("data/digits")[0]["made_by"].endswith("--seed 1")
     assert "cannot remove data/digits.replaced" in complain("digits", "--overwrite")
+
+
+def test_a_dataset_comes_back_where_the_new_one_cannot_be_renamed(folder, monkeypatch):
+    assert complain("digits") is None
+    rename = os.rename
+
+    def refuse(source, target):
+        if str(source).endswith(".partial"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(dataset.os, "rename", refuse)
+    said = complain("digits", "--overwrite", "--seed", 1)
+    assert "Permission denied: 'data/digits.partial'" in said
+    assert dataset.load_dataset("data/digits")[0]["made_by"].endswith("--seed 0")
+    assert os.listdir("data") == ["digits"]
 
 
 def test_sizes_are_shown_in_their_own_unit():
@@ -814,6 +833,19 @@ def test_headers_that_cannot_be(folder, key, value):
     with open("data/one/header.json", "w") as f:
         json.dump(header, f)
     with pytest.raises(dataset.DataError, match=f"header.json: {key} "):
+        dataset.load_dataset("data/one")
+
+
+@pytest.mark.parametrize("name", ["train_images", "train_labels"])
+def test_arrays_of_another_format(folder, name):
+    dataset.Writer("data/one", (1, 8, 8), {"train": 2, "test": 0}).finish("one", ["0"])
+    file = f"data/one/{name}.npy"
+    with open(file, "wb") as f:
+        np.savez(f, a=np.zeros(3))
+    with pytest.raises(dataset.DataError, match=f"cannot read {file}: it is an .npz file"):
+        dataset.load_dataset("data/one")
+    os.truncate(file, 100)
+    with pytest.raises(dataset.DataError, match=f"cannot read {file}: "):
         dataset.load_dataset("data/one")
 
 

@@ -248,7 +248,7 @@ def test_what_is_unlike_pictures():
 def test_grid():
     values = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1)
     images = values * np.ones((1, 4, 4, 1), np.uint8)
-    sheet = np.asarray(pictures.grid(images, 3, least=1))
+    sheet = np.asarray(pictures.grid(images, 3, width=1))
     assert sheet.shape == (4 * 2 + 2, 4 * 3 + 2 * 2)
     assert sheet[0, 6] == 1
     assert sheet[6, 6] == 4
@@ -259,7 +259,7 @@ def test_grid():
 def test_grid_of_other_channels(channels, shown):
     """The pictures of train.py show the first channel, or the first three."""
     images = np.random.default_rng(0).integers(256, size=(2, 8, 8, channels), dtype=np.uint8)
-    sheet = np.asarray(pictures.grid(images, 1, least=1)).reshape(18, 8, shown)
+    sheet = np.asarray(pictures.grid(images, 1, width=1)).reshape(18, 8, shown)
     assert (sheet[10:] == images[1, ..., :shown]).all()
 
 

@@ -125,6 +125,18 @@ def test_all_scores_by_hand(channels):
     assert scores.small_data_scores(*tensors, itself) == got
 
 
+def test_floats_are_not_scaled():
+    """Pixels go from 0 to 255 and are scored from 0 to 1. Floats are scored as they are."""
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 30, 1, 2, 2), dtype=np.uint8)
+    labels = np.zeros(30, np.int64)
+    distances = []
+    for images, held_out, train in (pixels, (pixels / 255).astype(np.float32)):
+        found = scores.small_data_scores(images, labels, held_out, train, labels)
+        distances.append(found["frechet_pixels"])
+    assert distances[0] > 0
+    assert distances[1] == pytest.approx(distances[0], rel=1e-4)
+
+
 def test_scores_that_say_nothing_are_nan():
     rng = np.random.default_rng(0)
     large = rng.integers(256, size=(8, 1, 65, 64), dtype=np.uint8)

@@ -319,6 +319,7 @@ def test_train_refuses(folder):
     assert "label_dropout must be above 0" in train("--label_dropout=0", *drawn)
     assert "data/digits holds pixels" in train("--vae=x")
     assert "vae_files is for latents" in train("--vae_files=x")
+    assert "which are both 1" in train("--guidance=uniform")
     assert not os.path.exists("out")
 
 
