@@ -76,7 +76,8 @@ except ImportError:  # without Triton every call takes the PyTorch path
     triton = None
 
 # ---------------------------------------------------------------------------------------------
-# 1. Switches and limits
+# 1. Switches and limits. Set a switch on the module (`import attention_jvp as kernels`, then
+# `kernels.FUSED = ...`): `from attention_jvp import attention_jvp` gives the function.
 
 FUSED = True  # False: the PyTorch path always; "require": an error where the kernels cannot run
 TUNE = True  # False: GPUs without a table of tiles take SMALL_TILE, and nothing is timed
@@ -170,9 +171,6 @@ def _reference(q, k, v, tq, tk, tv, mask, dropout_p, causal, scale):
         else:  # rows where every key is hidden become zeros, and so do their gradients
             empty = hidden.all(-1, keepdim=True)
             P = S.masked_fill(hidden & ~empty, -math.inf).softmax(-1).masked_fill(hidden, 0)
-        o = P @ v
-
-        to = None
         tS = None
         if tq is not None:
             tS = tq @ k.mT
@@ -182,7 +180,14 @@ def _reference(q, k, v, tq, tk, tv, mask, dropout_p, causal, scale):
         if tS is not None:
             tS = tS * scale
             N = tS - (P * tS).sum(-1, keepdim=True)
-            to = (P * N) @ v
+            PN = P * N
+
+        # The outputs come last. Autograd adds gradients in the opposite order of the forward, and
+        # in another order the shipped digits network would differ in its last bits.
+        o = P @ v
+        to = None
+        if tS is not None:
+            to = PN @ v
         if tv is not None:
             product = P @ tv
             to = product if to is None else to + product
