@@ -506,10 +506,7 @@ def describe_classes(names, most=8):
     """ "3 classes: cats, dogs, mice", or "no classes"."""
     if not names:
         return "no classes"
-    shown = ", ".join(names[:most])
-    if len(names) > most:
-        shown += ", ..."
-    return f"{len(names)} {'class' if len(names) == 1 else 'classes'}: {shown}"
+    return f"{len(names)} {'class' if len(names) == 1 else 'classes'}: {first_few(names, most)}"
 
 
 def describe_gaps(class_counts, most=5):
@@ -521,7 +518,10 @@ def describe_gaps(class_counts, most=5):
     empty = [str(label) for label, count in enumerate(class_counts) if count == 0]
     if not empty:
         return ""
-    shown = ", ".join(empty[:most])
-    if len(empty) > most:
-        shown += ", ..."
-    return f"{len(empty)} of the {len(class_counts)} classes have no image: {shown}"
+    few = first_few(empty, most)
+    return f"{len(empty)} of the {len(class_counts)} classes have no image: {few}"
+
+
+def first_few(names, most):
+    shown = ", ".join(names[:most])
+    return shown + ", ..." if len(names) > most else shown

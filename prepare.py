@@ -93,6 +93,14 @@ def seed(text):
 
 
 with_seed = argument("--seed", type=seed, default=0, help="of all that is drawn at random")
+with_held_out = argument(
+    "--held-out", type=float, default=0.1, help="the share of each class that is held out"
+)
+
+
+def check_held_out(share):
+    if not 0 <= share < 1:
+        raise DataError(f"--held-out must be in [0, 1), not {share:g}")
 
 
 def data_path(name):
@@ -165,14 +173,13 @@ def shapes(args):
 @with_seed
 @argument("src", help="a folder or a .zip; one folder in it is one class")
 @argument("--size", type=int, required=True, help="pixels of a side; images are cut square")
-@argument("--held-out", type=float, default=0.1, help="the share of each class that is held out")
+@with_held_out
 @argument("--gray", action="store_true", help="one channel instead of three")
 def folder(args):
     """Images of your own, cropped and resized."""
     if args.size < 1:
         raise DataError(f"--size must be at least 1, not {args.size}")
-    if not 0 <= args.held_out < 1:
-        raise DataError(f"--held-out must be in [0, 1), not {args.held_out:g}")
+    check_held_out(args.held_out)
     labelled = find_labelled(args.src)
     tell_notes(labelled)
     lock = claim(args.path, args.overwrite)
@@ -269,13 +276,12 @@ def refuse_empty_classes(src, labelled, labels, unreadable):
 @with_seed
 @argument("files", nargs="+", help="emoji-datasource-VENDOR-VERSION.tgz, as npm pack leaves them")
 @argument("--size", type=int, default=32, help="pixels of a side, at most 64")
-@argument("--held-out", type=float, default=0.1, help="the share of each class that is held out")
+@with_held_out
 def emoji(args):
     """Emoji of npm packages, on white; a class is a category."""
     if not 1 <= args.size <= 64:
         raise DataError(f"--size must be at least 1 and at most 64, not {args.size}")
-    if not 0 <= args.held_out < 1:
-        raise DataError(f"--held-out must be in [0, 1), not {args.held_out:g}")
+    check_held_out(args.held_out)
     packages = [read_package(file) for file in args.files]
     titles = [package.title for package in packages]
     if len(set(titles)) < len(titles):
