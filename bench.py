@@ -91,8 +91,9 @@ def step_table(size, input_size, batch, modes):
             print(text, flush=True)
 
     rate = product_rate()
+    under = " under torchrun" if dist.is_initialized() else ""
     show(
-        f"{ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}, "
+        f"{ranks} x {torch.cuda.get_device_name()}{under}, torch {torch.__version__}, "
         f"{describe_network(size, input_size)}, batch {batch} a GPU; "
         f"8192^3 bfloat16 product {rate:.0f} TFLOP/s"
     )
@@ -115,7 +116,7 @@ def step_table(size, input_size, batch, modes):
             f"{mode:>13} | {ms:6.1f} {ranks * batch / ms * 1e3:6.0f} {tflops:4.0f} "
             f"{tflops / rate:5.0%} {peak / 1e9:7.1f} {start:7.1f} | {each}"
         )
-    if ranks > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -4,8 +4,10 @@ What this process runs on: its device, its place among the ranks, and CUDA graph
     device = find_device("")                      # a GPU where there is one
     rank, ranks, local_rank = ranks_of_torchrun() # (0, 1, 0) without torchrun
     join_ranks("gloo", timedelta(minutes=10))
+    parallel = data_parallel(module)              # its backward takes the mean over the ranks
 """
 
+import functools
 import os
 import signal
 import time
@@ -13,6 +15,8 @@ from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from files import UserError
 
@@ -86,15 +90,16 @@ def whole_number(name, default):
 
 
 def join_ranks(backend, patience):
-    """Join the process group of all ranks. Does nothing where this is the only one.
+    """Join the process group of all ranks. Does nothing for a single process without torchrun.
 
+    torchrun --nproc_per_node=1 makes a group of one, which runs all that several ranks run.
     patience: a timedelta after which a rank that falls silent ends the others. Restarts by
     torchrun --max_restarts work on one machine, and on several where torchrun's own store is off.
     Raises UserError for --max_restarts on several machines with that store, and where the ranks do
     not find each other.
     """
     rank, ranks, _ = ranks_of_torchrun()
-    if ranks == 1:
+    if ranks == 1 and not dist.is_torchelastic_launched():
         return
     # After a restart torchrun's store still has the addresses of ranks that are gone (PyTorch
     # issue 135712). The count of restarts keeps them apart on one machine. On several machines
@@ -112,7 +117,7 @@ def join_ranks(backend, patience):
         store = next(dist.rendezvous("env://", timeout=patience))[0]
         store = dist.PrefixStore(restart, store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"rank {rank} cannot join the {ranks} ranks: {reason}") from None
 
@@ -135,23 +140,24 @@ def from_all_ranks(value):
     return values
 
 
-def all_reduce(tensors, limit=2**26):
-    """Sum contiguous tensors over all ranks, in place.
+def data_parallel(module, bfloat16=False, for_graph=False):
+    """torch's DistributedDataParallel: a module whose backward takes the mean over the ranks.
 
-    They travel in messages of at most `limit` numbers; a larger tensor is a message of its own.
+    Gradients travel while the backward still computes, and .grad lies in their messages. What goes
+    backward before the end of the module's forward, or within parallel.no_sync(), is only added to
+    .grad. bfloat16, for GPUs: gradients travel as bfloat16, half the bytes. for_graph: forward and
+    backward become a Graph.
     """
-    messages = []
-    room = 0
-    for t in tensors:
-        if t.numel() > room or not messages:
-            messages.append([])
-            room = limit
-        messages[-1].append(t.view(-1))
-        room -= t.numel()
-    for parts in messages:
-        message = torch.cat(parts)
-        dist.all_reduce(message)
-        torch._foreach_copy_(parts, list(message.split([part.numel() for part in parts])))
+    stream = graph_stream() if for_graph else None
+    if stream:
+        stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # None: where we are
+        parallel = DistributedDataParallel(module, gradient_as_bucket_view=True)
+        if bfloat16:
+            parallel.register_comm_hook(None, bf16_compress_hook)
+    if stream:
+        torch.cuda.current_stream().wait_stream(stream)
+    return parallel
 
 
 def ranks_agree(weights):
@@ -205,25 +211,44 @@ class StopRequest:
 # ---- CUDA graphs ---------------------------------------------------------------------------------
 
 
+@functools.cache
+def graph_stream():
+    """The CUDA stream on which graphs are recorded.
+
+    Autograd adds to .grad on the stream that was current when it first saw the parameter, which
+    DistributedDataParallel makes it do. So data_parallel uses this stream, too.
+    """
+    return torch.cuda.Stream()
+
+
 class Graph:
     """A function of CUDA tensors as one CUDA graph.
 
     A graph runs without the host's time between kernels, which is most of a small network's step.
-    Making one calls the function four times: three to warm up, one to record. Inputs and outputs
-    keep their places in memory: the next call overwrites them.
+    Making one calls the function four times (under torchrun twelve times): to warm up, and the last
+    time to record. Inputs and outputs keep their places in memory: the next call overwrites them.
+
+    twin: a Graph of nearly the same function. This one then needs no warming up, and uses the same
+    memory: a call of either overwrites the outputs of both.
     """
 
-    def __init__(self, function, inputs):
+    def __init__(self, function, inputs, twin=None):
+        # PyTorch asks for 11 of DistributedDataParallel, which reads clocks in the first ten.
+        warm_ups = 11 if dist.is_initialized() else 3
         self.inputs = [a.clone() for a in inputs]
-        stream = torch.cuda.Stream()
+        stream = graph_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):  # what is compiled and allocated once happens here
+            for _ in range(
+                0 if twin else warm_ups
+            ):  # what is compiled and allocated once happens here
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
+        pool = twin.graph.pool() if twin else None
         # "thread_local": other threads may pin memory meanwhile.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        recording = dict(pool=pool, stream=stream, capture_error_mode="thread_local")
+        with torch.cuda.graph(self.graph, **recording):
             self.outputs = function(*self.inputs)
         torch.cuda.empty_cache()  # the gradients of the trial runs
 

@@ -408,6 +408,7 @@ def compile_blocks(*models, detach_jvp=False, dynamic=False):
     # Dynamo keeps 8 programs of a function and then gives up. A process that works with many
     # shapes or networks needs more. A call looks through them, which takes microseconds.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+    torch._dynamo.config.optimize_ddp = False  # it would cut blocks where DDP's messages end
     limit = torch._dynamo.config.accumulated_recompile_limit
     torch._dynamo.config.accumulated_recompile_limit = max(limit, 1024)
     function = Block.forward_detach_jvp if detach_jvp else Block.forward

@@ -4,17 +4,18 @@ One training step on random data, made as train.py makes it, to be timed by benc
     step = TrainingStep(DiTConfig.named("XL/2"), batch=32)
     times = milliseconds(step, 20)
 
-Under torchrun, with the process group joined, `batch` is that of each rank.
+Under torchrun, with the process group joined, `batch` is that of each rank, and the gradient is the
+mean over the ranks.
 """
 
 import copy
-import functools
 import time
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from device import Graph, all_reduce
+from device import Graph, data_parallel
 from dual import column
 from loss import Term, TrainingLoss, backward
 from model import DiT, compile_blocks
@@ -22,16 +23,17 @@ from model import DiT, compile_blocks
 BATCHES = 64  # of random data, taken in turn
 
 
-class FlowMatching:
+class FlowMatching(nn.Module):
     """Plain flow matching with the same network, without guidance: what a step costs at least."""
 
     def __init__(self, model):
+        super().__init__()
         self.model = model
 
     def draw(self, x0, seed, first=0, total=None):
         return torch.randn_like(x0), torch.rand(len(x0), device=x0.device)
 
-    def __call__(self, x0, y, x1, t, backward_part=None):
+    def forward(self, x0, y, x1, t, backward_part=None):
         v = x1 - x0
         u = self.model(x0 + column(t, x0) * v, t, t, y, torch.ones_like(t))
         error = (u - v).square().mean((1, 2, 3))
@@ -60,8 +62,9 @@ class TrainingStep:
         torch._dynamo.reset()
         self.batch = batch
         self.device = device
-        self.ranks = dist.get_world_size() if dist.is_initialized() else 1
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.distributed = dist.is_initialized()
+        self.ranks = dist.get_world_size() if self.distributed else 1
+        self.rank = dist.get_rank() if self.distributed else 0
         with torch.device(device):
             self.model = DiT(config)
         target = copy.deepcopy(self.model).requires_grad_(False)
@@ -88,6 +91,9 @@ class TrainingStep:
         self.optimizer = torch.optim.AdamW(self.weights, 1e-4, (0.9, 0.95), fused=True)
         self.use_graph = compiled and device == "cuda"
         self.graph = None
+        self.parallel = self.loss
+        if self.distributed:
+            self.parallel = data_parallel(self.loss, for_graph=self.use_graph)
 
         shape = (config.in_channels, *config.height_and_width)
         self.images = torch.randn(BATCHES, batch, *shape)
@@ -98,11 +104,10 @@ class TrainingStep:
 
     def gradients(self, *inputs):
         """Forward and backward. Returns the loss."""
-        self.optimizer.zero_grad()
-        backward_part = functools.partial(backward, share=1 / self.ranks)
+        self.optimizer.zero_grad(set_to_none=not self.distributed)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-            loss, _ = self.loss(*inputs, backward_part=backward_part)
-        backward_part(loss)
+            loss, _ = self.parallel(*inputs, backward_part=backward)
+        backward(loss)
         return loss.detach()
 
     def __call__(self, n):
@@ -114,8 +119,6 @@ class TrainingStep:
             self.graph = Graph(self.gradients, inputs)
         loss = self.graph(*inputs) if self.use_graph else self.gradients(*inputs)
         grads = [p.grad for p in self.weights if p.grad is not None]
-        if self.ranks > 1:
-            all_reduce(grads)
         norm = torch.nn.utils.get_total_norm(grads)
         if torch.stack([norm, loss]).isfinite().all().item():
             self.optimizer.step()

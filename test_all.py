@@ -1522,15 +1522,17 @@ def test_gpu_trainings_are_alike(folder):
 @gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs here")
 def test_gpu_trainings_on_two_gpus_are_alike(folder):
-    """One GPU that takes two halves, and two ranks that take one each.
+    """One GPU that takes halves, or quarters, and two ranks that take one, or two, each.
 
     The first rank is late after each step, since it writes the log.
     """
-    halves = losses_of_40_steps("halves", "--micro_batch=4")
-    torchrun("train.py", "--name=ranks", "--steps=40", *SMALL)
-    losses = logged_losses("ranks")
-    assert len(losses) == 40
-    assert largest_difference(halves, losses) < 1e-3
+    for images in (4, 2):
+        alone = losses_of_40_steps(f"alone-{images}", f"--micro_batch={images}")
+        name = f"ranks-{images}"
+        torchrun("train.py", f"--name={name}", "--steps=40", f"--micro_batch={images}", *SMALL)
+        losses = logged_losses(name)
+        assert len(losses) == 40
+        assert largest_difference(alone, losses) < 1e-3
 
 
 @gpu

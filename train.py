@@ -29,6 +29,7 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 
@@ -51,7 +52,7 @@ from device import (
     Graph,
     StopRequest,
     abilities,
-    all_reduce,
+    data_parallel,
     find_device,
     from_all_ranks,
     from_rank_0,
@@ -109,6 +110,7 @@ detach_jvp     = Option(False,      "no gradient through dF/ds: faster, biased")
 steps          = Option(1900,       "optimizer steps", least=1, later=True)
 batch_size     = Option(64,         "images a step, of all ranks together", least=1)
 micro_batch    = Option(0,          "images at once; 0: batch_size / ranks", least=0, later=True)
+bfloat16_sums  = Option(False,      "gradients travel between ranks as bfloat16", later=True)
 lr             = Option(2e-3,       "learning rate", least=0)
 warmup         = Option(0,          "steps in which the learning rate rises to lr", least=0)
 beta1          = Option(0.9,        "decay of the first moment", least=0, below=1)
@@ -179,6 +181,7 @@ try:
     join_ranks("nccl" if device.type == "cuda" else "gloo", patience)
 except UserError as error:
     fail(error)
+distributed = dist.is_initialized()  # so under torchrun, also as the only rank
 if batch_size % ranks:
     fail(f"batch_size {batch_size} is not divisible by {ranks} ranks")
 local_batch = batch_size // ranks
@@ -187,6 +190,8 @@ if local_batch % micro_batch:
     fail(
         f"a rank's share of the batch, {local_batch}, is not divisible by micro_batch {micro_batch}"
     )
+if bfloat16_sums and device.type != "cuda":
+    fail("bfloat16_sums is for GPUs")
 has_bfloat16, can_compile = abilities(device)
 compiled = compile and can_compile
 
@@ -196,7 +201,7 @@ if rank == 0 and dataset in ("digits", "shapes") and not os.path.exists(data_pat
     made = subprocess.run([sys.executable, os.path.join(HERE, "prepare.py"), dataset])
     if made.returncode:
         fail(f"python prepare.py {dataset} failed")
-if ranks > 1:
+if distributed:
     dist.barrier()
 try:
     header, data = load_dataset(data_path)
@@ -366,7 +371,7 @@ try:
     first_step = resume()
 except CheckpointError as error:
     fail(error)
-if ranks > 1:
+if distributed:
     first_steps = from_all_ranks(first_step if os.path.isdir(out) else "nowhere")
     if len(set(first_steps)) > 1:
         fail(
@@ -392,30 +397,42 @@ if first_step > 0:
 
 
 # ---- the loop ------------------------------------------------------------------------------------
-# Gradients of several micro-batches add up in .grad, which is zeroed before each step. With one
-# micro-batch .grad is freed before the forward, which then uses its memory.
-accumulates = micro_batch < local_batch
+use_graph = compiled and device.type == "cuda"
+parallel = data_parallel(loss, bfloat16_sums, use_graph) if distributed else loss
+# Gradients of micro-batches and ranks add up in .grad, which is zeroed before each step. Without
+# either .grad is freed before the forward, which then uses its memory.
+accumulates = distributed or micro_batch < local_batch
 if accumulates:
     for p in weights:
         p.grad = torch.zeros_like(p)
 
 
-def gradients(x0, y, *drawn):
-    """Forward and backward of a micro-batch: adds its share of the global gradient to .grad.
+def gradients(x0, y, *drawn, reduces):
+    """Forward and backward of a micro-batch: adds its share of this rank's gradient to .grad.
 
-    Returns the terms of the loss.
+    reduces: .grad then becomes the mean over the ranks. Returns the terms of the loss.
     """
     if not accumulates:
         optimizer.zero_grad()
-    backward_part = partial(backward, share=micro_batch / batch_size)
-    with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16):
-        rest, terms = loss(x0, y, *drawn, backward_part=backward_part)
-    backward_part(rest)
+    backward_part = partial(backward, share=micro_batch / local_batch)
+    with parallel.no_sync() if distributed and not reduces else nullcontext():
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16):
+            rest, terms = parallel(x0, y, *drawn, backward_part=backward_part)
+        backward_part(rest)
     return terms
 
 
-use_graph = compiled and device.type == "cuda"
-graph = None
+graphs = {}  # of gradients, by the value of reduces
+if distributed:
+    atexit.register(graphs.clear)  # no process ends while a graph holds NCCL's connections
+
+
+def make_graphs(inputs):
+    graphs[distributed] = Graph(partial(gradients, reduces=distributed), inputs)
+    if distributed and micro_batch < local_batch:
+        graphs[False] = Graph(partial(gradients, reduces=False), inputs, twin=graphs[True])
+
+
 losses = Losses(device)  # since the last line of the log
 skipped = skipped_in_a_row = 0
 stop = False
@@ -440,22 +457,21 @@ for step in progress:
         y = labels[first : first + micro_batch].to(device, non_blocking=True)
         x0 = (x0 - mean) / std  # (B, C, H, W)
         drawn = loss.draw(x0, step_seed, rank * local_batch + first, batch_size)
-        if use_graph and graph is None:
-            graph = Graph(gradients, [x0, y, *drawn])
+        if use_graph and not graphs:
+            make_graphs([x0, y, *drawn])
         if first == 0 and accumulates:
-            optimizer.zero_grad(set_to_none=False)  # after Graph, which has run gradients
-        terms = graph(x0, y, *drawn) if use_graph else gradients(x0, y, *drawn)
-        losses.add(terms)
+            optimizer.zero_grad(set_to_none=False)  # after make_graphs, which has run gradients
+        reduces = distributed and first + micro_batch == local_batch
+        run = graphs[reduces] if use_graph else partial(gradients, reduces=reduces)
+        losses.add(run(x0, y, *drawn))
 
     grads = [p.grad for p in weights if p.grad is not None]
-    if ranks > 1:
-        all_reduce(grads)
     norm = torch.nn.utils.get_total_norm(grads)
     if grad_clip:
         torch.nn.utils.clip_grads_with_norm_(weights, grad_clip, norm)
     # All ranks must agree on these three numbers: one reduction, and one copy to the host.
     common = torch.stack([norm, losses.step_total(), torch.full_like(norm, stop_request.asked())])
-    if ranks > 1:
+    if distributed:
         dist.all_reduce(common)
     norm, total, share_that_asks = (common / ranks).tolist()
     stop = share_that_asks > 0
@@ -484,7 +500,7 @@ for step in progress:
 
     done = step + 1
     if done % log_every == 0 or done == steps:
-        if ranks > 1 and not ranks_agree(weights):
+        if distributed and not ranks_agree(weights):
             fail(f"the ranks' weights have come apart before step {done}; {last_good(out)}")
         shown = report.log_losses(done, losses, batches, skipped)
         progress.set_postfix_str(shown)
@@ -501,8 +517,9 @@ for step in progress:
 
 # ---- the end -------------------------------------------------------------------------------------
 stop_request.restore()
-if ranks > 1:
+if distributed:
     dist.barrier()  # where a rank fails torchrun ends the others: not before rank 0 has saved
+    graphs.clear()
     dist.destroy_process_group()  # nobody waits while rank 0 scores
 if not saved:
     fail(f"the save of step {done} failed; {last_good(out)}")

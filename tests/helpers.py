@@ -228,11 +228,12 @@ def do_nothing():
     pass
 
 
-def torchrun(script, *arguments):
-    """A script on two ranks. Raises CalledProcessError where it fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["--", os.path.join(HERE, script), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def torchrun(script, *arguments, ranks=2):
+    """A script on so many ranks. Raises CalledProcessError where it fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={ranks}", "--", os.path.join(HERE, script)]
+    command += map(str, arguments)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": HERE}
     return subprocess.run(command, check=True, capture_output=True, timeout=100, env=environment)
 
 

@@ -1,5 +1,6 @@
 """device.py: the device, the ranks of torchrun, what they tell each other, requests to stop."""
 
+import copy
 import os
 import signal
 from datetime import timedelta
@@ -101,19 +102,62 @@ def test_one_rank_talks_to_itself(monkeypatch):
     assert device.from_all_ranks("a") == ["a"]
 
 
-def test_all_reduce_in_several_messages(monkeypatch):
-    """Messages hold at most 8 numbers, but for a tensor that is larger."""
-    tensors = [torch.full((1, n), float(n)) for n in (3, 4, 5, 9, 2)]
-    messages = []
+@pytest.fixture
+def group_of_one(monkeypatch):
+    """As under torchrun --nproc_per_node=1."""
+    set_environment(monkeypatch, **dict(TORCHRUN, WORLD_SIZE="1", RANK="0", MASTER_PORT="0"))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    device.join_ranks("gloo", timedelta(seconds=10))
+    yield
+    torch.distributed.destroy_process_group()
 
-    def all_reduce(message):
-        messages.append(len(message))
-        message.mul_(2)
 
-    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    device.all_reduce(tensors, limit=8)
-    assert messages == [7, 5, 9, 2]
-    assert all((t == 2 * t.numel()).all() for t in tensors)
+class TwoParts(torch.nn.Module):
+    """A loss of two parts, a linear function each. It goes backward through the first itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(3, 1)
+        self.second = torch.nn.Linear(1, 1)
+
+    def forward(self, x):
+        self.second(self.first(x)).sum().backward()
+        return self.second(self.first(2 * x)).sum()
+
+
+def test_data_parallel_sends_once(group_of_one):
+    """In the last backward of a step alone, and then what all of its parts have added up."""
+    torch.manual_seed(0)
+    plain = TwoParts()
+    module = copy.deepcopy(plain)
+    parallel = device.data_parallel(module)
+    sent = []
+
+    def send(state, bucket):
+        sent.append(bucket.buffer().clone())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    parallel.register_comm_hook(None, send)
+    for step in range(3):
+        batches = torch.randn(3, 5, 3)
+        for net in (plain, module):
+            net.zero_grad(set_to_none=False)
+        for x in batches:
+            plain(x).backward()
+        sent.clear()
+        for x in batches[:2]:
+            with parallel.no_sync():
+                parallel(x).backward()
+        last = parallel(batches[2])
+        assert not sent
+        last.backward()
+        assert len(sent) == 1, f"step {step}"
+        norms = [p.grad.norm() for p in plain.parameters()]
+        assert torch.allclose(sent[0].norm(), torch.stack(norms).norm())
+        for p, q in zip(plain.parameters(), module.parameters()):
+            assert torch.equal(p.grad, q.grad)
 
 
 def test_ranks_agree(monkeypatch):

@@ -16,14 +16,17 @@ import torch
 from helpers import (
     HERE,
     SMALL,
+    gpu,
     log_lines,
     logged_losses,
     make_checkpoint,
+    rel,
     run_script,
     said,
     same_end,
     state,
     steps_done,
+    torchrun,
     until,
     weights,
     write_picture,
@@ -320,6 +323,7 @@ def test_train_refuses(folder):
     assert "data/digits holds pixels" in train("--vae=x")
     assert "vae_files is for latents" in train("--vae_files=x")
     assert "which are both 1" in train("--guidance=uniform")
+    assert "bfloat16_sums is for GPUs" in train("--bfloat16_sums=True", "--device=cpu")
     assert not os.path.exists("out")
 
 
@@ -524,6 +528,48 @@ def test_signals(start):
 # ---- ranks ---------------------------------------------------------------------------------------
 
 
+def test_one_rank_of_torchrun(folder):
+    """It runs what several ranks run, and learns what a process without torchrun learns."""
+    old = "distributed = dist.is_initialized()"
+    script = edited_train(folder, old, "print('distributed:', dist.is_initialized())\n" + old)
+    arguments = (*SMALL, "--steps=4", "--micro_batch=4")
+    assert train("--name=plain", *arguments) is None
+    done = torchrun(script, "--name=ranks", *arguments, ranks=1)
+    assert "distributed: True" in done.stdout.decode()
+    same_end("ranks", "plain")
+
+
+@gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gpu_ddp_one_rank(folder, compiled):
+    """The same in float32 on a GPU, with NCCL, and with CUDA graphs where compiled."""
+    old = "has_bfloat16, can_compile = abilities(device)\n"
+    script = edited_train(folder, old, old + "has_bfloat16 = False\n")
+    arguments = (*SMALL, "--steps=15", "--micro_batch=2", f"--compile={compiled}")
+    assert run_script(script, "--name=plain", *arguments) is None
+    print(torchrun(script, "--name=ranks", *arguments, ranks=1).stderr.decode())
+    pairs = zip(logged_losses("plain"), logged_losses("ranks"), strict=True)
+    differences = [abs(a / b - 1) for a, b in pairs]
+    assert len(differences) == 15
+    plain, ranks = weights(state("plain"), "model"), weights(state("ranks"), "model")
+    errors = {name: rel(ranks[name], plain[name]) for name in plain}
+    print("largest relative differences: losses", max(differences), "weights", max(errors.values()))
+    assert max(differences) < 1e-5
+    for name, error in errors.items():
+        assert error < 1e-5, name
+
+
+@gpu
+def test_gpu_ddp_bfloat16_sums(folder):
+    """In a CUDA graph, gradients that travel as bfloat16 are rounded, and no more."""
+    arguments = (*SMALL, "--steps=15", "--micro_batch=2")
+    assert run_script("train.py", "--name=plain", *arguments) is None
+    torchrun("train.py", "--name=ranks", "--bfloat16_sums=True", *arguments, ranks=1)
+    losses, rounded = logged_losses("plain"), logged_losses("ranks")
+    assert losses != rounded
+    assert max(abs(a / b - 1) for a, b in zip(losses, rounded, strict=True)) < 1e-2
+
+
 def test_two_ranks_have_the_gradients_of_one(folder, two_ranks):
     """After one step of AdamW its first moment is (1 - beta1) times the gradient."""
     make_checkpoint("start.safetensors", depth=1)
@@ -555,10 +601,10 @@ def test_two_ranks_have_the_losses_of_one(folder, two_ranks):
     """In float32, with a loss that is not finite in one sample on the last rank: all ranks skip
     that step, and say so."""
     make_checkpoint("start.safetensors", depth=1)
-    old = "        rest, terms = loss(x0, y, *drawn, backward_part=backward_part)\n"
+    old = "            rest, terms = parallel(x0, y, *drawn, backward_part=backward_part)\n"
     new = (
-        "        if (step, rank, first + micro_batch) == (3, ranks - 1, local_batch):\n"
-        "            terms['fm'].error[-1] = math.inf\n"
+        "            if (step, rank, first + micro_batch) == (3, ranks - 1, local_batch):\n"
+        "                terms['fm'].error[-1] = math.inf\n"
     )
     script = edited_train(folder, old, old + new)
     arguments = (*SMALL, "--steps=8", "--init_from=start.safetensors")
