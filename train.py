@@ -410,7 +410,8 @@ if accumulates:
 def gradients(x0, y, *drawn, reduces):
     """Forward and backward of a micro-batch: adds its share of this rank's gradient to .grad.
 
-    reduces: .grad then becomes the mean over the ranks. Returns the terms of the loss.
+    reduces: .grad then becomes the mean over the ranks, while the last term goes backward. Returns
+    the terms of the loss.
     """
     if not accumulates:
         optimizer.zero_grad()

@@ -234,7 +234,11 @@ def torchrun(script, *arguments, ranks=2):
     command += [f"--nproc_per_node={ranks}", "--", os.path.join(HERE, script)]
     command += map(str, arguments)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": HERE}
-    return subprocess.run(command, check=True, capture_output=True, timeout=100, env=environment)
+    done = subprocess.run(command, capture_output=True, timeout=100, env=environment)
+    if done.returncode:
+        print(done.stderr.decode())
+    done.check_returncode()
+    return done
 
 
 def train_here(folder, arguments, script="train.py", environment=None):

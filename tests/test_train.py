@@ -532,8 +532,8 @@ def test_one_rank_of_torchrun(folder):
     """It runs what several ranks run, and learns what a process without torchrun learns."""
     old = "distributed = dist.is_initialized()"
     script = edited_train(folder, old, "print('distributed:', dist.is_initialized())\n" + old)
-    arguments = (*SMALL, "--steps=4", "--micro_batch=4")
-    assert train("--name=plain", *arguments) is None
+    arguments = (*SMALL, "--steps=4", "--micro_batch=4", "--device=cpu")
+    assert run_script("train.py", "--name=plain", *arguments) is None
     done = torchrun(script, "--name=ranks", *arguments, ranks=1)
     assert "distributed: True" in done.stdout.decode()
     same_end("ranks", "plain")
@@ -547,7 +547,8 @@ def test_gpu_ddp_one_rank(folder, compiled):
     script = edited_train(folder, old, old + "has_bfloat16 = False\n")
     arguments = (*SMALL, "--steps=15", "--micro_batch=2", f"--compile={compiled}")
     assert run_script(script, "--name=plain", *arguments) is None
-    print(torchrun(script, "--name=ranks", *arguments, ranks=1).stderr.decode())
+    done = torchrun(script, "--name=ranks", *arguments, ranks=1)
+    assert "stream does not match" not in done.stderr.decode()  # as autograd would warn
     pairs = zip(logged_losses("plain"), logged_losses("ranks"), strict=True)
     differences = [abs(a / b - 1) for a, b in pairs]
     assert len(differences) == 15
