@@ -113,51 +113,58 @@ def group_of_one(monkeypatch):
 
 
 class TwoParts(torch.nn.Module):
-    """A loss of two parts, a linear function each. It goes backward through the first itself."""
+    """A loss of two parts. It goes backward through the first itself."""
 
     def __init__(self):
         super().__init__()
-        self.first = torch.nn.Linear(3, 1)
-        self.second = torch.nn.Linear(1, 1)
+        self.first = torch.nn.Linear(512, 1024)  # 2 MB, and so are the messages
+        self.second = torch.nn.Linear(1024, 512)
 
     def forward(self, x):
         self.second(self.first(x)).sum().backward()
         return self.second(self.first(2 * x)).sum()
 
 
-def test_data_parallel_sends_once(group_of_one):
-    """In the last backward of a step alone, and then what all of its parts have added up."""
+def test_data_parallel_sends_during_the_last_backward(group_of_one):
+    """Then alone, and what all parts of the step have added up. The first step sends one message;
+    later ones send the gradient of a layer before that of the layer below it is there."""
     torch.manual_seed(0)
     plain = TwoParts()
     module = copy.deepcopy(plain)
     parallel = device.data_parallel(module)
-    sent = []
+    events = []
 
     def send(state, bucket):
-        sent.append(bucket.buffer().clone())
+        events.append("sent")
         future = torch.futures.Future()
-        future.set_result(bucket.buffer())
+        future.set_result(bucket.buffer() / 2)  # as if the other rank had nothing to say
         return future
 
+    def has_gradient(weight):
+        events.append("first layer")
+
     parallel.register_comm_hook(None, send)
+    module.first.weight.register_post_accumulate_grad_hook(has_gradient)
     for step in range(3):
-        batches = torch.randn(3, 5, 3)
+        batches = torch.randn(3, 5, 512)
         for net in (plain, module):
             net.zero_grad(set_to_none=False)
         for x in batches:
             plain(x).backward()
-        sent.clear()
         for x in batches[:2]:
             with parallel.no_sync():
                 parallel(x).backward()
         last = parallel(batches[2])
-        assert not sent
+        assert "sent" not in events
+        events.clear()
         last.backward()
-        assert len(sent) == 1, f"step {step}"
-        norms = [p.grad.norm() for p in plain.parameters()]
-        assert torch.allclose(sent[0].norm(), torch.stack(norms).norm())
+        if step == 0:
+            assert events == ["first layer", "sent"]
+        else:
+            assert events == ["sent", "first layer", "sent"]
+        events.clear()
         for p, q in zip(plain.parameters(), module.parameters()):
-            assert torch.equal(p.grad, q.grad)
+            assert torch.equal(p.grad / 2, q.grad)
 
 
 def test_ranks_agree(monkeypatch):
