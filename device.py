@@ -209,16 +209,16 @@ class Graph:
     """A function of CUDA tensors as one CUDA graph.
 
     A graph runs without the host's time between kernels, which is most of a small network's step.
-    Making one calls the function four times: three to warm up, one to record. Inputs and outputs
-    keep their places in memory: the next call overwrites them.
+    Making one runs the function `warm_ups` times; then it is recorded, which computes nothing.
+    Inputs and outputs keep their places in memory: the next call overwrites them.
     """
 
-    def __init__(self, function, inputs):
+    def __init__(self, function, inputs=(), warm_ups=3):
         self.inputs = [a.clone() for a in inputs]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):  # what is compiled and allocated once happens here
+            for _ in range(warm_ups):  # what is compiled and allocated once happens here
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
@@ -228,6 +228,7 @@ class Graph:
         torch.cuda.empty_cache()  # the gradients of the trial runs
 
     def __call__(self, *inputs):
-        torch._foreach_copy_(self.inputs, inputs)
+        if self.inputs:
+            torch._foreach_copy_(self.inputs, inputs)
         self.graph.replay()
         return self.outputs

@@ -144,6 +144,12 @@ PRESETS = {
         mu_s=0.4,  # flat colours stay visible up to later times than latents do
         log_every=100, sample_every=1000, save_every=1000,
     ),
+    "emoji": dict(
+        dataset="emoji", hidden_size=384, depth=8, num_heads=6, patch_size=4,
+        steps=4000, batch_size=256, lr=1e-3, w=2.0, ema_eval=0.998, classifier="cnn",
+        mu_s=0.4,  # flat colours, as in shapes
+        log_every=100, sample_every=1000, save_every=1000,
+    ),
     "cifar10": dict(
         dataset="cifar10", hidden_size=384, depth=12, num_heads=6, patch_size=2,
         steps=200_000, batch_size=256, lr=2e-4, w=1.5, ema_eval=0.9999, classifier="cnn",
@@ -246,8 +252,15 @@ parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
 weights = list(parameters.values())
 target_weights = [target.get_parameter(key) for key in parameters]
 eval_weights = [evaluated.get_parameter(key) for key in parameters]
+use_graphs = compiled and device.type == "cuda"
 optimizer = torch.optim.AdamW(
-    weights, lr, (beta1, beta2), eps, weight_decay, fused=device.type != "mps"
+    weights,
+    torch.tensor(lr, device=device) if use_graphs else lr,  # a tensor can change under a graph
+    (beta1, beta2),
+    eps,
+    weight_decay,
+    fused=device.type != "mps",
+    capturable=use_graphs,
 )
 times_config = dict(sampler=times, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, p_equal=p_equal)
 guidance_config = dict(sampler=guidance, w=w, w_min=w_min, w_max=w_max)
@@ -279,6 +292,14 @@ def learning_rate(step):
     if step < warmup:
         return lr * (step + 1) / warmup
     return lr
+
+
+def set_learning_rate(value):
+    for group in optimizer.param_groups:
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
 
 
 # ---- saving and resuming -------------------------------------------------------------------------
@@ -414,8 +435,15 @@ def gradients(x0, y, *drawn):
     return terms
 
 
-use_graph = compiled and device.type == "cuda"
-graph = None
+@torch.no_grad()
+def update():
+    """AdamW, then the two averages of the weights."""
+    optimizer.step()
+    torch._foreach_lerp_(target_weights, weights, 1 - ema_target)
+    torch._foreach_lerp_(eval_weights, weights, 1 - ema_eval)
+
+
+gradients_graph = update_graph = None
 losses = Losses(device)  # since the last line of the log
 skipped = skipped_in_a_row = 0
 stop = False
@@ -440,11 +468,11 @@ for step in progress:
         y = labels[first : first + micro_batch].to(device, non_blocking=True)
         x0 = (x0 - mean) / std  # (B, C, H, W)
         drawn = loss.draw(x0, step_seed, rank * local_batch + first, batch_size)
-        if use_graph and graph is None:
-            graph = Graph(gradients, [x0, y, *drawn])
+        if use_graphs and gradients_graph is None:
+            gradients_graph = Graph(gradients, [x0, y, *drawn])
         if first == 0 and accumulates:
             optimizer.zero_grad(set_to_none=False)  # after Graph, which has run gradients
-        terms = graph(x0, y, *drawn) if use_graph else gradients(x0, y, *drawn)
+        terms = (gradients_graph or gradients)(x0, y, *drawn)
         losses.add(terms)
 
     grads = [p.grad for p in weights if p.grad is not None]
@@ -461,12 +489,12 @@ for step in progress:
     stop = share_that_asks > 0
 
     if math.isfinite(norm) and math.isfinite(total):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
-        optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(target_weights, weights, 1 - ema_target)
-            torch._foreach_lerp_(eval_weights, weights, 1 - ema_eval)
+        set_learning_rate(learning_rate(step))
+        (update_graph or update)()
+        if (
+            use_graphs and update_graph is None
+        ):  # from the second update on: the first makes moments
+            update_graph = Graph(update, warm_ups=0)
         losses.end_step(norm)
         skipped_in_a_row = 0
     else:
