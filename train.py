@@ -491,10 +491,8 @@ for step in progress:
     if math.isfinite(norm) and math.isfinite(total):
         set_learning_rate(learning_rate(step))
         (update_graph or update)()
-        if (
-            use_graphs and update_graph is None
-        ):  # from the second update on: the first makes moments
-            update_graph = Graph(update, warm_ups=0)
+        if use_graphs and update_graph is None:
+            update_graph = Graph(update, warm_ups=0)  # of the next ones: the moments exist now
         losses.end_step(norm)
         skipped_in_a_row = 0
     else:
