@@ -1519,11 +1519,15 @@ def test_gpu_trainings_are_alike(folder):
     """The losses of 40 steps in bfloat16, where a batch is taken in two ways, and without graphs.
 
     Halves of a batch are accumulated, with a graph for each half. They are compared with whole
-    batches, as a graph and not.
+    batches, as a graph and not. The learning rate is low: at the default of 2e-3 these steps
+    amplify rounding to between 0.004 and 0.03, with the kernels of fused.py and without.
     """
-    halves = losses_of_40_steps("halves", "--micro_batch=4")
-    assert largest_difference(halves, losses_of_40_steps("whole")) < 1e-2
-    assert largest_difference(halves, losses_of_40_steps("eager", "--compile=False")) < 1e-2
+    slowly = "--lr=2e-4"
+    halves = losses_of_40_steps("halves", slowly, "--micro_batch=4")
+    whole = losses_of_40_steps("whole", slowly)
+    eager = losses_of_40_steps("eager", slowly, "--compile=False")
+    assert largest_difference(halves, whole) < 1e-3
+    assert largest_difference(halves, eager) < 1e-3
 
 
 @gpu

@@ -146,7 +146,7 @@ PRESETS = {
     ),
     "emoji": dict(
         dataset="emoji", hidden_size=384, depth=8, num_heads=6, patch_size=4,
-        steps=4000, batch_size=256, lr=1e-3, w=2.0, ema_eval=0.998, classifier="cnn",
+        steps=3100, batch_size=256, lr=1e-3, w=2.0, ema_eval=0.998, classifier="cnn",
         mu_s=0.4,  # flat colours, as in shapes
         log_every=100, sample_every=1000, save_every=1000,
     ),
