@@ -1,9 +1,13 @@
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the contributors. MIT License: https://opensource.org/license/mit
+#
 # ruff: noqa: RET505, SIM102
 # In kernels, code after an early return is compiled all the same, so `else` stays. An `if` that the
 # compiler decides stays apart from one that the running program decides.
 """Softmax attention together with its derivative along a direction, in fused Triton kernels.
 
-One file that needs torch and triton only: copy it. The page docs/attention.md has recipes.
+One file that needs torch and triton only: copy it, with the two lines of its licence above. The
+page docs/attention.md has recipes.
 
     from attention_jvp import attention, attention_jvp
     o, to = attention_jvp(q, k, v, tq, tk, tv)     # value and tangent, (B, H, S, D) each
@@ -53,7 +57,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
+import threading
 import time
 from typing import NamedTuple
 
@@ -67,12 +73,27 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+
+def _need(name, version, least):
+    """Raises an ImportError of one line where a library is older than `least`, (major, minor)."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers and (int(numbers[1]), int(numbers[2])) < least:
+        needed = f"{name} {least[0]}.{least[1]} or newer"
+        raise ImportError(f"attention_jvp needs {needed}, and this is {name} {version}")
+
+
+_need("torch", torch.__version__, (2, 11))
+NO_TRITON = "Triton is not installed"  # or another reason, where `triton` is None
 try:
     import triton
+
+    _need("triton", triton.__version__, (3, 6))
     import triton.language as tl
     from triton.language.extra.cuda import libdevice
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # without Triton every call takes the PyTorch path
+except ImportError as error:  # without Triton every call takes the PyTorch path
+    if error.name != "triton":
+        NO_TRITON = str(error)
     triton = None
 
 # ---------------------------------------------------------------------------------------------
@@ -80,15 +101,22 @@ except ImportError:  # without Triton every call takes the PyTorch path
 # `kernels.FUSED = ...`): `from attention_jvp import attention_jvp` gives the function.
 
 FUSED = True  # False: the PyTorch path always; "require": an error where the kernels cannot run
-TUNE = True  # False: GPUs without a table of tiles take SMALL_TILE, and nothing is timed
+TUNE = True  # False: GPUs without a table of tiles take small ones, and nothing is timed
 CACHE = os.environ.get("ATTENTION_JVP_CACHE", "~/.cache/attention_jvp")  # where tuning is kept
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # kernels on CPU tensors, for tests
 MAX_HEAD_SIZE = 256
+FLOAT32_UP_TO = 160  # the largest head size in float32 where a program has 99 KB of shared memory
 MAX_GRID = 65535  # programs along the second and third axis of a launch
 MAX_ROW = 2**24  # elements from row to row, so that offsets inside a tile fit in int32
 TMA_FROM = 2**25  # scores; making descriptors takes the host 10 us, too long for smaller calls
-MASKED_BELOW = -1e6  # an additive mask of this or less hides the key, as -inf does
+# An additive mask of this or less hides the key, as -inf does. People hide keys with -1e6, which
+# bfloat16 rounds up to -999424.
+MASKED_BELOW = -999424.0
+MOST_READY = 4096  # compiled launches that a process remembers, of calls of different shapes
+
+# The operators have this module's name, so that two copies of it in one process are apart.
+NAMESPACE = re.sub("^(?=[0-9])|[^0-9A-Za-z_]", "_", __name__)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -545,21 +573,28 @@ if triton is not None:
         return tl.reduce((first, last), 0, smaller_and_larger)
 
     @triton.jit
-    def centred(P, tS, centre, sum_P, mu):
-        """P (tS - centre), and the row sums of P and of it added to sum_P and mu, which hold eight
-        partial sums a row."""
+    def centred(P, tS, centre, sum_P, sum_PC):
+        """PC = P (tS - centre), and the row sums of P and of PC added to sum_P and sum_PC, which
+        hold eight partial sums a row."""
         BM: tl.constexpr = P.shape[0]
         BN: tl.constexpr = P.shape[1]
-        PN = P * (tS - centre[:, None])
+        PC = P * (tS - centre[:, None])
         sum_P += tl.sum(tl.reshape(P, (BM, BN // 8, 8)), 1)
-        mu += tl.sum(tl.reshape(PN, (BM, BN // 8, 8)), 1)
-        return PN, sum_P, mu
+        sum_PC += tl.sum(tl.reshape(PC, (BM, BN // 8, 8)), 1)
+        return PC, sum_P, sum_PC
 
     # What the three kernels have in common:
     #   A tensor that is None does not exist: a tangent is then zero, an output is not wanted. The
     #   compiler drops all work for it. MASKED is one of the kinds of masks above, CAUSAL hides the
     #   keys after the query, and GROUP queries' heads share one head of keys. EVEN: the rows that
     #   the loop reads fill its blocks. SAME: what the loop reads has the same strides.
+    #
+    # Names are those of the formulas at the top, and these:
+    #   S, tS   are multiplied by the scale where they are used, not where they are made.
+    #   PC      P (tS - centre). mu is not known before the last key, so the forward takes another
+    #           number a row from tS, its centre, and what that lacks to mu from tO at the end.
+    #   A_s1    A - s1, so that Gt = P A_s1.
+    #   G_by_P  B - s2 + (A - s1) N, so that G = P G_by_P.
 
     # fmt: off
     @triton.jit
@@ -574,8 +609,8 @@ if triton is not None:
         FULL: the queries fill their blocks."""
         SCORES_MOVE: tl.constexpr = TQ is not None or TK is not None
         HIDES: tl.constexpr = CAUSAL or MASKED != NO_MASK
-        # P's own products run while P N is made: 2% faster at a head size of 64, 3% slower at 128.
-        PN_FIRST: tl.constexpr = W.first >= 128
+        # P's own products run while PC is made: 2% faster at a head size of 64, 3% slower at 128.
+        PC_FIRST: tl.constexpr = W.first >= 128
         # Scores of few products vary most, so that P has peaks: the mean under P is then the better
         # centre than the plain one.
         CENTRE_BY_P: tl.constexpr = W.first < 64
@@ -593,7 +628,7 @@ if triton is not None:
         centre = tl.full((BM,), 0.0, tl.float32)
         m = tl.full((BM,), float("-inf"), tl.float32)  # running maximum, in units of log2
         sum_P = tl.full((BM, 8), 0.0, tl.float32)
-        mu = tl.full((BM, 8), 0.0, tl.float32)
+        sum_PC = tl.full((BM, 8), 0.0, tl.float32)
         o = zeros(BM, W)
         to = zeros(BM, W)
         scale2 = scale * LOG2E
@@ -626,8 +661,8 @@ if triton is not None:
                 shift = tl.where(m_new == float("-inf"), 0.0, m_new)
             P = tl.exp2(S * scale2 - shift[:, None])
             if SCORES_MOVE:
-                # Centred on a mean over the first keys, P (tS - centre) keeps its digits where
-                # tK has a large common part.
+                # Centred on a mean over the first keys, PC keeps its digits where tK has a large
+                # common part.
                 if n0 == 0:
                     if CENTRE_BY_P and MASKED == NO_MASK:
                         centre = tl.sum(P * tS, 1) / tl.sum(P, 1) * scale
@@ -635,33 +670,33 @@ if triton is not None:
                         centre = tl.sum(tS, 1) * (scale / tl.minimum(BN, Sk))
             alpha = tl.exp2(m - shift)
             sum_P = sum_P * alpha[:, None]
-            mu = mu * alpha[:, None]
+            sum_PC = sum_PC * alpha[:, None]
             o = times(o, alpha[:, None])
             to = times(to, alpha[:, None])
             m = m_new
-            if SCORES_MOVE and PN_FIRST:
-                PN, sum_P, mu = centred(P, tS * scale, centre, sum_P, mu)
+            if SCORES_MOVE and PC_FIRST:
+                PC, sum_P, sum_PC = centred(P, tS * scale, centre, sum_P, sum_PC)
             v = load(V, b, hk, n0, Sk, stv, W, BN, EVEN, TMA)
             if TV is not None:
                 tv = load(TV, b, hk, n0, Sk, sttv, W, BN, EVEN, TMA)
             P_rounded = P.to(v[0].dtype)
             o = dot(P_rounded, v, o, PREC)
-            if SCORES_MOVE and PN_FIRST:
-                to = dot(PN.to(v[0].dtype), v, to, PREC)
+            if SCORES_MOVE and PC_FIRST:
+                to = dot(PC.to(v[0].dtype), v, to, PREC)
             if TV is not None:
                 to = dot(P_rounded, tv, to, PREC)
-            if SCORES_MOVE and not PN_FIRST:
-                PN, sum_P, mu = centred(P, tS * scale, centre, sum_P, mu)
-                to = dot(PN.to(v[0].dtype), v, to, PREC)
+            if SCORES_MOVE and not PC_FIRST:
+                PC, sum_P, sum_PC = centred(P, tS * scale, centre, sum_P, sum_PC)
+                to = dot(PC.to(v[0].dtype), v, to, PREC)
             if not SCORES_MOVE:
                 sum_P += tl.sum(tl.reshape(P, (BM, BN // 8, 8)), 1)
         total = tl.sum(sum_P, 1)
         if MASKED != NO_MASK:  # a query that sees no key: O = TO = 0
             total = tl.where(total == 0, 1.0, total)
-        mu = tl.sum(mu, 1) / total
+        rest_of_mu = tl.sum(sum_PC, 1) / total  # mu - centre
         o = times(o, (1 / total)[:, None])
         store(O, o, b, h, m0, Sq, sto, W, BM, FULL)
-        to = plus(times(to, (1 / total)[:, None]), -mu[:, None], o)
+        to = plus(times(to, (1 / total)[:, None]), -rest_of_mu[:, None], o)
         if TO.dtype.element_ty != tl.float32:
             to = odd(to)
         store(TO, to, b, h, m0, Sq, sto, W, BM, FULL)
@@ -673,7 +708,7 @@ if triton is not None:
             lse = tl.where(m == float("-inf"), float("inf"), lse)
         i = m0 + tl.arange(0, BM)
         tl.store(LSE + tl.cast(bh, tl.int64) * Sq + i, lse, mask=i < Sq)
-        tl.store(MU + tl.cast(bh, tl.int64) * Sq + i, mu + centre, mask=i < Sq)
+        tl.store(MU + tl.cast(bh, tl.int64) * Sq + i, rest_of_mu + centre, mask=i < Sq)
 
     # fmt: off
     @triton.jit
@@ -738,26 +773,26 @@ if triton is not None:
                 # P multiplies everything and comes last: few tiles are alive before, which saves
                 # registers.
                 if SCORES_MOVE:
-                    A = dot_t(dto, v, None, PREC) - s1[:, None]
+                    A_s1 = dot_t(dto, v, None, PREC) - s1[:, None]
                 if PRIMAL:
                     if TK is not None and SCORES_MOVE:
                         tk = load(TK, b, hk, n0, Sk, sttk, W, BN, EVEN, TMA)
                     if TV is not None and DTO is not None:
                         tv = load(TV, b, hk, n0, Sk, sttv, W, BN, EVEN, TMA)
-                    G = None
+                    G_by_P = None
                     if SCORES_MOVE:
-                        N = None
+                        tS = None
                         if TQ is not None:
-                            N = dot_t(tq, k, N, PREC)
+                            tS = dot_t(tq, k, tS, PREC)
                         if TK is not None:
-                            N = dot_t(q, tk, N, PREC)
-                        N = N * scale - mu[:, None]
-                        G = A * N - s2[:, None]
+                            tS = dot_t(q, tk, tS, PREC)
+                        N = tS * scale - mu[:, None]
+                        G_by_P = A_s1 * N - s2[:, None]
                     if TV is not None and DTO is not None:
-                        G = dot_t(dto, tv, G, PREC)
-                    G = dot_t(do, v, G, PREC)
+                        G_by_P = dot_t(dto, tv, G_by_P, PREC)
+                    G_by_P = dot_t(do, v, G_by_P, PREC)
                     if not SCORES_MOVE:
-                        G = G - s2[:, None]
+                        G_by_P = G_by_P - s2[:, None]
                 S = dot_t(q, k, None, PREC)
                 j = (n0 + tl.arange(0, BN))[None, :]
                 if HIDES:
@@ -768,14 +803,14 @@ if triton is not None:
                 if not EVEN:
                     P = tl.where(j < Sk, P, 0.0)
                 if SCORES_MOVE:
-                    Gt = (P * A).to(k[0].dtype)
+                    Gt = (P * A_s1).to(k[0].dtype)
                     if PRIMAL and TK is not None:
                         dq = dot(Gt, tk, dq, PREC)
                         delta = tl.dot(Gt, ones, delta, input_precision=PREC)
                     if TANGENT:
                         dtq = dot(Gt, k, dtq, PREC)
                 if PRIMAL:  # as far as it can be from the other product into dQ, which it waits for
-                    dq = dot((P * G).to(k[0].dtype), k, dq, PREC)
+                    dq = dot((P * G_by_P).to(k[0].dtype), k, dq, PREC)
             if PRIMAL:
                 if SCORES_MOVE and TK is not None:
                     # Rows of Gt sum to zero before they are rounded. What rounding leaves of the
@@ -876,31 +911,31 @@ if triton is not None:
                         tq = load(TQ, b, h, m0, Sq, sttq, W, BM, EVEN, TMA)
                     mu = load_row(MU + row, m0, Sq, BM, EVEN, 0.0)
             if PAIR:
-                A, G = halves(dot_t(v_tv, dto, None, PREC))
-                S, N = halves(dot_t(k_tk, q, None, PREC))
-                A -= s1[None, :]
+                A, B = halves(dot_t(v_tv, dto, None, PREC))
+                S, tS = halves(dot_t(k_tk, q, None, PREC))
+                A_s1 = A - s1[None, :]
                 if TQ is not None:
-                    N = dot_t(k, tq, N, PREC)
-                N = N * scale - mu[None, :]
-                G = dot_t(v, do, G, PREC) + (A * N - s2[None, :])
+                    tS = dot_t(k, tq, tS, PREC)
+                N = tS * scale - mu[None, :]
+                G_by_P = dot_t(v, do, B, PREC) + (A_s1 * N - s2[None, :])
             else:
                 if SCORES_MOVE:
-                    A = dot_t(v, dto, None, PREC) - s1[None, :]
+                    A_s1 = dot_t(v, dto, None, PREC) - s1[None, :]
                 if PRIMAL:
-                    G = None
+                    G_by_P = None
                     if SCORES_MOVE:
-                        N = None
+                        tS = None
                         if TQ is not None:
-                            N = dot_t(k, tq, N, PREC)
+                            tS = dot_t(k, tq, tS, PREC)
                         if TK is not None:
-                            N = dot_t(tk, q, N, PREC)
-                        N = N * scale - mu[None, :]
-                        G = A * N - s2[None, :]
+                            tS = dot_t(tk, q, tS, PREC)
+                        N = tS * scale - mu[None, :]
+                        G_by_P = A_s1 * N - s2[None, :]
                     if TV is not None and DTO is not None:
-                        G = dot_t(tv, dto, G, PREC)
-                    G = dot_t(v, do, G, PREC)
+                        G_by_P = dot_t(tv, dto, G_by_P, PREC)
+                    G_by_P = dot_t(v, do, G_by_P, PREC)
                     if not SCORES_MOVE:
-                        G = G - s2[None, :]
+                        G_by_P = G_by_P - s2[None, :]
                 S = dot_t(k, q, None, PREC)
             if HIDES:
                 i = (m0 + tl.arange(0, BM))[None, :]
@@ -914,7 +949,7 @@ if triton is not None:
             if DV is not None:
                 dv = dot(P_rounded, do, dv, PREC)
             if SCORES_MOVE:
-                Gt = (P * A).to(q[0].dtype)
+                Gt = (P * A_s1).to(q[0].dtype)
                 if DK is not None and TQ is not None:
                     dk = dot(Gt, tq, dk, PREC)
             if DTV is not None:
@@ -924,7 +959,7 @@ if triton is not None:
             if DV is not None and SCORES_MOVE:
                 dv = dot((P * N).to(q[0].dtype), dto, dv, PREC)
             if DK is not None:
-                dk = dot((P * G).to(q[0].dtype), q, dk, PREC)
+                dk = dot((P * G_by_P).to(q[0].dtype), q, dk, PREC)
         if MASKED == KEY_MASK:
             # In the loop the rows of hidden keys meet no others, so they are hidden here. The mask
             # is loaded again to keep registers free.
@@ -1006,8 +1041,10 @@ HOPPER = {
 }
 TABLES = {9: HOPPER}  # by the major number of the compute capability
 
-SMALL_TILE = Tile(32, 32, 4, 2)  # for 16 bits: at most 67 KB of shared memory up to D = 128
-TINY_TILE = Tile(16, 16, 4, 1)  # for float32, whose products are three TF32 products each
+# Tiles that fit into every GPU's shared memory (8.6, 8.9 and 12.0 have least: 99 KB), but for
+# float32 above FLOAT32_UP_TO.
+SMALL_TILE = Tile(32, 32, 4, 2)  # for 16 bits: at most 67 KB up to D = 128
+TINY_TILE = Tile(16, 16, 4, 1)  # above that; and for float32, whose products are three of TF32 each
 WIDTHS = (64, 96, 128, 192, 256)  # padded head sizes that have entries of their own
 
 # What GPUs without a table choose from: (queries, keys, warps, stages), by kernel and padded head
@@ -1069,6 +1106,13 @@ def width_of(D):
     return min(width for width in WIDTHS if width >= padded)
 
 
+def safe_tile(D, dtype):
+    """A tile that fits everywhere, for calls that nobody has timed."""
+    if dtype == torch.float32 or width_of(D) > 128:
+        return TINY_TILE
+    return SMALL_TILE
+
+
 @functools.cache
 def capability_of(device):
     """(major, minor) of a GPU; asking the driver takes as long as a small launch."""
@@ -1091,11 +1135,14 @@ def table_tile(name, D, device):
 # Tuning. A GPU without a table times some tiles the first time that it meets a kernel with a head
 # size: those in CANDIDATES that fit into its memory and do not spill registers. What it finds is
 # kept in a file, so that this happens once for a GPU, a version of Triton and a version of this
-# file; of several processes on one machine one does it and the others read the file.
+# file; of several processes on one machine one does it and the others read the file. The file is
+# JSON, from a description to [*Tile, milliseconds], or to whether one pass over the keys is faster
+# than two. That no tile could be built is not kept there: a later process may have more memory.
 
 LOCK_WAIT = 120  # seconds for which a process waits for another's tuning
+ONE_PASS = "one pass: "  # how descriptions of the other kind of entry begin
 SPILLS_ALLOWED = 32  # registers a thread that may live in memory without much harm
-_tuned = {}  # path of a file -> what it holds: a dict from a description to [*Tile, milliseconds]
+_tuned = {}  # path of a file -> its entries, and None by the description of what failed here
 _said = set()
 
 
@@ -1121,20 +1168,25 @@ def _read_tuning(path):
     try:
         with open(path) as f:
             entries = json.load(f)
-        return {
-            key: entry
-            for key, entry in entries.items()
-            if len(entry) == 7 and all(isinstance(n, (int, float)) for n in entry)
-        }
-    except (OSError, ValueError, TypeError, AttributeError):
+        return {key: entry for key, entry in entries.items() if _is_entry(key, entry)}
+    except (OSError, ValueError, AttributeError):
         return {}
 
 
+def _is_entry(key, entry):
+    if key.startswith(ONE_PASS):
+        return isinstance(entry, bool)
+    if not isinstance(entry, list) or len(entry) != 7:
+        return False
+    return all(isinstance(n, (int, float)) for n in entry) and entry[-1] > 0
+
+
 def _write_tuning(path, entries):
-    """Written aside and renamed, so that nobody ever reads half a file."""
+    """Written aside and renamed, so that nobody ever reads half a file. Failures stay out of it."""
+    found = {key: entry for key, entry in entries.items() if entry is not None}
     aside = f"{path}.{os.getpid()}.tvm-partial"
     with open(aside, "w") as f:
-        json.dump(entries, f, indent=1)
+        json.dump(found, f, indent=1)
         f.flush()
         os.fsync(f.fileno())
     os.replace(aside, path)
@@ -1189,39 +1241,56 @@ def _fastest(tiles, build, measure):
     return tile, milliseconds
 
 
-def tuned_tile(description, gpu, tiles, build, measure):
-    """The fastest tile and its milliseconds: as found before, or found now and kept.
-
-    None where no tile can be built."""
+def _known(gpu):
+    """Path and entries of a GPU's tuning file, which is read once."""
     path = _tuning_file(gpu)
     if path not in _tuned:
         _tuned[path] = _read_tuning(path)
-    known = _tuned[path]
-    if description not in known:
-        try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            guard = _alone(path)
-            with guard:
-                known.update(_read_tuning(path))  # perhaps another process has just done it
-                if description not in known:
-                    _tune_now(description, gpu, path, known, tiles, build, measure)
-                    _write_tuning(path, known)
-        except OSError as error:
-            _say(f"tiles cannot be kept in {path} ({error}), so every process will tune again")
-            if description not in known:
-                _tune_now(description, gpu, path, known, tiles, build, measure)
-    *tile, milliseconds = known[description]
-    if milliseconds == 0:
+    return path, _tuned[path]
+
+
+def tuned_tile(description, gpu, tiles, build, measure):
+    """The fastest tile and its milliseconds: as found before, or found now and kept.
+
+    None where no tile can be built. This process then does not try again; the next one does."""
+
+    def tune():
+        _say(f"choosing tiles for {gpu} on first use: some seconds a kernel, kept in {path}")
+        found = _fastest(tiles, build, measure)
+        if found is None:
+            return None
+        tile, milliseconds = found
+        return [*(int(n) for n in tile), milliseconds]
+
+    path = _tuning_file(gpu)
+    entry = _found_once(description, gpu, tune)
+    if entry is None:
         return None
+    *tile, milliseconds = entry
     tile = Tile(*(int(n) for n in tile[:4]), *(bool(n) for n in tile[4:]))
     return tile, milliseconds
 
 
-def _tune_now(description, gpu, path, known, tiles, build, measure):
-    _say(f"choosing tiles for {gpu} on first use: some seconds a kernel, kept in {path}")
-    found = _fastest(tiles, build, measure)
-    tile, milliseconds = (SMALL_TILE, 0) if found is None else found
-    known[description] = [*(int(n) for n in tile), milliseconds]
+def _found_once(description, gpu, find):
+    """An entry of the tuning file: as it was found before, or find() now, which is kept.
+
+    find returns None where it fails, which this process alone remembers."""
+    path, known = _known(gpu)
+    if description in known:
+        return known[description]
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with _alone(path):
+            known.update(_read_tuning(path))  # perhaps another process has just done it
+            if description not in known:
+                known[description] = find()
+                if known[description] is not None:
+                    _write_tuning(path, known)
+    except OSError as error:
+        _say(f"tiles cannot be kept in {path} ({error}), so every process will tune again")
+        if description not in known:
+            known[description] = find()
+    return known[description]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1237,7 +1306,7 @@ class Call(NamedTuple):
     group: int  # heads of queries to a head of keys
     dtype: torch.dtype
     device: torch.device
-    given: tuple  # of the kernel's tensors, which exist
+    exists: tuple  # which of the kernel's tensors do, the mask among them
     strides: tuple  # of the kernel's large tensors, in elements
     masked: int  # 0, or one of the kinds of masks
     mask_dtype: torch.dtype | None
@@ -1255,9 +1324,9 @@ class Plan(NamedTuple):
     block: list | None  # of the tensor descriptors, where there are any
 
 
-@functools.cache
+@functools.lru_cache(MOST_READY)
 def _plan(call, tile, streamed, tma, together):
-    """streamed: which of the large tensors the loop reads. tma: addresses allow for descriptors.
+    """streamed: which of the kernel's tensors its loop reads. tma: addresses allow for descriptors.
     together: addresses allow for loads in pairs."""
     B, H, S, D = call.shape
     W = chunk_widths(D)
@@ -1265,9 +1334,10 @@ def _plan(call, tile, streamed, tma, together):
     own = tile.queries if over_queries else tile.keys
     other = tile.keys if over_queries else tile.queries
     unit = 8 if all(s % 8 == 0 for st in call.strides for s in st[:3]) else 1
-    looped = {call.strides[i] for i in streamed}
+    # call.strides are in the order of the tensors, without the mask, which is the seventh of those.
+    loop_strides = {call.strides[i if i < 6 else i - 1] for i in streamed}
     # Descriptors want strides in multiples of 16 bytes, rows that do not overlap, and one chunk.
-    tma = tma and tile.tma and unit == 8 and W[1] == 0 and not any(0 in st for st in looped)
+    tma = tma and tile.tma and unit == 8 and W[1] == 0 and not any(0 in st for st in loop_strides)
     tma = tma and B * H * S * call.steps >= TMA_FROM
     flat = max(B, H) > MAX_GRID
     constants = dict(
@@ -1279,7 +1349,7 @@ def _plan(call, tile, streamed, tma, together):
         BN=tile.keys,
         EVEN=call.steps % other == 0,
         TMA=tma,
-        SAME=len(looped) == 1,  # the compiler then keeps one set of offsets, not four
+        SAME=len(loop_strides) == 1,  # the compiler then keeps one set of offsets, not four
         FLAT=flat,
     )
     if call.name == "forward":  # the others, short of registers, were slower with this
@@ -1320,15 +1390,16 @@ def _describe(call):
     words += ["causal"] if call.causal else []
     words += [("", "key mask", "dense mask")[call.masked]] if call.masked else []
     words += ["grouped"] if call.group > 1 else []
-    words.append("tensors " + "".join("x" if x else "-" for x in call.given))
+    words.append("tensors " + "".join("x" if x else "-" for x in call.exists))
     return ", ".join(words)
 
 
 def _choose_tile(call, build):
     """-> tile, its milliseconds if it was tuned, and whether that is the last word."""
     D = call.shape[3]
+    safe = safe_tile(D, call.dtype)
     if call.dtype == torch.float32:
-        return TINY_TILE, None, True
+        return safe, None, True
     if table_of(call.device) is not None:
         short = call.name == "forward" and chunk_widths(D) == (64, 0) and call.steps < 512
         tile = table_tile("short" if short else call.name, D, call.device)
@@ -1336,17 +1407,17 @@ def _choose_tile(call, build):
             tile = tile._replace(stages=min(tile.stages, 2))
         return tile, None, True
     if not TUNE:
-        return SMALL_TILE, None, True
+        return safe, None, True
     if torch.cuda.is_current_stream_capturing():
         _say("captured in a CUDA graph before its tiles were tuned: run it once before the capture")
-        return SMALL_TILE, None, False
+        return safe, None, False
     gpu = torch.cuda.get_device_name(call.device)
     try:
         found = tuned_tile(_describe(call), gpu, _candidates(call), build, _milliseconds)
     except torch.OutOfMemoryError:
         _say("too little memory to time tiles: this call takes small ones")
-        return SMALL_TILE, None, False
-    return (SMALL_TILE, None, True) if found is None else (*found, True)
+        return safe, None, False
+    return (safe, None, True) if found is None else (*found, True)
 
 
 def _milliseconds(launch):
@@ -1354,9 +1425,17 @@ def _milliseconds(launch):
     return triton.testing.do_bench(launch, warmup=5, rep=20, return_mode="median")
 
 
-# Programs that are compiled already, by call. Triton's own launch sorts some sixty arguments, which
-# takes longer than a small call's work on the GPU.
+# Programs that are compiled already, by call, the last MOST_READY that came. Triton's own launch
+# sorts some sixty arguments, which takes longer than a small call's work on the GPU.
 _ready = {}
+_ready_lock = threading.Lock()
+
+
+def _remember(key, start, milliseconds):
+    with _ready_lock:  # backward runs in a thread of its own
+        while len(_ready) >= MOST_READY:
+            del _ready[next(iter(_ready))]
+        _ready[key] = start, milliseconds
 
 
 def _launch(kernel, call, tensors, streamed, sizes, pairs=()):
@@ -1368,32 +1447,31 @@ def _launch(kernel, call, tensors, streamed, sizes, pairs=()):
     precision = _precision()
     apart = 8 * call.dtype.itemsize
     together = all((address[i] - address[j]) % apart == 0 for i, j in pairs) and len(pairs) > 0
-    key = call, sizes, precision, together
-    if aligned and key in _ready:
-        start, milliseconds = _ready[key]
+    key = call, sizes, precision, together, TUNE
+    ready = _ready.get(key) if aligned else None
+    if ready is not None:
+        start, milliseconds = ready
         start(tensors, address)
         return milliseconds
 
-    # The large tensors' strides stand in the order of the tensors; the mask is not among them.
-    streamed_strides = tuple(i if i < 6 else i - 1 for i in streamed)
-
-    def arguments(tile, given):
-        plan = _plan(call, tile, streamed_strides, aligned, together)
-        given = _with_descriptors(given, tensors, streamed, plan.block)
+    def planned(tile):
+        """-> the plan, and the kernel's arguments by position and by name."""
+        plan = _plan(call, tile, streamed, aligned, together)
+        values = _with_descriptors(tensors, tensors, streamed, plan.block)
         constants = {**plan.constants, "PREC": precision}
-        return plan, [*given, *plan.strides, *sizes], constants
+        return plan, [*values, *plan.strides, *sizes], constants
 
     def build(tile):
-        plan, given, constants = arguments(tile, tensors)
+        plan, arguments, constants = planned(tile)
         with torch.cuda.device(call.device):  # another thread than the caller's
-            made = kernel.warmup(*given, **constants, **plan.options, grid=plan.grid)
+            made = kernel.warmup(*arguments, **constants, **plan.options, grid=plan.grid)
             made[plan.grid]  # loads it
-        launch = functools.partial(kernel[plan.grid], *given, **constants, **plan.options)
+        launch = functools.partial(kernel[plan.grid], *arguments, **constants, **plan.options)
         return made.n_spills, launch
 
     tile, milliseconds, final = _choose_tile(call, build)
-    plan, given, constants = arguments(tile, tensors)
-    program = kernel[plan.grid](*given, **constants, **plan.options)
+    plan, arguments, constants = planned(tile)
+    program = kernel[plan.grid](*arguments, **constants, **plan.options)
     # Of its arguments' values a compiled program takes only their alignment for granted.
     if aligned and final and not INTERPRET:
         run = program[plan.grid]
@@ -1401,23 +1479,24 @@ def _launch(kernel, call, tensors, streamed, sizes, pairs=()):
 
         def start(tensors, address):
             # Triton asks the driver about every tensor's address, and takes a number as it is.
-            given = _with_descriptors(address, tensors, streamed, plan.block)
-            run(*given, *plan.strides, *sizes, *fixed)
+            values = _with_descriptors(address, tensors, streamed, plan.block)
+            run(*values, *plan.strides, *sizes, *fixed)
 
-        _ready[key] = start, milliseconds
+        _remember(key, start, milliseconds)
     return milliseconds
 
 
-def _with_descriptors(given, tensors, streamed, block):
-    """The arguments with those that a loop reads replaced by descriptors, if block is not None."""
+def _with_descriptors(values, tensors, streamed, block):
+    """The tensors or addresses, with those that a loop reads replaced by descriptors of these
+    blocks; as they are where block is None."""
     if block is None:
-        return given
-    given = list(given)
+        return values
+    values = list(values)
     for i in streamed:
         if tensors[i] is not None:
             x = tensors[i]
-            given[i] = TensorDescriptor(x, x.shape, x.stride(), block)
-    return given
+            values[i] = TensorDescriptor(x, x.shape, x.stride(), block)
+    return values
 
 
 def _rows(x):
@@ -1497,7 +1576,7 @@ def _forward_now(
         group=q.size(1) // k.size(1),
         dtype=q.dtype,
         device=q.device,
-        given=tuple(x is not None for x in tensors),
+        exists=tuple(x is not None for x in tensors),
         strides=_strides(q, k, v, tq, tk, tv, o),
         masked=hidden.kind,
         mask_dtype=None if hidden.tensor is None else hidden.tensor.dtype,
@@ -1537,7 +1616,7 @@ def _empty_outputs(q, save):
     return _like(q), _like(q), low_bits_of_to, lse, mu
 
 
-_forward = torch.library.custom_op("attention_jvp::forward", _forward_now, mutates_args=())
+_forward = torch.library.custom_op(f"{NAMESPACE}::forward", _forward_now, mutates_args=())
 
 
 @_forward.register_fake
@@ -1588,7 +1667,7 @@ def _backward_now(
         group=q.size(1) // k.size(1),
         dtype=q.dtype,
         device=q.device,
-        given=(),
+        exists=tuple(x is not None for x in (tq, tk, tv, dtk, dtv)),  # until a pass says its own
         strides=(*_strides(q, k, v, tq, tk, tv, *incoming), like_q),
         masked=hidden.kind,
         mask_dtype=None if hidden.tensor is None else hidden.tensor.dtype,
@@ -1600,7 +1679,7 @@ def _backward_now(
         """One pass of the row kernel."""
         inputs = (q, k, v, tq, tk, tv, hidden.tensor, do, dto)
         tensors = (*inputs, o, to, lo, lse, mu, s1, s2, dq, dtq, tk)
-        row_call = call._replace(name=name, given=tuple(x is not None for x in tensors))
+        row_call = call._replace(name=name, exists=tuple(x is not None for x in tensors))
         sizes = (q.size(1), q.size(2), k.size(2), scale)
         return _launch(row_kernel, row_call, tensors, (1, 2, 4, 5), sizes)
 
@@ -1612,7 +1691,7 @@ def _backward_now(
             name=name,
             shape=k.shape,
             steps=q.size(2),
-            given=tuple(x is not None for x in tensors),
+            exists=tuple(x is not None for x in tensors),
             strides=(*call.strides[:-1], _order(k)),
         )
         pairs = ()
@@ -1640,8 +1719,7 @@ def _backward_now(
         if one_pass is None:  # on first use tuning times both ways; their results are the same
             one = columns("column", dk, dv, dtk, dtv)
             two = columns("primal", dk, dv, None, None), columns("tangent", None, None, dtk, dtv)
-            if one is not None and None not in two:
-                _one_pass_is_faster[_describe(call)] = one <= sum(two)
+            _keep_one_pass(call, one, two)
         elif one_pass:
             columns("column", dk, dv, dtk, dtv)
         else:
@@ -1652,9 +1730,6 @@ def _backward_now(
     return grads
 
 
-_one_pass_is_faster = {}  # on tuned GPUs, by the description of the row kernel's call
-
-
 def _one_pass(call):
     """Whether one pass makes all gradients of keys and values; None where this is to be timed."""
     if call.dtype == torch.float32 or width_of(call.shape[3]) > 64:
@@ -1662,9 +1737,22 @@ def _one_pass(call):
     table = table_of(call.device)
     if table is not None:
         return width_of(call.shape[3]) in table["column"]
-    if not TUNE or torch.cuda.is_current_stream_capturing():
-        return _one_pass_is_faster.get(_describe(call), False)
-    return _one_pass_is_faster.get(_describe(call))
+    if not TUNE:
+        return False
+    _, known = _known(torch.cuda.get_device_name(call.device))
+    description = ONE_PASS + _describe(call)
+    if description in known:
+        return known[description] is True  # and two passes where a tile could not be timed
+    return False if torch.cuda.is_current_stream_capturing() else None
+
+
+def _keep_one_pass(call, one, two):
+    """Keeps which way was faster, from the milliseconds of one pass and of each of the two; None
+    are those of a kernel that tuning could not time."""
+    timed = one is not None and None not in two
+    answer = one <= sum(two) if timed else None
+    gpu = torch.cuda.get_device_name(call.device)
+    _found_once(ONE_PASS + _describe(call), gpu, lambda: answer)
 
 
 def _empty_grads(q, k, v, tq, tk, tv, need):
@@ -1679,7 +1767,7 @@ def _empty_grads(q, k, v, tq, tk, tv, need):
     return tuple(_like(x) if want else x.new_empty(0) for x, want in wanted)
 
 
-_backward = torch.library.custom_op("attention_jvp::backward", _backward_now, mutates_args=())
+_backward = torch.library.custom_op(f"{NAMESPACE}::backward", _backward_now, mutates_args=())
 
 
 @_backward.register_fake
@@ -1787,7 +1875,9 @@ def why_not_fused(q, k, v):
     """Why the kernels cannot take tensors like these, or None where they can."""
     D = q.size(-1)
     if triton is None:
-        return "Triton is not installed"
+        return NO_TRITON
+    if not FUSED:
+        return "FUSED is False"
     if D > MAX_HEAD_SIZE:
         return f"the head size {D} is over {MAX_HEAD_SIZE}"
     if v.size(-1) != D:
@@ -1804,8 +1894,9 @@ def why_not_fused(q, k, v):
     gpu = torch.cuda.get_device_properties(q.device)  # which torch.compile can trace
     if gpu.major < 8:
         return f"the GPU has compute capability {gpu.major}.{gpu.minor}, the kernels need 8.0"
-    if not FUSED:
-        return "FUSED is False"
+    small_memory = (gpu.major, gpu.minor) in ((8, 6), (8, 9)) or gpu.major == 12
+    if q.dtype == torch.float32 and D > FLOAT32_UP_TO and small_memory:
+        return f"the GPU has too little shared memory for head size {D} in float32"
     return None
 
 
@@ -1865,8 +1956,8 @@ def _check_dtypes(name, tensors, same):
 
 def _check_shapes(name, q, k, v, tq, tk, tv, enable_gqa):
     def wrong(text=""):
-        given = (q, k, v, tq, tk, tv)
-        shapes = ", ".join("None" if x is None else str(tuple(x.shape)) for x in given)
+        tensors = (q, k, v, tq, tk, tv)
+        shapes = ", ".join("None" if x is None else str(tuple(x.shape)) for x in tensors)
         return ValueError(
             f"{name} wants q, tq (B, H, Sq, D), k, tk (B, H, Sk, D) and v, tv (B, H, Sk, Dv)"
             f"{text}, got {shapes}"
@@ -2024,8 +2115,10 @@ def _plain_attention(q, k, v, mask, causal, scale):
     empty = hidden.all(-1, keepdim=True)
     if mask.dtype == torch.bool:
         mask = mask | empty
-    else:
-        mask = mask.masked_fill(hidden, -math.inf).masked_fill(empty, 0).to(q.dtype)
+    else:  # within q's dtype, where a larger number would become infinite
+        most = min(torch.finfo(mask.dtype).max, torch.finfo(q.dtype).max)
+        mask = mask.clamp(-most, most).masked_fill(hidden, -math.inf)
+        mask = mask.masked_fill(empty, 0).to(q.dtype)
     if grouped:  # no backend with linear memory takes a mask and groups together
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

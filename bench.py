@@ -23,6 +23,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from datetime import timedelta
 
 import numpy as np
@@ -39,7 +40,7 @@ from frechet import FEATURES, Moments, frechet_distance
 from latents import SD_VAE
 from model import SIZES, DiT, DiTConfig
 from options import Parser, run
-from sample import prepare_to_sample, sample
+from sample import make_sampler
 from step import TrainingStep, milliseconds
 
 MODES = {  # of a step: what TrainingStep is given, and passes that its products are worth
@@ -50,6 +51,7 @@ MODES = {  # of a step: what TrainingStep is given, and passes that its products
     "flow_matching": (dict(flow=True), 3),
 }
 KERNELS = {  # kinds of GPU kernels by what their names hold; the first kind that fits
+    "fused": ("add_norm_", "heads_", "gelu_forward_kernel", "gelu_backward_kernel"),
     "attention": ("forward_kernel", "row_kernel", "column_kernel", "flash", "fmha", "sdpa"),
     "AdamW": ("Adam",),
     "EMAs": ("Lerp",),
@@ -128,7 +130,11 @@ def measure_step(config, batch, options):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     step = TrainingStep(config, batch, **options)
-    start = sum(milliseconds(step, 5)) / 1e3
+    began = time.perf_counter()
+    for n in range(5):
+        step(n)
+    torch.cuda.synchronize()
+    start = time.perf_counter() - began
     gc.collect()
     gc.freeze()  # as train.py does: the collector need not walk what stays
     ms = sorted(milliseconds(step, 20))[10]
@@ -141,7 +147,8 @@ def kernel_times(step):
     kinds = dict.fromkeys([*KERNELS, OTHER], 0.0)
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
-        milliseconds(step, 1)
+        step(0)
+        torch.cuda.synchronize()
     for event in profile.key_averages():
         kinds[kind_of_kernel(event.key)] += event.device_time_total / 1e3
     return kinds
@@ -229,11 +236,10 @@ def sample_table(size, input_size, batch):
         ("bfloat16, eager", True, False),
         ("bfloat16, compiled", True, True),
     ):
-        context = prepare_to_sample(model, half, compiled)
         for nfe in (1, 4):
-            run = functools.partial(sample, model, x1, y, w, nfe)
-            with context:
-                ms = do_bench(run, warmup=300, rep=500, return_mode="median")
+            run = make_sampler(model, nfe, bfloat16=half, compiled=compiled)
+            run = functools.partial(run, x1, y, w)
+            ms = do_bench(run, warmup=300, rep=500, return_mode="median")
             tflops = nfe * forward_tflop(config, batch) / ms * 1e3
             steps = "1 step" if nfe == 1 else f"{nfe} steps"
             images = batch / ms * 1e3

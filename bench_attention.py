@@ -1,21 +1,31 @@
 """
 attention_jvp beside plain attention: speed, memory, error. Run as `python bench.py attention`.
 
-"plain" is F.scaled_dot_product_attention as torch dispatches it, without any derivative in forward
-mode. "maths" are the same formulas in PyTorch operations. Times are medians of events on the GPU,
-bfloat16, each after L2 was overwritten. Those of attention_jvp, of plain attention and of the
-variants are of rounds in turns, because clocks drift. TF/s count useful products: 6 forward and 15
-backward, each 2 B H S S D operations.
+It prints two tables in Markdown, to be pasted into docs/attention.md. Two numbers are forward and
+backward. "plain" is F.scaled_dot_product_attention as torch dispatches it, without any derivative
+in forward mode, and "x plain" is the full call in units of it. "formulas" are the same formulas in
+bfloat16 PyTorch operations, as they are and in torch.compile. Times are medians of events on the
+GPU, in milliseconds, bfloat16, each after L2 was overwritten. Those of the full call, of plain
+attention and of the variants are of rounds in turns, because clocks drift. TFLOP/s count useful
+products: 6 forward and 15 backward, each 2 B H S S D operations. "error" is the largest relative L2
+error against float64 of the two outputs and the six gradients.
 
-The variants are given as parts of the time of attention_jvp on the same inputs, forward/backward:
+The second table has variants, as parts of the time of the full call on the same inputs:
     padding   a quarter of the keys is hidden by a mask (B, 1, 1, S)
     all true  the same mask, which hides none
     causal    is_causal
     grouped   half as many heads of keys and values
     only tq   tk = tv = None
+
+Kernels are compiled first, by several processes at once: one after the other takes minutes.
+--quick makes two rounds of eight calls instead of five of thirty, times the formulas up to 1,024
+tokens and at head size 256 only, and is meant to take under two minutes on an H200.
 """
 
+import concurrent.futures
+import multiprocessing
 import os
+import time
 
 import numpy as np
 import torch
@@ -38,6 +48,8 @@ ODD_SHAPES = [  # B, H, Sq, Sk, D, small, for compute-sanitizer
     (1, 1, 1, 1, 8),
 ]
 MATHS_UP_TO = 1024  # tokens, with --quick and up to head size 128; the formulas are slow
+COMPILERS = 12  # processes that compile at once, where there are so many cores
+VARIANTS = ("padding", "all true", "causal", "grouped", "only tq")
 
 
 # ---- what is timed -------------------------------------------------------------------------------
@@ -100,6 +112,52 @@ def variants(x):
         "grouped": (grouped, [q, few[0], few[1], tq, few[2], few[3]]),
         "only tq": (only_tq, [q, k, v, tq]),
     }
+
+
+def compiled_maths():
+    """The formulas in torch.compile."""
+    torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = False  # for a backward that is made repeatedly
+    return torch.compile(torch_maths)
+
+
+def has_maths(shape, quick):
+    """Whether the formulas are timed at a shape."""
+    _, _, S, D = shape
+    return not quick or S <= MATHS_UP_TO or D > 128
+
+
+# ---- compiling -----------------------------------------------------------------------------------
+
+
+def compile_all(quick):
+    """Compiles what is timed, in several processes, which leave it in the caches on disk.
+
+    An attempt that fails changes nothing: the call is then compiled where it is timed."""
+    jobs = []
+    for shape in SHAPES:
+        jobs += [(shape, name) for name in ("full", *VARIANTS) if name != "all true"]
+        if has_maths(shape, quick):
+            jobs.append((shape, "formulas"))
+    workers = min(COMPILERS, os.cpu_count() or 1)
+    spawn = multiprocessing.get_context("spawn")  # a forked process cannot use the GPU
+    with concurrent.futures.ProcessPoolExecutor(workers, spawn) as pool:
+        concurrent.futures.wait([pool.submit(compile_one, *job) for job in jobs])
+
+
+def compile_one(shape, name):
+    """Runs one call and its backward once."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    x, d = make_inputs(shape)
+    if name == "formulas":
+        function = compiled_maths()
+    elif name == "full":
+        function = A.attention_jvp
+    else:
+        function, x = variants(x)[name]
+    torch.autograd.grad(function(*x), x, d)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
 
 
 # ---- timing --------------------------------------------------------------------------------------
@@ -197,71 +255,97 @@ def largest_error(x, d, heads=2):
     return max(errors) if all(map(np.isfinite, errors)) else np.nan
 
 
-# ---- the table and the plot ----------------------------------------------------------------------
+# ---- the tables and the plot ---------------------------------------------------------------------
 
 
-def pair(forward_and_backward):
+def pair(forward_and_backward, digits=3):
     forward, backward = forward_and_backward
-    return f"{forward:.3f}/{backward:.3f}"
+    return f"{forward:.{digits}f} / {backward:.{digits}f}"
 
 
-def table_row(shape, quick):
-    """{title: text} of one shape, in the order of the columns."""
+def table_rows(shape, quick):
+    """Rows of one shape, {title: text} each, in the order of the columns: of the first table, of
+    the same as a CUDA graph or None, and of the table of variants."""
     B, H, S, D = shape
     x, d = make_inputs(shape)
     plain = F.scaled_dot_product_attention
     functions = {"full": (A.attention_jvp, x), "plain": (plain, x[:3]), **variants(x)}
     rounds, calls = (2, 8) if quick else (5, 30)
     found = in_turns(functions, d, rounds, calls)
-    forward, backward = found["full"]
-    plain_forward, plain_backward = found["plain"]
-    product = 2 * B * H * S * S * D * 1e-9  # TFLOP per millisecond
+    full = found["full"]
+    title = "batch, heads, tokens, head size"
+    name = f"{B}, {H}, {S}, {D}"
+    useful = 2 * B * H * S * S * D * 1e-9 * np.array([6, 15])  # TFLOP a millisecond
     row = {
-        "B,H,S,D": f"{B},{H},{S},{D}",
-        "fwd": f"{forward:.3f}",
-        "plain": f"{plain_forward:.3f}",
-        "x": f"{forward / plain_forward:.2f}",
-        "TF/s": f"{6 * product / forward:.0f}",
-        "bwd": f"{backward:.3f}",
-        "plain ": f"{plain_backward:.3f}",
-        "x ": f"{backward / plain_backward:.2f}",
-        "TF/s ": f"{15 * product / backward:.0f}",
+        title: name,
+        "full": pair(full),
+        "plain": pair(found["plain"]),
+        "x plain": pair(full / found["plain"], 2),
+        "TFLOP/s": pair(useful / full, 0),
+        "formulas": "",
+        "formulas, compiled": "",
     }
-    for name in ("padding", "all true", "causal", "grouped", "only tq"):
-        f, b = found[name] / found["full"]
-        row[name] = f"{f:.2f}/{b:.2f}"
-
-    row["maths"] = row["compiled"] = row["graph"] = row["plain graph"] = "-"
-    if not quick or S <= MATHS_UP_TO or D > 128:
-        row["maths"] = pair(times(torch_maths, x, d, 10))
-        torch._dynamo.reset()
-        torch._functorch.config.donated_buffer = False  # for a backward that is made repeatedly
-        row["compiled"] = pair(times(torch.compile(torch_maths), x, d, 10))
-    if S <= 256:
-        row["graph"] = pair(times_in_a_graph(A.attention_jvp, x, d))
-        row["plain graph"] = pair(times_in_a_graph(plain, x[:3], d[:1]))
+    if has_maths(shape, quick):
+        row["formulas"] = pair(times(torch_maths, x, d, 10))
+        row["formulas, compiled"] = pair(times(compiled_maths(), x, d, 10))
     peak, needed = memory(x, d)
-    row["peak MB"] = f"{peak / 1e6:.1f}"
-    row["needed"] = f"{needed / 1e6:.1f}"
+    row["peak MB (needed)"] = f"{peak / 1e6:.1f} ({needed / 1e6:.1f})"
     row["error"] = f"{largest_error(x, d):.1e}"
-    return row
+
+    graph_row = None
+    if S <= 256:
+        graph = np.array(times_in_a_graph(A.attention_jvp, x, d))
+        plain_graph = np.array(times_in_a_graph(plain, x[:3], d[:1]))
+        graph_row = dict.fromkeys(row, "")
+        graph_row[title] = "as a CUDA graph, inputs in L2"
+        graph_row["full"] = pair(graph)
+        graph_row["plain"] = pair(plain_graph)
+        graph_row["x plain"] = pair(graph / plain_graph, 2)
+
+    parts = {title: name}
+    for variant in VARIANTS:
+        parts[variant] = pair(found[variant] / full, 2)
+    return row, graph_row, parts
+
+
+def line_of(cells):
+    """A row of a table in Markdown."""
+    return f"| {' | '.join(cells)} |"
+
+
+def head_of(row):
+    """The first two lines of a table in Markdown, with the titles of a row."""
+    return f"{line_of(row)}\n{'|---' * len(row)}|"
 
 
 def table(quick=False, plot="attention.png"):
-    """Print the table and, where `plot` names a file, draw the plot."""
+    """Print the two tables and, where `plot` names a file, draw the plot."""
     os.makedirs(os.path.dirname(plot) or ".", exist_ok=True)
-    print(torch.cuda.get_device_name(), "torch", torch.__version__)
-    print("milliseconds; two numbers: forward/backward; variants: parts of fwd and bwd")
-    widths = None
+    began = time.monotonic()
+    compile_all(quick)
+    compiled = time.monotonic()
+    versions = f"torch {torch.__version__}, triton {A.triton.__version__}"
+    print(f"{torch.cuda.get_device_name()}, {versions}, {time.strftime('%Y-%m-%d')}, ", end="")
+    print("two rounds of eight calls" if quick else "five rounds of thirty calls")
+    print("Milliseconds, forward / backward.\n")
+    variant_rows = []
     for shape in SHAPES:
-        row = table_row(shape, quick)
-        if widths is None:
-            widths = {title: max(len(title), len(text), 9) for title, text in row.items()}
-            print(" | ".join(f"{title.strip():>{width}}" for title, width in widths.items()))
-        print(" | ".join(f"{row[title]:>{width}}" for title, width in widths.items()), flush=True)
+        row, graph_row, parts = table_rows(shape, quick)
+        if not variant_rows:
+            print(head_of(row))
+        variant_rows.append(parts)
+        print(line_of(row.values()), flush=True)
+        if graph_row is not None:
+            print(line_of(graph_row.values()), flush=True)
         torch.cuda.empty_cache()
+    print("\nParts of the time of the full call, forward / backward.\n")
+    print(head_of(variant_rows[0]))
+    for parts in variant_rows:
+        print(line_of(parts.values()))
     if plot:
         draw_plot(plot, quick)
+    took = f"{compiled - began:.0f} s to compile, {time.monotonic() - compiled:.0f} s to time"
+    print(f"\n{took}", flush=True)
 
 
 def draw_plot(path, quick, H=24, D=128):

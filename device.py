@@ -225,23 +225,21 @@ class Graph:
     """A function of CUDA tensors as one CUDA graph.
 
     A graph runs without the host's time between kernels, which is most of a small network's step.
-    Making one calls the function four times (under torchrun twelve times): to warm up, and the last
-    time to record. Inputs and outputs keep their places in memory: the next call overwrites them.
+    Making one runs the function `warm_ups` times; then it is recorded, which computes nothing.
+    Inputs and outputs keep their places in memory: the next call overwrites them.
 
-    twin: a Graph of nearly the same function. This one then needs no warming up, and uses the same
-    memory: a call of either overwrites the outputs of both.
+    warm_ups: by default 3, and 11 under torchrun, as PyTorch asks for DistributedDataParallel.
+    twin: a Graph whose memory this one uses, too: a call of either overwrites the outputs of both.
     """
 
-    def __init__(self, function, inputs, twin=None):
-        # PyTorch asks for 11 of DistributedDataParallel, which reads clocks in the first ten.
-        warm_ups = 11 if dist.is_initialized() else 3
+    def __init__(self, function, inputs=(), warm_ups=None, twin=None):
+        if warm_ups is None:
+            warm_ups = 11 if dist.is_initialized() else 3
         self.inputs = [a.clone() for a in inputs]
         stream = graph_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(
-                0 if twin else warm_ups
-            ):  # what is compiled and allocated once happens here
+            for _ in range(warm_ups):  # what is compiled and allocated once happens here
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
@@ -253,6 +251,7 @@ class Graph:
         torch.cuda.empty_cache()  # the gradients of the trial runs
 
     def __call__(self, *inputs):
-        torch._foreach_copy_(self.inputs, inputs)
+        if self.inputs:
+            torch._foreach_copy_(self.inputs, inputs)
         self.graph.replay()
         return self.outputs

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
+from dual import total
 from files import written
 from frechet import frechet_distance
 from model import Block, load_model
@@ -132,7 +133,7 @@ class Judge:
 
         def watched(block, x, *conditions):
             x = Block.forward(block, x, *conditions)
-            rms.append(x.square().mean().sqrt().item())
+            rms.append(total(x).square().mean().sqrt().item())
             return x
 
         model.run_block = watched

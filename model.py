@@ -26,16 +26,21 @@ from torch.utils.checkpoint import checkpoint
 from checkpoint import load_checkpoint
 from dual import (
     Dual,
+    add_gated,
     at_least_float32,
     attend,
-    gelu,
+    detach_tangent,
     layer_norm,
     linear,
+    linear_gelu,
+    linear_heads,
     linear_map,
     modulate,
+    norm_modulate,
     rms_norm,
     silu,
     split,
+    total,
     value_of,
     widest,
 )
@@ -215,10 +220,10 @@ class Attention(nn.Module):
         self.k_norm = Scale(D // config.num_heads) if config.qk_norm else None
 
     def forward(self, x, mask=None):  # (B, T, D)
-        q, k, v = split(self.heads, linear(self.qkv, x))  # (B, T, H, d) each
+        weights = (None, None)
         if self.q_norm is not None:
-            q = rms_norm(q, self.q_norm.weight)
-            k = rms_norm(k, self.k_norm.weight)
+            weights = self.q_norm.weight, self.k_norm.weight
+        q, k, v = linear_heads(self.qkv, x, self.num_heads, *weights)  # (B, T, H, d) each
         q, k, v = (linear_map(lambda x: x.transpose(1, 2), x) for x in (q, k, v))  # (B, H, T, d)
         x = attend(q, k, v, mask)  # (B, H, T, d)
         x = linear_map(lambda x: rearrange(x, "b h t d -> b t (h d)"), x)  # (B, T, D)
@@ -238,7 +243,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(inner, config.hidden_size)
 
     def forward(self, x):
-        return linear(self.fc2, gelu(linear(self.fc1, x)))
+        return linear(self.fc2, linear_gelu(self.fc1, x))
 
 
 class Modulated(nn.Module):
@@ -261,6 +266,13 @@ class Modulated(nn.Module):
         x = rms_norm(x) if self.mod_norm else linear_map(at_least_float32, x)
         return split(lambda x: x.unbind(1), x)
 
+    def modulated(self, x, shift, scale):
+        """x, and norm(x) * (1 + scale) + shift."""
+        if self.norm is rms_norm:
+            return norm_modulate(x, shift, scale)
+        x = total(x)
+        return x, modulate(self.norm(x), shift, scale)
+
 
 class Block(Modulated):
     def __init__(self, config):
@@ -270,8 +282,12 @@ class Block(Modulated):
 
     def forward(self, x, c, mask=None):  # x (B, T, D), c (B, D), mask as in dual.attend
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)  # (B, 1, D) each
-        x = x + gate1 * self.attn(modulate(self.norm(x), shift1, scale1), mask)
-        x = x + gate2 * self.mlp(modulate(self.norm(x), shift2, scale2))
+        # x = x + gate1 * attn(norm(x) * (1 + scale1) + shift1), and the same with the MLP. Where
+        # fused.py has kernels, x is a dual.Stream from here on: a sum that the next norm makes.
+        x, h = self.modulated(x, shift1, scale1)
+        x = add_gated(x, gate1, self.attn(h, mask))
+        x, h = self.modulated(x, shift2, scale2)
+        x = add_gated(x, gate2, self.mlp(h))
         return x  # (B, T, D)
 
     def forward_detach_jvp(self, x, c, mask=None):
@@ -280,10 +296,7 @@ class Block(Modulated):
         torch.compile plans the backward when it compiles the forward. Detaching inside the block
         spares it what a tangent's backward would need.
         """
-        x = self.forward(x, c, mask)
-        if isinstance(x, Dual):
-            return Dual(x.value, x.tangent.detach())
-        return x
+        return detach_tangent(self.forward(x, c, mask))
 
 
 class Final(Modulated):
@@ -293,7 +306,8 @@ class Final(Modulated):
 
     def forward(self, x, c):
         shift, scale = self.modulation(c)
-        return linear(self.linear, modulate(self.norm(x), shift, scale))  # (B, T, p p C)
+        _, h = self.modulated(x, shift, scale)
+        return linear(self.linear, h)  # (B, T, p p C)
 
 
 # ---- the network ---------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ mean over the ranks.
 """
 
 import copy
+import itertools
 import time
 
 import torch
@@ -88,12 +89,16 @@ class TrainingStep:
         self.averages = []  # (weights of an EMA, its rate)
         for net, rate in ((target, 0.99), (evaluated, 0.9999)):
             self.averages.append(([net.get_parameter(name) for name in trained], rate))
-        self.optimizer = torch.optim.AdamW(self.weights, 1e-4, (0.9, 0.95), fused=True)
-        self.use_graph = compiled and device == "cuda"
-        self.graph = None
+        self.use_graphs = compiled and device == "cuda"
+        lr = torch.tensor(1e-4, device=device) if self.use_graphs else 1e-4
+        self.optimizer = torch.optim.AdamW(
+            self.weights, lr, (0.9, 0.95), fused=True, capturable=self.use_graphs
+        )
+        self.gradients_graph = None
+        self.update_graph = None
         self.parallel = self.loss
         if self.distributed:
-            self.parallel = data_parallel(self.loss, for_graph=self.use_graph)
+            self.parallel = data_parallel(self.loss, for_graph=self.use_graphs)
 
         shape = (config.in_channels, *config.height_and_width)
         self.images = torch.randn(BATCHES, batch, *shape)
@@ -110,30 +115,37 @@ class TrainingStep:
         backward(loss)
         return loss.detach()
 
+    @torch.no_grad()
+    def update(self):
+        self.optimizer.step()
+        for average, rate in self.averages:
+            torch._foreach_lerp_(average, self.weights, 1 - rate)
+
     def __call__(self, n):
         x0 = self.images[n % BATCHES].to(self.device, non_blocking=True)
         y = self.labels[n % BATCHES].to(self.device, non_blocking=True)
         drawn = self.loss.draw(x0, n, self.rank * self.batch, self.ranks * self.batch)
         inputs = [x0, y, *drawn]
-        if self.use_graph and self.graph is None:
-            self.graph = Graph(self.gradients, inputs)
-        loss = self.graph(*inputs) if self.use_graph else self.gradients(*inputs)
+        if self.use_graphs and self.gradients_graph is None:
+            self.gradients_graph = Graph(self.gradients, inputs)
+        loss = (self.gradients_graph or self.gradients)(*inputs)
         grads = [p.grad for p in self.weights if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         if torch.stack([norm, loss]).isfinite().all().item():
-            self.optimizer.step()
-            with torch.no_grad():
-                for average, rate in self.averages:
-                    torch._foreach_lerp_(average, self.weights, 1 - rate)
+            (self.update_graph or self.update)()
+            if self.use_graphs and self.update_graph is None:
+                self.update_graph = Graph(self.update, warm_ups=0)
 
 
 def milliseconds(step, steps):
-    """Of each of so many steps, by the wall clock."""
-    times = []
+    """Of each of so many steps, by the wall clock: from one step's return to the next one's.
+
+    A step waits for its gradients, as train.py's does. Its update runs while the host prepares the
+    next step.
+    """
+    step(steps)
+    ends = [time.perf_counter()]
     for n in range(steps):
-        start = time.perf_counter()
         step(n)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) * 1e3)
-    return times
+        ends.append(time.perf_counter())
+    return [(end - start) * 1e3 for start, end in itertools.pairwise(ends)]

@@ -63,6 +63,7 @@ import attention_jvp as A
 import dataset
 import dual
 import files
+import fused
 import pictures
 import sample
 from checkpoint import save_tensors
@@ -1455,9 +1456,14 @@ def all_gradients(step):
 
 
 @gpu
+@pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_gpu_gradients_in_float32(compiled):
-    """The loss and every gradient of a training step, against float64 on the CPU."""
+def test_gpu_gradients_in_float32(compiled, kernels, monkeypatch):
+    """The loss and every gradient of a training step, against float64 on the CPU.
+
+    With and without the kernels of fused.py.
+    """
+    monkeypatch.setattr(fused, "FUSED", kernels)
     reference = step_gradients("cpu", F64)
     found = step_gradients("cuda", torch.float32, compiled=compiled)
     for name in reference:
@@ -1470,17 +1476,18 @@ def test_gpu_gradients_in_bfloat16(compiled, monkeypatch):
     """The same in bfloat16, over all gradients together.
 
     A gradient that nearly cancels has no relative accuracy of its own there. The kernels' error is
-    not above that of attention in PyTorch's operations.
+    not above that of PyTorch's operations.
     """
     reference = step_gradients("cpu", F64)
-    fused = step_gradients("cuda", torch.float32, half=True, compiled=compiled)
+    kernels = step_gradients("cuda", torch.float32, half=True, compiled=compiled)
     monkeypatch.setattr(A, "FUSED", False)
+    monkeypatch.setattr(fused, "FUSED", False)
     plain = step_gradients("cuda", torch.float32, half=True)
     of_gradients, of_loss = [], []
-    for found in (fused, plain):
+    for found in (kernels, plain):
         of_gradients.append(rel(all_gradients(found), all_gradients(reference)))
         of_loss.append(rel(found["loss"], reference["loss"]))
-    print("relative errors, fused and plain: gradients", of_gradients, "loss", of_loss)
+    print("relative errors, kernels and plain: gradients", of_gradients, "loss", of_loss)
     assert of_gradients[0] < 2e-2
     assert of_gradients[0] < 1.1 * of_gradients[1]
     assert of_loss[0] < max(1.1 * of_loss[1], 2**-9)
@@ -1512,11 +1519,15 @@ def test_gpu_trainings_are_alike(folder):
     """The losses of 40 steps in bfloat16, where a batch is taken in two ways, and without graphs.
 
     Halves of a batch are accumulated, with a graph for each half. They are compared with whole
-    batches, as a graph and not.
+    batches, as a graph and not. The learning rate is low: at the default of 2e-3 these steps
+    amplify rounding to between 0.004 and 0.03, with the kernels of fused.py and without.
     """
-    halves = losses_of_40_steps("halves", "--micro_batch=4")
-    assert largest_difference(halves, losses_of_40_steps("whole")) < 1e-2
-    assert largest_difference(halves, losses_of_40_steps("eager", "--compile=False")) < 1e-2
+    slowly = "--lr=2e-4"
+    halves = losses_of_40_steps("halves", slowly, "--micro_batch=4")
+    whole = losses_of_40_steps("whole", slowly)
+    eager = losses_of_40_steps("eager", slowly, "--compile=False")
+    assert largest_difference(halves, whole) < 1e-3
+    assert largest_difference(halves, eager) < 1e-3
 
 
 @gpu
@@ -1549,6 +1560,21 @@ def test_gpu_fast_sampling():
         close(x0, exact, 2e-2)
     with sample.prepare_to_sample(net, bfloat16=False, compiled=False):
         assert torch.equal(sample.sample(net, noise, y, w, 2), exact)
+
+
+@gpu
+def test_gpu_sampling_by_a_graph():
+    """Batch after batch, as sample.py takes them. In bfloat16 weights that are rounded beforehand
+    give what weights give that autocast rounds at every call."""
+    net = random_model(torch.float32, depth=2, hidden_size=64).cuda()
+    _, noise, _, _, y, w = (a.cuda() for a in random_inputs(6, dtype=torch.float32))
+    with sample.prepare_to_sample(net, compiled=False):
+        wanted = sample.sample(net, noise, y, w, 2)
+    run = sample.make_sampler(net, 2, compiled=False)
+    assert torch.equal(run(noise, y, w), wanted)
+    run = sample.make_sampler(net, 2)
+    for part in (slice(0, 3), slice(3, 6)):
+        close(run(noise[part], y[part], w[part]), wanted[part], 1e-2)
 
 
 @gpu

@@ -146,6 +146,12 @@ PRESETS = {
         mu_s=0.4,  # flat colours stay visible up to later times than latents do
         log_every=100, sample_every=1000, save_every=1000,
     ),
+    "emoji": dict(
+        dataset="emoji", hidden_size=384, depth=8, num_heads=6, patch_size=4,
+        steps=3100, batch_size=256, lr=1e-3, w=2.0, ema_eval=0.998, classifier="cnn",
+        mu_s=0.4,  # flat colours, as in shapes
+        log_every=100, sample_every=1000, save_every=1000,
+    ),
     "cifar10": dict(
         dataset="cifar10", hidden_size=384, depth=12, num_heads=6, patch_size=2,
         steps=200_000, batch_size=256, lr=2e-4, w=1.5, ema_eval=0.9999, classifier="cnn",
@@ -251,8 +257,15 @@ parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
 weights = list(parameters.values())
 target_weights = [target.get_parameter(key) for key in parameters]
 eval_weights = [evaluated.get_parameter(key) for key in parameters]
+use_graphs = compiled and device.type == "cuda"
 optimizer = torch.optim.AdamW(
-    weights, lr, (beta1, beta2), eps, weight_decay, fused=device.type != "mps"
+    weights,
+    torch.tensor(lr, device=device) if use_graphs else lr,  # a tensor can change under a graph
+    (beta1, beta2),
+    eps,
+    weight_decay,
+    fused=device.type != "mps",
+    capturable=use_graphs,
 )
 times_config = dict(sampler=times, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, p_equal=p_equal)
 guidance_config = dict(sampler=guidance, w=w, w_min=w_min, w_max=w_max)
@@ -284,6 +297,14 @@ def learning_rate(step):
     if step < warmup:
         return lr * (step + 1) / warmup
     return lr
+
+
+def set_learning_rate(value):
+    for group in optimizer.param_groups:
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
 
 
 # ---- saving and resuming -------------------------------------------------------------------------
@@ -397,8 +418,7 @@ if first_step > 0:
 
 
 # ---- the loop ------------------------------------------------------------------------------------
-use_graph = compiled and device.type == "cuda"
-parallel = data_parallel(loss, bfloat16_sums, use_graph) if distributed else loss
+parallel = data_parallel(loss, bfloat16_sums, use_graphs) if distributed else loss
 # Gradients of micro-batches and ranks add up in .grad, which is zeroed before each step. Without
 # either .grad is freed before the forward, which then uses its memory.
 accumulates = distributed or micro_batch < local_batch
@@ -423,15 +443,24 @@ def gradients(x0, y, *drawn, reduces):
     return terms
 
 
-graphs = {}  # of gradients, by the value of reduces
+@torch.no_grad()
+def update():
+    """AdamW, then the two averages of the weights."""
+    optimizer.step()
+    torch._foreach_lerp_(target_weights, weights, 1 - ema_target)
+    torch._foreach_lerp_(eval_weights, weights, 1 - ema_eval)
+
+
+graphs = {}  # CUDA graphs: of gradients by the value of reduces, and of "update"
 if distributed:
     atexit.register(graphs.clear)  # no process ends while a graph holds NCCL's connections
 
 
-def make_graphs(inputs):
+def record_gradients(*inputs):
     graphs[distributed] = Graph(partial(gradients, reduces=distributed), inputs)
     if distributed and micro_batch < local_batch:
-        graphs[False] = Graph(partial(gradients, reduces=False), inputs, twin=graphs[True])
+        adds = partial(gradients, reduces=False)
+        graphs[False] = Graph(adds, inputs, warm_ups=0, twin=graphs[True])
 
 
 losses = Losses(device)  # since the last line of the log
@@ -458,12 +487,12 @@ for step in progress:
         y = labels[first : first + micro_batch].to(device, non_blocking=True)
         x0 = (x0 - mean) / std  # (B, C, H, W)
         drawn = loss.draw(x0, step_seed, rank * local_batch + first, batch_size)
-        if use_graph and not graphs:
-            make_graphs([x0, y, *drawn])
+        if use_graphs and not graphs:
+            record_gradients(x0, y, *drawn)
         if first == 0 and accumulates:
-            optimizer.zero_grad(set_to_none=False)  # after make_graphs, which has run gradients
+            optimizer.zero_grad(set_to_none=False)  # after record_gradients, which has run them
         reduces = distributed and first + micro_batch == local_batch
-        run = graphs[reduces] if use_graph else partial(gradients, reduces=reduces)
+        run = graphs[reduces] if use_graphs else partial(gradients, reduces=reduces)
         losses.add(run(x0, y, *drawn))
 
     grads = [p.grad for p in weights if p.grad is not None]
@@ -478,12 +507,10 @@ for step in progress:
     stop = share_that_asks > 0
 
     if math.isfinite(norm) and math.isfinite(total):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
-        optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(target_weights, weights, 1 - ema_target)
-            torch._foreach_lerp_(eval_weights, weights, 1 - ema_eval)
+        set_learning_rate(learning_rate(step))
+        graphs.get("update", update)()
+        if use_graphs and "update" not in graphs:
+            graphs["update"] = Graph(update, warm_ups=0)  # of the next ones: the moments exist now
         losses.end_step(norm)
         skipped_in_a_row = 0
     else:

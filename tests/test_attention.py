@@ -10,6 +10,7 @@ kernels, interpreted; what they compile to for GPUs that are not here; tuning; a
 
 import ctypes
 import functools
+import importlib.util
 import json
 import mmap
 import os
@@ -30,6 +31,7 @@ from torch.autograd import forward_ad as fwAD
 from torch.utils.checkpoint import checkpoint
 
 import attention_jvp as A
+import bench_attention
 from attention_jvp import attention, attention_jvp
 
 # ---------------------------------------------------------------------------------------------
@@ -246,6 +248,43 @@ def test_masks_by_definition(name, Hk):
     again = torch.autograd.grad(value, x[:3], d[0])
     first = torch.autograd.grad(exact(*x[:3]), x[:3], d[0])
     assert all(rel(a, b) < 1e-13 for a, b in zip(again, first, strict=True))
+
+
+@pytest.mark.parametrize("tangents", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("number", [-1e6, -1e9])
+def test_numbers_that_hide_keys(number, dtype, tangents):
+    """As people write them, and as bfloat16 rounds them: -1e6 becomes -999424."""
+    x = six(2, 2, 5, 6, 8, dtype)
+    seen = masks(2, 2, 5, 6)["dense"]
+    mask = torch.where(seen, 0.0, number).to(dtype)
+    got = call_with(x, tangents, attn_mask=mask)
+    want = call_with(x, tangents, attn_mask=seen)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    above = torch.full((6,), -990000.0).to(dtype)  # -991232 in bfloat16: all keys are seen
+    assert (call_with(x, tangents, attn_mask=above)[0] != 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_masks_beyond_the_dtype(dtype):
+    """Float32 masks of numbers that are infinite in the dtype of the queries."""
+    q, k, v = six(1, 2, 5, 6, 8, dtype)[:3]
+    plain_value = attention(q, k, v)
+    for number in (-70000.0, 70000.0):  # the same for all keys, which changes nothing
+        value = attention(q, k, v, torch.full((5, 6), number))
+        assert rel(value, plain_value) < 1e-1, number
+    mask = torch.zeros(5, 6)
+    mask[:, 2] = 3.4e38  # all attend to this one
+    assert rel(attention(q, k, v, mask), v[:, :, 2:3].expand_as(q)) < 1e-2
+    mask = torch.full((5, 6), -70000.0)
+    mask[:, 2] = 0
+    assert rel(attention(q, k, v, mask), v[:, :, 2:3].expand_as(q)) < 1e-2
+    mask[:, 2] = -1e38  # hidden, and so are all keys for the first query
+    mask[0] = -1e38
+    value = attention(q, k, v, mask)
+    assert (value[:, :, 0] == 0).all() and value.isfinite().all()
+    without = [torch.cat([t[:, :, :2], t[:, :, 3:]], 2) for t in (k, v)]
+    assert rel(value[:, :, 1:], attention(q, *without)[:, :, 1:]) < 1e-1
 
 
 @pytest.mark.parametrize("none", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
@@ -485,11 +524,54 @@ def test_every_fallback_has_its_reason(monkeypatch):
     assert "float64" in A.why_not_fused(Like(64, torch.float64), x, x)
     gpu.major, gpu.minor = 7, 5
     assert "7.5" in A.why_not_fused(x, x, x)
+    for gpu.major, gpu.minor in ((8, 6), (8, 9), (12, 0)):
+        wide = Like(192, torch.float32)
+        assert "too little shared memory for head size 192" in A.why_not_fused(wide, wide, wide)
+        for like in (Like(160, torch.float32), Like(256)):
+            assert A.why_not_fused(like, like, like) is None
     gpu.major, gpu.minor = 8, 0
+    wide = Like(256, torch.float32)
+    assert A.why_not_fused(wide, wide, wide) is None
     monkeypatch.setattr(A, "FUSED", False)
     assert A.why_not_fused(x, x, x) == "FUSED is False"
     monkeypatch.setattr(A, "triton", None)
     assert A.why_not_fused(x, x, x) == "Triton is not installed"
+
+
+def copy_of_the_file(name):
+    """attention_jvp.py once more, as a module of another name."""
+    spec = importlib.util.spec_from_file_location(name, A.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_libraries_that_are_too_old(monkeypatch):
+    triton = pytest.importorskip("triton")
+    with monkeypatch.context() as old:
+        old.setattr(triton, "__version__", "3.5.1+cu128")
+        copy = copy_of_the_file("with_an_old_triton")
+    reason = copy.why_not_fused(*six(1, 2, 5, 5, 8)[:3])
+    assert reason == "attention_jvp needs triton 3.6 or newer, and this is triton 3.5.1+cu128"
+    x = six(1, 2, 5, 6, 8)
+    assert torch.equal(copy.attention_jvp(*x)[1], A.attention_jvp_reference(*x)[1])
+    with monkeypatch.context() as old:
+        old.setattr(torch, "__version__", "2.4.1")
+        with pytest.raises(ImportError, match="needs torch 2.11 or newer, and this is torch 2.4.1"):
+            copy_of_the_file("with_an_old_torch")
+    for version in ("2.11.0a0+git123", "2.13.0+cpu", "3.0", "unknown"):
+        A._need("torch", version, (2, 11))
+
+
+def test_the_file_carries_its_licence():
+    """For those who copy it alone."""
+    with open(A.__file__, encoding="utf-8") as f:
+        first = f.readline()
+        second = f.readline()
+    with open(os.path.join(HERE, "LICENSE"), encoding="utf-8") as f:
+        kind, _, holder = f.read().splitlines()[:3]
+    assert first == "# SPDX-License-Identifier: MIT\n" and kind == "MIT License"
+    assert holder in second
 
 
 # ---------------------------------------------------------------------------------------------
@@ -569,6 +651,14 @@ def test_attention_transforms():
 
 def test_attention_operators():
     interpreted("operators_are_sound")
+
+
+def test_two_copies_in_one_process():
+    interpreted("copies_do_not_meet")
+
+
+def test_attention_obeys_fused_in_the_interpreter():
+    interpreted("fused_is_obeyed")
 
 
 def test_low_bits():
@@ -696,11 +786,14 @@ def masks_match_float64():
     half = torch.where(of["added"] < -1e30, -torch.inf, of["added"]).half()
     assert max(errors(x, attn_mask=half)) < 2e-6
     for hidden in (-1e6, -1e9, torch.finfo(torch.float32).min):  # people hide keys with these
-        mask = torch.where(of["dense"], 0.0, hidden)
-        o = A.attention_jvp(*x, attn_mask=mask)
-        same = A.attention_jvp(*x, attn_mask=of["dense"])
-        assert all(torch.equal(a, b) for a, b in zip(o, same, strict=True)), hidden
-        finite(x, attn_mask=mask)
+        for dtype in (torch.float32, torch.bfloat16):  # in which -1e6 is -999424
+            mask = torch.where(of["dense"], 0.0, hidden).to(dtype)
+            o = A.attention_jvp(*x, attn_mask=mask)
+            same = A.attention_jvp(*x, attn_mask=of["dense"])
+            assert all(torch.equal(a, b) for a, b in zip(o, same, strict=True)), (hidden, dtype)
+            finite(x, attn_mask=mask)
+    just_seen = torch.full((18,), -990000.0)
+    assert all((t != 0).any() for t in A.attention_jvp(*x, attn_mask=just_seen))
 
 
 def finite(x, **how):
@@ -948,6 +1041,53 @@ def transforms_match_float64():
         torch.autograd.grad(sum(t.sum() for t in grads), w)
 
 
+def fused_is_obeyed():
+    """False, at any time, and True again."""
+    x = six(1, 1, 5, 6, 8)
+    launched = []
+    launch = A._launch
+    A._launch = lambda *arguments: (launched.append(1), launch(*arguments))[1]
+    for fused, launches in ((True, 1), (False, 0), ("require", 1), (False, 0)):
+        A.FUSED = fused
+        launched.clear()
+        o, to = A.attention_jvp(*x)
+        r, tr = A.attention_jvp_reference(*x)
+        assert rel(o, r) < 2e-6 and rel(to, tr) < 2e-6
+        assert len(launched) == launches, fused
+        assert A.why_not_fused(*x[:3]) == (None if fused else "FUSED is False")
+
+
+def copies_do_not_meet():
+    """The file vendored twice: each copy has operators of its own, which call its own functions."""
+    copies = [A, copy_of_the_file("some.package.attention_jvp"), copy_of_the_file("3 more-copies")]
+    names = {copy._forward._qualname for copy in copies}
+    assert "attention_jvp::forward" in names and len(names) == 3
+    x = six(1, 2, 5, 6, 8)
+    launched = []
+
+    def counting(copy, launch):
+        def counted(*arguments):
+            launched.append(copy)
+            return launch(*arguments)
+
+        return counted
+
+    for copy in copies:
+        copy.FUSED = "require"
+        copy._launch = counting(copy, copy._launch)
+    want = A.attention_jvp_reference(*x)
+    for copy in copies:
+        launched.clear()
+        got = torch.func.jvp(copy.attention, tuple(x[:3]), tuple(x[3:]))  # through the operators
+        assert rel(got[0], want[0]) < 2e-6 and rel(got[1], want[1]) < 2e-6
+        assert launched == [copy]
+        assert max(errors(x, fn=copy.attention_jvp)) < 2e-6
+        assert set(launched) == {copy}
+        compiled = torch.compile(copy.attention_jvp, fullgraph=True, backend="aot_eager")
+        assert max(errors(x, fn=compiled)) < 2e-6
+        assert set(launched) == {copy}
+
+
 def operators_are_sound():
     """Operator checks, torch.compile of a whole function, checkpoints."""
     A.FUSED = "require"
@@ -1010,21 +1150,83 @@ def test_grids_of_many_heads(monkeypatch):
 
 def a_call(name, shape=(2, 3, 128, 64), steps=128, dtype=torch.bfloat16, device="cpu", **how):
     """What a launch depends on, for tests of what is made of it."""
-    given = dict(
+    usual = dict(
         name=name,
         shape=shape,
         steps=steps,
         group=1,
         dtype=dtype,
         device=torch.device(device),
-        given=(True,) * 5,
+        exists=(True,) * 5,
         strides=((592, 592, 16, 1),) * 7,
         masked=0,
         mask_dtype=None,
         mask_strides=None,
         causal=False,
     )
-    return A.Call(**{**given, **how})
+    return A.Call(**{**usual, **how})
+
+
+class Kernel:
+    """What a launch needs of a compiled kernel, as Triton has it, without a GPU."""
+
+    arg_names = ()
+
+    def __init__(self):
+        self.tiles = []  # of its programs, as they were compiled
+
+    def __getitem__(self, grid):
+        def first_run(*arguments, BM, **constants):
+            self.tiles.append(BM)
+            return {grid: run}
+
+        def run(*arguments):
+            pass
+
+        return first_run
+
+
+@pytest.fixture
+def launch_of(monkeypatch):
+    """Launches that reach no GPU, on a GPU without a table of tiles."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(A, "_ready", {})
+    monkeypatch.setattr(A, "table_of", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(A, "capability_of", lambda device: (8, 0))
+    tuned = A.Tile(64, 32, 4, 2), 1.0
+    monkeypatch.setattr(A, "tuned_tile", lambda *arguments: tuned)
+    kernel = Kernel()
+
+    def launch(steps=64):
+        call = a_call("forward", steps=steps, strides=((64, 64, 64, 1),) * 7)
+        return A._launch(kernel, call, (None,) * 12, (1,), (2, 3, steps, 0.1))
+
+    return launch, kernel
+
+
+def test_a_changed_tune_is_obeyed(launch_of, monkeypatch):
+    """Also by calls that have come before; each is compiled once for either value."""
+    launch, kernel = launch_of
+    tiles = [64, A.SMALL_TILE.queries]
+    for tune, milliseconds in ((True, 1.0), (True, 1.0), (False, None), (True, 1.0), (False, None)):
+        monkeypatch.setattr(A, "TUNE", tune)
+        assert launch() == milliseconds
+    assert kernel.tiles == tiles
+
+
+def test_what_is_remembered_is_bounded(launch_of, monkeypatch):
+    """Texts of every length: the calls that came last stay."""
+    launch, kernel = launch_of
+    monkeypatch.setattr(A, "MOST_READY", 3)
+    for steps in (1, 2, 3, 4, 5, 5, 4, 3):
+        launch(steps)
+        assert len(A._ready) <= 3
+    assert len(kernel.tiles) == 5
+    launch(1)
+    assert len(kernel.tiles) == 6
+    assert A._plan.cache_info().maxsize is not None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1100,16 +1302,26 @@ def fits(made, capability):
     return 0 < made.metadata.shared <= KILOBYTES[capability] * 1024 and columns <= 512
 
 
-SMALL_CASES = [(capability, "bf16") for capability in (80, 100, 120)] + [(120, "fp32")]
+# Of the head sizes that take a tile, the largest needs most memory.
+SMALL_CASES = [
+    *((capability, "bf16", 128) for capability in (80, 100, 120)),
+    *((capability, "bf16", 256) for capability in (86, 89, 120)),
+    (120, "fp32", 128),
+    (120, "fp32", A.FLOAT32_UP_TO),
+    (80, "fp32", 256),  # above that only where there is more memory
+]
 
 
-@pytest.mark.parametrize("capability, dtype", SMALL_CASES)
-def test_kernels_fit(capability, dtype):
+@pytest.mark.parametrize("capability, dtype, D", SMALL_CASES)
+def test_kernels_fit(capability, dtype, D):
     """The tiles that every GPU can take compile into what memory it has: 8.6 and 8.9 have least."""
-    tile = A.TINY_TILE if dtype == "fp32" else A.SMALL_TILE
+    tile = A.safe_tile(D, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
     least = min(KILOBYTES.values()) * 1024
-    for name in ("forward", "row", "primal", "tangent"):
-        made = compiled(name, 128, tile, capability, dtype)
+    if dtype == "fp32" and D > A.FLOAT32_UP_TO:
+        least = KILOBYTES[capability] * 1024
+    passes = ("row", "primal") if D <= 128 else ("dq", "dtq", "dk", "dv")
+    for name in ("forward", *passes, "tangent"):
+        made = compiled(name, D, tile, capability, dtype)
         assert 0 < made.metadata.shared <= least, name
         assert not (getattr(made.metadata, "tmem_size", 0) or 0), name
 
@@ -1191,6 +1403,8 @@ def tuning(tmp_path, monkeypatch):
 
     def build(tile):
         built.append(tile)
+        if tune.fails:
+            raise RuntimeError("out of memory")
         return 0, tile.queries
 
     def tune(what="a kernel", gpu="Some GPU"):
@@ -1198,8 +1412,9 @@ def tuning(tmp_path, monkeypatch):
         before = len(built)
         tiles = [A.Tile(32, 32, 4, 2), A.Tile(16, 32, 4, 2, pair=True)]
         found = A.tuned_tile(what, gpu, tiles, build, float)
-        return *found, len(built) - before
+        return *(found or (None, None)), len(built) - before
 
+    tune.fails = False
     yield tune
     A._tuning_file.cache_clear()
 
@@ -1226,6 +1441,46 @@ def test_tuning_is_kept(tuning, tmp_path, capsys):
         forget()
         assert tuning() == (best, 16.0, 2), broken
     assert not list((tmp_path / "cache").glob("*.tvm-partial"))
+
+
+def test_failures_are_not_kept(tuning, tmp_path):
+    """This process does not try again, the next one does."""
+    best = A.Tile(16, 32, 4, 2, pair=True)
+    tuning.fails = True
+    assert tuning() == (None, None, 2)
+    assert tuning() == (None, None, 0)
+    assert not list((tmp_path / "cache").glob("*.json"))
+    tuning.fails = False
+    assert tuning("another kernel") == (best, 16.0, 2)
+    (path,) = (tmp_path / "cache").glob("*.json")
+    assert list(json.loads(path.read_text())) == ["another kernel"]
+    forget()
+    assert tuning() == (best, 16.0, 2)
+    path.write_text('{"a kernel": [32, 32, 4, 2, 0, 0, 0], "one pass: row": [1, 2]}')
+    forget()
+    assert tuning() == (best, 16.0, 2)
+
+
+def test_whether_one_pass_is_faster_is_kept(tuning, tmp_path, monkeypatch):
+    """Asked once on a GPU, with the milliseconds of one pass and of each of the two."""
+    monkeypatch.setattr(A, "capability_of", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    faster = a_call("row", device="cuda")
+    slower = a_call("row", device="cuda", causal=True)
+    failed = a_call("row", device="cuda", steps=512)
+    assert A._one_pass(faster) is None
+    A._keep_one_pass(faster, 1.0, (0.4, 0.7))
+    A._keep_one_pass(slower, 1.0, (0.4, 0.5))
+    A._keep_one_pass(failed, None, (0.4, 0.5))
+    assert [A._one_pass(call) for call in (faster, slower, failed)] == [True, False, False]
+    tuning()
+    forget()
+    assert [A._one_pass(call) for call in (faster, slower, failed)] == [True, False, None]
+    monkeypatch.setattr(A, "TUNE", False)
+    assert A._one_pass(faster) is False
+    (path,) = (tmp_path / "cache").glob("*.json")
+    assert sorted(map(type, json.loads(path.read_text()).values()), key=str) == [bool, bool, list]
 
 
 @pytest.mark.skipif(A.fcntl is None, reason="no file locks here")
@@ -1276,25 +1531,16 @@ def test_one_process_tunes(tuning, monkeypatch):
         threading.Event().wait(0.3)
         return fastest(*arguments)
 
-    class Own(dict):
-        """Entries that this thread alone sees, as a process would."""
-
+    own = {}  # entries that one thread alone sees, as a process would
+    path = A._tuning_file("Some GPU")
     monkeypatch.setattr(A, "_fastest", slowly)
+    monkeypatch.setattr(A, "_known", lambda gpu: (path, own[threading.get_ident()]))
     results = []
 
     def one():
-        own = Own()
+        own[threading.get_ident()] = {}
         start.wait()
-        path = A._tuning_file("Some GPU")
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with A._alone(path):
-            own.update(A._read_tuning(path))
-            if "x" not in own:
-                A._tune_now(
-                    "x", "Some GPU", path, own, [A.Tile(1, 1, 1, 1)], lambda t: (0, 1), float
-                )
-                A._write_tuning(path, own)
-        results.append(own["x"])
+        results.append(tuning("x")[:2])
 
     threads = [threading.Thread(target=one) for _ in range(2)]
     for thread in threads:
@@ -1323,17 +1569,64 @@ def test_who_tunes(tuning, monkeypatch, capsys):
     assert choose(a_call("row", device="cuda")) == (A.SMALL_TILE, None, False)
     assert "before the capture" in capsys.readouterr().err
     capturing[0] = False
+    wide = a_call("dk", shape=(1, 1, 128, 256), device="cuda")
+    capturing[0] = True
+    assert choose(wide) == (A.TINY_TILE, None, False)
+    capturing[0] = False
     for D, name in ((128, "row"), (72, "primal"), (256, "dk"), (160, "dq"), (8, "column")):
         tile, _, final = choose(a_call(name, shape=(1, 1, 128, D), device="cuda"))
         assert final and tuple(tile[:4]) in A.CANDIDATES[name][A.width_of(D)]
     assert choose(a_call("row", dtype=torch.float32, device="cuda"))[0] == A.TINY_TILE
     monkeypatch.setattr(A, "TUNE", False)
     assert choose(call) == (A.SMALL_TILE, None, True)
+    assert choose(wide) == (A.TINY_TILE, None, True)
     capability[:] = [9, 0]
     assert choose(call) == (A.HOPPER["short"][64], None, True)
     monkeypatch.setattr(A, "TUNE", True)
     monkeypatch.setattr(A, "TABLES", {})  # Hopper's own tiles are then among the candidates
     assert A.HOPPER["forward"][64] in A._candidates(call)
+
+
+# ---------------------------------------------------------------------------------------------
+# The table of speeds, with timings of our own
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_bench_prints_two_tables_in_markdown(quick, monkeypatch, capsys, tmp_path):
+    pytest.importorskip("triton")
+    times = dict.fromkeys(("full", "plain", *bench_attention.VARIANTS), np.array([0.25, 2.0]))
+    times["causal"] = np.array([0.125, 1.5])
+    times["plain"] = np.array([0.1, 1.0])
+    replaced = dict(
+        SHAPES=[(2, 2, 16, 8), (1, 2, 2048, 8)],
+        make_inputs=lambda shape: (six(1, 2, 4, 4, 8), [None, None]),
+        compile_all=lambda quick: None,
+        compiled_maths=lambda: None,
+        in_turns=lambda functions, d, rounds, calls: {name: times[name] for name in functions},
+        times=lambda function, x, d, calls: (0.5, 3.0),
+        times_in_a_graph=lambda function, x, d: (0.25, 1.5),
+        memory=lambda x, d: (3e6, 2e6),
+        largest_error=lambda x, d: 2.4e-3,
+    )
+    for name, value in replaced.items():
+        monkeypatch.setattr(bench_attention, name, value)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    bench_attention.table(quick, plot="")
+    printed = capsys.readouterr().out
+    blocks = re.findall(r"(?:^\|.*\|\n)+", printed, re.MULTILINE)
+    tables = [[line[2:-2].split(" | ") for line in block.splitlines()] for block in blocks]
+    assert [len(rows) for rows in tables] == [5, 4]
+    for block in blocks:
+        assert len({line.count("|") for line in block.splitlines()}) == 1
+    first = dict(zip(tables[0][0], tables[0][2], strict=True))
+    assert first["batch, heads, tokens, head size"] == "2, 2, 16, 8"
+    assert first["full"] == "0.250 / 2.000" and first["x plain"] == "2.50 / 2.00"
+    assert first["formulas, compiled"] == "0.500 / 3.000" and first["error"] == "2.4e-03"
+    assert tables[0][3][:3] == ["as a CUDA graph, inputs in L2", "0.250 / 1.500", "0.250 / 1.500"]
+    last = dict(zip(tables[0][0], tables[0][4], strict=True))
+    assert last["formulas"] == ("" if quick else "0.500 / 3.000")
+    variants = dict(zip(tables[1][0], tables[1][2], strict=True))
+    assert variants["causal"] == "0.50 / 0.75" and variants["only tq"] == "1.00 / 1.00"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1526,7 +1819,7 @@ def test_attention_gpu_descriptors(shape, monkeypatch):
 
 
 @gpu
-@pytest.mark.parametrize("D", [40, 64, 72, 128])
+@pytest.mark.parametrize("D", [40, 64, 72, 128, 160, 256])
 def test_attention_gpu_small_tiles(D, monkeypatch):
     """The tiles of GPUs without a table, where tuning is off."""
     monkeypatch.setattr(A, "TABLES", {})
@@ -1544,7 +1837,6 @@ def test_attention_gpu_tunes_itself(D, monkeypatch, tmp_path):
     monkeypatch.setattr(A, "CACHE", str(tmp_path))
     monkeypatch.setattr(A, "_tuned", {})
     monkeypatch.setattr(A, "_ready", {})
-    monkeypatch.setattr(A, "_one_pass_is_faster", {})
     candidates = A._candidates
     monkeypatch.setattr(A, "_candidates", lambda call: candidates(call)[:2])  # two are quick
     A._tuning_file.cache_clear()
@@ -1552,10 +1844,13 @@ def test_attention_gpu_tunes_itself(D, monkeypatch, tmp_path):
     assert max(errors(x)) < 3e-3
     (path,) = tmp_path.glob("*.json")
     tuned = json.loads(path.read_text())
-    assert len(tuned) == (5 if D == 64 else 6) and all(entry[-1] > 0 for entry in tuned.values())
+    tiles = [entry for entry in tuned.values() if isinstance(entry, list)]
+    assert len(tiles) == (5 if D == 64 else 6) and all(entry[-1] > 0 for entry in tiles)
+    assert len(tuned) == 6  # up to 64, whether one pass makes all gradients of keys and values
     monkeypatch.setattr(A, "_ready", {})
     monkeypatch.setattr(A, "_tuned", {})
     monkeypatch.setattr(A, "_milliseconds", None)  # nothing is timed again
+    monkeypatch.setattr(A, "_keep_one_pass", None)  # nor asked
     assert max(errors(x)) < 3e-3
     A._tuning_file.cache_clear()
 

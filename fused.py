@@ -1,0 +1,1018 @@
+"""What a block does between its products, in Triton kernels that read and write each tensor once.
+
+This file needs torch and triton only. dual.py calls it where it can run, and has the same rules as
+plain formulas: they are the reference, and the path of every other device.
+
+    x, low, dx, h, dh = add_norm(x, dx, y, dy, gate, dgate, shift, dshift, scale, dscale)
+    a, da = gelu(u, du)
+    q, k, v, dq, dk, dv = qk_norm(qkv, dqkv, q_weight, k_weight, heads)
+
+A d before a name is its tangent. Without tangents they are None, and the results' are None too.
+
+The maths
+---------
+mean is over a row of D numbers. Forward of add_norm:
+
+    x' = x + gate y                  dx' = dx + dgate y + gate dy
+    r  = rsqrt(mean(x'^2) + EPS)     m   = mean(n dx')
+    n  = r x'                        dn  = r (dx' - m n)
+    h  = n (1 + scale) + shift       dh  = dn (1 + scale) + n dscale + dshift
+
+Backward. gX is the gradient of the loss with respect to X, and sum is over the tokens of an image:
+
+    gn  = gh (1 + scale) + gdh dscale          gdn = gdh (1 + scale)
+    a   = mean(n gdn)     b = mean(n gn)       c   = mean(dn gdn)
+    gdx = gdx' + r (gdn - a n)
+    gx  = gx' + r (gn - r m gdn - r a dx' - (b - 2 r a m + c) n)
+    gdy = gate gdx                             gy  = gate gx + dgate gdx
+    gshift  = sum(gh)     gscale  = sum(n gh + dn gdh)     ggate  = sum(y gx + dy gdx)
+    gdshift = sum(gdh)    gdscale = sum(n gdh)             gdgate = sum(y gdx)
+
+The norms of queries and keys are the same with x' = x and a weight in place of 1 + scale.
+GELU is its tanh form, u s with s = sigmoid(z), z = c (u + 0.044715 u^3), c = 2 sqrt(2 / pi):
+
+    a = u s      da = A du, where A = s + u s', s' = s (1 - s) z'
+    gdu = A gda  gu = A ga + A' du gda, where A' = 2 s' + u s'',
+                 s'' = s (1 - s) ((1 - 2 s) z'^2 + z'')
+
+Biases: the product before a kernel has added its bias already, to a copy without a gradient. The
+kernel is given the bias again, and only makes its gradient, in the pass that makes the sums.
+
+All sums are made in one order: first within blocks of tokens, then over the blocks. There are no
+atomic additions, so that two runs give the same bits.
+"""
+
+import contextlib
+import math
+import os
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # without Triton dual.py takes its formulas
+    triton = None
+
+FUSED = True  # False: dual.py takes its formulas always
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # kernels on CPU tensors, for tests
+EPS = 1e-6  # of every norm
+MAX_WIDTH = 2048  # of a row: it must fit into the registers of one program
+
+# Tokens and warps of a program, measured on an H200 with XL/2's shapes.
+NORM_FORWARD = (1, 4)
+NORM_BACKWARD = ((16, 4, 1), (32, 4, 3))  # and loads in flight; without and with tangents
+GELU_BACKWARD = (32, 4)
+HEADS_FORWARD = (32, 4)
+HEADS_BACKWARD = (256, 4)
+
+
+def why_not(x):
+    """Why the kernels cannot take a tensor like x, or None where they can."""
+    if not FUSED:
+        return "FUSED is False"
+    if triton is None:
+        return "Triton is not installed"
+    if x.size(-1) > MAX_WIDTH:
+        return f"rows of {x.size(-1)} numbers are longer than {MAX_WIDTH}"
+    if x.device.type == "cpu" and INTERPRET:
+        return None if x.dtype == torch.float32 else f"Triton's interpreter is wrong in {x.dtype}"
+    if not x.is_cuda or torch.version.hip is not None:
+        return "the kernels run on NVIDIA GPUs"
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"the kernels do not take {x.dtype}"
+    if not torch.compiler.is_compiling() and _transformed():
+        return "a transform of torch.func, or forward AD, is at work"
+    if torch.cuda.get_device_properties(x.device).major < 8:
+        return "the kernels need compute capability 8.0"
+    return None
+
+
+def _transformed():
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+# A row of D numbers is held in two chunks whose sizes are powers of two: 1152 = 1024 + 128. One
+# chunk of 2048 would leave almost half of the threads without work.
+
+
+def chunk_widths(D):
+    first = max(16, 1 << ((D - 1).bit_length() - 1))
+    second = max(16, 1 << (max(D - first, 1) - 1).bit_length())
+    return first, second
+
+
+if triton is not None:
+
+    @triton.jit
+    def load(P, row, c1, c2, D: tl.constexpr):
+        """P[row : row + D] in float32, as two chunks."""
+        first = tl.load(P + row + c1, mask=c1 < D, other=0.0)
+        second = tl.load(P + row + c2, mask=c2 < D, other=0.0)
+        return first.to(tl.float32), second.to(tl.float32)
+
+    @triton.jit
+    def store(P, row, c1, c2, first, second, D: tl.constexpr):
+        tl.store(P + row + c1, first.to(P.dtype.element_ty), mask=c1 < D)
+        tl.store(P + row + c2, second.to(P.dtype.element_ty), mask=c2 < D)
+
+    @triton.jit
+    def add_pairs(a, b, c, d):
+        return a + c, b + d
+
+    @triton.jit
+    def fold(first, second):
+        """Both chunks of a row, added to the size of the second."""
+        SECOND: tl.constexpr = second.shape[0]
+        RATIO: tl.constexpr = first.shape[0] // SECOND
+        return tl.sum(tl.reshape(first, [SECOND, RATIO]), 1) + second
+
+    @triton.jit
+    def row_sum(p1, p2):
+        return tl.sum(fold(p1, p2), 0)
+
+    @triton.jit
+    def row_sums(p1, p2, q1, q2):
+        """The sums over two rows p and q, in one exchange between the warps."""
+        return tl.reduce((fold(p1, p2), fold(q1, q2)), 0, add_pairs)
+
+    @triton.jit
+    def rounded(x, P):
+        """x as it is read back from P."""
+        return x.to(P.dtype.element_ty).to(tl.float32)
+
+    # fmt: off
+    @triton.jit
+    def add_norm_forward_kernel(
+        X, LOW, DX, Y, DY, GATE, DGATE, SHIFT, DSHIFT, SCALE, DSCALE, XO, LOWO, DXO, H, DH, R, M,
+        gate_stride, shift_stride, scale_stride, T,
+        D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, ROWS: tl.constexpr,
+        EPS: tl.constexpr,
+    ):
+        # fmt: on
+        """One program: ROWS tokens of an image. Without Y, XO, LOWO and DXO are not written.
+
+        LOW and LOWO: what x and x' have beyond X and XO, or None.
+        """
+        DUAL: tl.constexpr = DX is not None
+        ADD: tl.constexpr = Y is not None
+        blocks = (T + ROWS - 1) // ROWS
+        b = (tl.program_id(0) // blocks).to(tl.int64)
+        start = (tl.program_id(0) % blocks) * ROWS
+        c1 = tl.arange(0, FIRST)
+        c2 = FIRST + tl.arange(0, SECOND)
+        shift1, shift2 = load(SHIFT, b * shift_stride, c1, c2, D)
+        scale1, scale2 = load(SCALE, b * scale_stride, c1, c2, D)
+        if ADD:
+            gate1, gate2 = load(GATE, b * gate_stride, c1, c2, D)
+        if DUAL:
+            dshift1, dshift2 = load(DSHIFT, b * shift_stride, c1, c2, D)
+            dscale1, dscale2 = load(DSCALE, b * scale_stride, c1, c2, D)
+            if ADD:
+                dgate1, dgate2 = load(DGATE, b * gate_stride, c1, c2, D)
+        for t in range(start, tl.minimum(start + ROWS, T)):
+            token = b * T + t
+            row = token * D
+            x1, x2 = load(X, row, c1, c2, D)
+            if LOW is not None:
+                low1, low2 = load(LOW, row, c1, c2, D)
+                x1 += low1
+                x2 += low2
+            if DUAL:
+                dx1, dx2 = load(DX, row, c1, c2, D)
+            if ADD:
+                y1, y2 = load(Y, row, c1, c2, D)
+                x1 += gate1 * y1
+                x2 += gate2 * y2
+                store(XO, row, c1, c2, x1, x2, D)
+                if LOWO is not None:
+                    low1 = x1 - rounded(x1, XO)
+                    low2 = x2 - rounded(x2, XO)
+                    store(LOWO, row, c1, c2, low1, low2, D)
+                else:
+                    x1 = rounded(x1, XO)
+                    x2 = rounded(x2, XO)
+                if DUAL:
+                    dy1, dy2 = load(DY, row, c1, c2, D)
+                    dx1 = rounded(dx1 + dgate1 * y1 + gate1 * dy1, DXO)
+                    dx2 = rounded(dx2 + dgate2 * y2 + gate2 * dy2, DXO)
+                    store(DXO, row, c1, c2, dx1, dx2, D)
+            if DUAL:
+                square, product = row_sums(x1 * x1, x2 * x2, x1 * dx1, x2 * dx2)
+            else:
+                square = row_sum(x1 * x1, x2 * x2)
+            r = tl.rsqrt(square / D + EPS)
+            n1 = r * x1
+            n2 = r * x2
+            h1 = n1 * (1 + scale1) + shift1
+            h2 = n2 * (1 + scale2) + shift2
+            store(H, row, c1, c2, h1, h2, D)
+            tl.store(R + token, r)
+            if DUAL:
+                m = r * product / D
+                dh1 = r * (dx1 - m * n1) * (1 + scale1) + n1 * dscale1 + dshift1
+                dh2 = r * (dx2 - m * n2) * (1 + scale2) + n2 * dscale2 + dshift2
+                store(DH, row, c1, c2, dh1, dh2, D)
+                tl.store(M + token, m)
+
+    # fmt: off
+    @triton.jit
+    def add_norm_backward_kernel(
+        GX, GDX, GH, GDH, X, DX, Y, DY, GATE, DGATE, SCALE, DSCALE, R, M,
+        GXO, GDXO, GY, GDY, SUMS,
+        gate_stride, scale_stride, T,
+        D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, ROWS: tl.constexpr,
+        STAGES: tl.constexpr, BIAS: tl.constexpr,
+    ):
+        # fmt: on
+        """One program: ROWS tokens of an image. X and DX are x' and dx'; GX and GDX their
+        gradients, or None for zero; GXO and GDXO those of x and dx.
+
+        SUMS (programs, 4 or 7, D): sums for shift, scale, gate, bias, dshift, dscale, dgate.
+        """
+        DUAL: tl.constexpr = GDH is not None
+        ADD: tl.constexpr = Y is not None
+        blocks = (T + ROWS - 1) // ROWS
+        b = (tl.program_id(0) // blocks).to(tl.int64)
+        start = (tl.program_id(0) % blocks) * ROWS
+        c1 = tl.arange(0, FIRST)
+        c2 = FIRST + tl.arange(0, SECOND)
+        scale1, scale2 = load(SCALE, b * scale_stride, c1, c2, D)
+        shift_sum1 = tl.zeros([FIRST], tl.float32)
+        shift_sum2 = tl.zeros([SECOND], tl.float32)
+        scale_sum1 = shift_sum1
+        scale_sum2 = shift_sum2
+        if ADD:
+            gate1, gate2 = load(GATE, b * gate_stride, c1, c2, D)
+            gate_sum1 = shift_sum1
+            gate_sum2 = shift_sum2
+            bias_sum1 = shift_sum1
+            bias_sum2 = shift_sum2
+        if DUAL:
+            dscale1, dscale2 = load(DSCALE, b * scale_stride, c1, c2, D)
+            dshift_sum1 = shift_sum1
+            dshift_sum2 = shift_sum2
+            dscale_sum1 = shift_sum1
+            dscale_sum2 = shift_sum2
+            if ADD:
+                dgate1, dgate2 = load(DGATE, b * gate_stride, c1, c2, D)
+                dgate_sum1 = shift_sum1
+                dgate_sum2 = shift_sum2
+        for t in tl.range(start, tl.minimum(start + ROWS, T), num_stages=STAGES):
+            token = b * T + t
+            row = token * D
+            # all that is read, at once
+            x1, x2 = load(X, row, c1, c2, D)
+            gh1, gh2 = load(GH, row, c1, c2, D)
+            r = tl.load(R + token)
+            if DUAL:
+                dx1, dx2 = load(DX, row, c1, c2, D)
+                gdh1, gdh2 = load(GDH, row, c1, c2, D)
+                m = tl.load(M + token)
+            if GX is not None:
+                gx1, gx2 = load(GX, row, c1, c2, D)
+                if DUAL:
+                    gdx1, gdx2 = load(GDX, row, c1, c2, D)
+            if ADD:
+                y1, y2 = load(Y, row, c1, c2, D)
+                if DUAL:
+                    dy1, dy2 = load(DY, row, c1, c2, D)
+
+            n1 = r * x1
+            n2 = r * x2
+            gn1 = gh1 * (1 + scale1)
+            gn2 = gh2 * (1 + scale2)
+            shift_sum1 += gh1
+            shift_sum2 += gh2
+            scale_sum1 += n1 * gh1
+            scale_sum2 += n2 * gh2
+            if DUAL:
+                dn1 = r * (dx1 - m * n1)
+                dn2 = r * (dx2 - m * n2)
+                gn1 += gdh1 * dscale1
+                gn2 += gdh2 * dscale2
+                gdn1 = gdh1 * (1 + scale1)
+                gdn2 = gdh2 * (1 + scale2)
+                scale_sum1 += dn1 * gdh1
+                scale_sum2 += dn2 * gdh2
+                dshift_sum1 += gdh1
+                dshift_sum2 += gdh2
+                dscale_sum1 += n1 * gdh1
+                dscale_sum2 += n2 * gdh2
+                bc1 = n1 * gn1 + dn1 * gdn1
+                bc2 = n2 * gn2 + dn2 * gdn2
+                a, bc = row_sums(n1 * gdn1, n2 * gdn2, bc1, bc2)
+                a = a / D
+                bc = bc / D - 2 * r * a * m
+                v1 = r * (gn1 - r * m * gdn1 - r * a * dx1 - bc * n1)
+                v2 = r * (gn2 - r * m * gdn2 - r * a * dx2 - bc * n2)
+                dv1 = r * (gdn1 - a * n1)
+                dv2 = r * (gdn2 - a * n2)
+                if GX is not None:
+                    dv1 += gdx1
+                    dv2 += gdx2
+                store(GDXO, row, c1, c2, dv1, dv2, D)
+            else:
+                mean = row_sum(n1 * gn1, n2 * gn2) / D
+                v1 = r * (gn1 - mean * n1)
+                v2 = r * (gn2 - mean * n2)
+            if GX is not None:
+                v1 += gx1
+                v2 += gx2
+            store(GXO, row, c1, c2, v1, v2, D)
+            if ADD:
+                gy1 = gate1 * v1
+                gy2 = gate2 * v2
+                gate_sum1 += y1 * v1
+                gate_sum2 += y2 * v2
+                if DUAL:
+                    gy1 += dgate1 * dv1
+                    gy2 += dgate2 * dv2
+                    gate_sum1 += dy1 * dv1
+                    gate_sum2 += dy2 * dv2
+                    dgate_sum1 += y1 * dv1
+                    dgate_sum2 += y2 * dv2
+                    store(GDY, row, c1, c2, gate1 * dv1, gate2 * dv2, D)
+                if BIAS:
+                    bias_sum1 += gy1
+                    bias_sum2 += gy2
+                store(GY, row, c1, c2, gy1, gy2, D)
+
+        rows: tl.constexpr = 7 if DUAL else 4
+        SUMS += tl.program_id(0).to(tl.int64) * rows * D
+        store(SUMS, 0, c1, c2, shift_sum1, shift_sum2, D)
+        store(SUMS, D, c1, c2, scale_sum1, scale_sum2, D)
+        if ADD:
+            store(SUMS, 2 * D, c1, c2, gate_sum1, gate_sum2, D)
+            if BIAS:
+                store(SUMS, 3 * D, c1, c2, bias_sum1, bias_sum2, D)
+        if DUAL:
+            store(SUMS, 4 * D, c1, c2, dshift_sum1, dshift_sum2, D)
+            store(SUMS, 5 * D, c1, c2, dscale_sum1, dscale_sum2, D)
+            if ADD:
+                store(SUMS, 6 * D, c1, c2, dgate_sum1, dgate_sum2, D)
+
+    C1 = tl.constexpr(2 * math.sqrt(2 / math.pi))
+    C3 = tl.constexpr(2 * math.sqrt(2 / math.pi) * 0.044715)
+
+    @triton.jit
+    def gelu_terms(u):
+        """s = sigmoid(z), A = d(u s)/du, and s (1 - s), z'."""
+        u2 = u * u
+        s = 1 / (1 + tl.exp(-u * (C1 + C3 * u2)))
+        dz = C1 + 3 * C3 * u2
+        e = s * (1 - s)
+        return s, s + u * e * dz, e, dz
+
+    @triton.jit
+    def gelu_forward_kernel(U, DU, A, DA, N, BLOCK: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        u = tl.load(U + at, mask=at < N, other=0.0).to(tl.float32)
+        s, slope, _, _ = gelu_terms(u)
+        tl.store(A + at, (u * s).to(A.dtype.element_ty), mask=at < N)
+        if DU is not None:
+            du = tl.load(DU + at, mask=at < N, other=0.0).to(tl.float32)
+            tl.store(DA + at, (slope * du).to(A.dtype.element_ty), mask=at < N)
+
+    # fmt: off
+    @triton.jit
+    def gelu_backward_kernel(
+        GA, GDA, U, DU, GU, GDU, SUMS, N, D,
+        ROWS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+    ):
+        # fmt: on
+        """One program: COLUMNS columns of ROWS rows, of (N, D). SUMS (programs of axis 1, D): of GU
+        over the rows."""
+        c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        first = tl.program_id(1) * ROWS
+        sums = tl.zeros([TILE, COLUMNS], tl.float32)
+        for i in range(0, ROWS, TILE):
+            n = first + i + tl.arange(0, TILE)[:, None]
+            inside = (n < N) & (c < D)
+            at = n.to(tl.int64) * D + c
+            u = tl.load(U + at, mask=inside, other=0.0).to(tl.float32)
+            ga = tl.load(GA + at, mask=inside, other=0.0).to(tl.float32)
+            s, slope, e, dz = gelu_terms(u)
+            gu = slope * ga
+            if GDA is not None:
+                du = tl.load(DU + at, mask=inside, other=0.0).to(tl.float32)
+                gda = tl.load(GDA + at, mask=inside, other=0.0).to(tl.float32)
+                second = e * ((1 - 2 * s) * dz * dz + 6 * C3 * u)
+                gu += (2 * e * dz + u * second) * du * gda
+                tl.store(GDU + at, (slope * gda).to(GDU.dtype.element_ty), mask=inside)
+            tl.store(GU + at, gu.to(GU.dtype.element_ty), mask=inside)
+            sums += gu
+        c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        tl.store(SUMS + tl.program_id(1) * D + c, tl.sum(sums, 0), mask=c < D)
+
+    # fmt: off
+    @triton.jit
+    def heads_forward_kernel(
+        QKV, DQKV, QW, KW, Q, K, DQ, DK, N, H,
+        D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+        EPS: tl.constexpr,
+    ):
+        # fmt: on
+        """One program: a head (axis 0) of ROWS tokens (axis 1). QKV (N, 3, H, D), Q (N, H, D)."""
+        h = tl.program_id(0)
+        c = tl.arange(0, WIDTH)[None, :]
+        for part in tl.static_range(2):
+            if part == 0:
+                weight = tl.load(QW + c, mask=c < D, other=0.0).to(tl.float32)
+            else:
+                weight = tl.load(KW + c, mask=c < D, other=0.0).to(tl.float32)
+            for i in range(0, ROWS, TILE):
+                n = (tl.program_id(1) * ROWS + i + tl.arange(0, TILE)[:, None]).to(tl.int64)
+                inside = (n < N) & (c < D)
+                at = ((n * 3 + part) * H + h) * D + c
+                to = (n * H + h) * D + c
+                x = tl.load(QKV + at, mask=inside, other=0.0).to(tl.float32)
+                r = tl.rsqrt(tl.sum(x * x, 1)[:, None] / D + EPS)
+                y = r * x
+                if part == 0:
+                    tl.store(Q + to, (y * weight).to(Q.dtype.element_ty), mask=inside)
+                else:
+                    tl.store(K + to, (y * weight).to(K.dtype.element_ty), mask=inside)
+                if DQKV is not None:
+                    dx = tl.load(DQKV + at, mask=inside, other=0.0).to(tl.float32)
+                    dy = r * (dx - y * (tl.sum(y * dx, 1)[:, None] / D)) * weight
+                    if part == 0:
+                        tl.store(DQ + to, dy.to(DQ.dtype.element_ty), mask=inside)
+                    else:
+                        tl.store(DK + to, dy.to(DK.dtype.element_ty), mask=inside)
+
+    # fmt: off
+    @triton.jit
+    def heads_gradient(
+        G, DG, QKV, DQKV, W, GQKV, GDQKV, SUMS, N, H, part,
+        D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+        NORM: tl.constexpr, DUAL: tl.constexpr, EPS: tl.constexpr,
+    ):
+        # fmt: on
+        """Gradients of the queries, keys (NORM) or values of one head. G (N, H, D) contiguous."""
+        h = tl.program_id(0)
+        c = tl.arange(0, WIDTH)[None, :]
+        bias_sum = tl.zeros([TILE, WIDTH], tl.float32)
+        weight_sum = bias_sum
+        if NORM:
+            weight = tl.load(W + c, mask=c < D, other=0.0).to(tl.float32)
+        for i in range(0, ROWS, TILE):
+            n = (tl.program_id(1) * ROWS + i + tl.arange(0, TILE)[:, None]).to(tl.int64)
+            inside = (n < N) & (c < D)
+            at = ((n * 3 + part) * H + h) * D + c
+            to = (n * H + h) * D + c
+            gx = tl.load(G + to, mask=inside, other=0.0).to(tl.float32)
+            if DUAL:
+                gdx = tl.load(DG + to, mask=inside, other=0.0).to(tl.float32)
+            if NORM:
+                x = tl.load(QKV + at, mask=inside, other=0.0).to(tl.float32)
+                r = tl.rsqrt(tl.sum(x * x, 1)[:, None] / D + EPS)
+                y = r * x
+                weight_sum += gx * y
+                gy = gx * weight
+                if DUAL:
+                    dx = tl.load(DQKV + at, mask=inside, other=0.0).to(tl.float32)
+                    m = tl.sum(y * dx, 1)[:, None] / D
+                    dy = r * (dx - m * y)
+                    weight_sum += gdx * dy
+                    gdy = gdx * weight
+                    a = tl.sum(y * gdy, 1)[:, None] / D
+                    bc = tl.sum(y * gy + dy * gdy, 1)[:, None] / D - 2 * r * a * m
+                    gx = r * (gy - r * m * gdy - r * a * dx - bc * y)
+                    gdx = r * (gdy - a * y)
+                else:
+                    gx = r * (gy - (tl.sum(y * gy, 1)[:, None] / D) * y)
+            bias_sum += gx
+            tl.store(GQKV + at, gx.to(GQKV.dtype.element_ty), mask=inside)
+            if DUAL:
+                tl.store(GDQKV + at, gdx.to(GDQKV.dtype.element_ty), mask=inside)
+        c = tl.arange(0, WIDTH)
+        SUMS += ((tl.program_id(1) * 5 + part) * H + h) * D
+        tl.store(SUMS + c, tl.sum(bias_sum, 0), mask=c < D)
+        if NORM:
+            tl.store(SUMS + 3 * H * D + c, tl.sum(weight_sum, 0), mask=c < D)
+
+    # fmt: off
+    @triton.jit
+    def heads_backward_kernel(
+        GQ, GK, GV, GDQ, GDK, GDV, QKV, DQKV, QW, KW, GQKV, GDQKV, SUMS, N, H,
+        D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+        EPS: tl.constexpr,
+    ):
+        """One program: a head (axis 0) of ROWS tokens (axis 1), queries, keys or values (axis 2).
+
+        SUMS (programs of axis 1, 5, H, D): for the biases of q, k, v and the weights of q and k.
+        """
+        DUAL: tl.constexpr = DQKV is not None
+        if tl.program_id(2) == 0:
+            heads_gradient(GQ, GDQ, QKV, DQKV, QW, GQKV, GDQKV, SUMS, N, H, 0,
+                           D, WIDTH, ROWS, TILE, True, DUAL, EPS)
+        elif tl.program_id(2) == 1:
+            heads_gradient(GK, GDK, QKV, DQKV, KW, GQKV, GDQKV, SUMS, N, H, 1,
+                           D, WIDTH, ROWS, TILE, True, DUAL, EPS)
+        else:
+            heads_gradient(GV, GDV, QKV, DQKV, QW, GQKV, GDQKV, SUMS, N, H, 2,
+                           D, WIDTH, ROWS, TILE, False, DUAL, EPS)
+    # fmt: on
+
+
+def _on(x):
+    """Makes x's device the current one, where Triton launches."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
+
+
+def _dense(x):
+    return None if x is None else x.contiguous()
+
+
+def _vectors(value, tangent):
+    """Modulation vectors (B, 1, D) with one stride from image to image, and that stride."""
+    if value is None:
+        return None, None, 0
+    stride = value.stride(0)
+    same = tangent is None or tangent.stride(0) == stride and tangent.stride(2) == 1
+    if value.stride(2) != 1 or not same:
+        value, tangent = value.contiguous(), _dense(tangent)
+        stride = value.stride(0)
+    return value, tangent, stride
+
+
+# ---- x + gate y, norm, scale and shift -----------------------------------------------------------
+
+
+@torch.library.custom_op("fused::add_norm", mutates_args=())
+def _add_norm(
+    x: Tensor,
+    low: Tensor | None,
+    dx: Tensor | None,
+    y: Tensor | None,
+    dy: Tensor | None,
+    gate: Tensor | None,
+    dgate: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor,
+    dshift: Tensor | None,
+    scale: Tensor,
+    dscale: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> x', its low part, dx', h, dh in `dtype`, and r, m (B, T) float32.
+
+    The first three are empty without y, and the low part where `dtype` has more than 16 bits.
+    """
+    outputs = _add_norm_empty(x, dx, y, dtype)
+    x_out, low_out, dx_out, h, dh, r, m = outputs
+    low_out = low_out if low_out.numel() else None
+    B, T, D = x.shape
+    x, low, dx, y, dy = _dense(x), _dense(low), _dense(dx), _dense(y), _dense(dy)
+    gate, dgate, gate_stride = _vectors(gate, dgate)
+    shift, dshift, shift_stride = _vectors(shift, dshift)
+    scale, dscale, scale_stride = _vectors(scale, dscale)
+    rows, warps = NORM_FORWARD
+    with _on(x):
+        # fmt: off
+        add_norm_forward_kernel[(B * -(-T // rows),)](
+            x, low, dx, y, dy, gate, dgate, shift, dshift, scale, dscale,
+            x_out, low_out, dx_out, h, dh, r, m,
+            gate_stride, shift_stride, scale_stride, T,
+            D, *chunk_widths(D), rows, EPS, num_warps=warps,
+        )
+        # fmt: on
+    return outputs
+
+
+def _add_norm_empty(x, dx, y, dtype):
+    def like(wanted):
+        return x.new_empty(x.shape if wanted else (0,), dtype=dtype)
+
+    dual = dx is not None
+    add = y is not None
+    r = x.new_empty(x.shape[:2], dtype=torch.float32)
+    m = x.new_empty(x.shape[:2] if dual else (0,), dtype=torch.float32)
+    return (
+        like(add),
+        like(add and dtype.itemsize == 2),
+        like(add and dual),
+        like(True),
+        like(dual),
+        r,
+        m,
+    )
+
+
+@_add_norm.register_fake
+def _(x, low, dx, y, dy, gate, dgate, bias, shift, dshift, scale, dscale, dtype):
+    return _add_norm_empty(x, dx, y, dtype)
+
+
+@torch.library.custom_op("fused::add_norm_backward", mutates_args=())
+def _add_norm_backward(
+    gx: Tensor | None,
+    gdx: Tensor | None,
+    gh: Tensor,
+    gdh: Tensor | None,
+    x: Tensor,
+    dx: Tensor | None,
+    y: Tensor | None,
+    dy: Tensor | None,
+    gate: Tensor | None,
+    dgate: Tensor | None,
+    scale: Tensor,
+    dscale: Tensor | None,
+    r: Tensor,
+    m: Tensor,
+    bias: bool,
+    x_dtype: torch.dtype,
+    dx_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> gradients of x, dx, y, dy, and sums (B, blocks, 4 or 7, D) as the kernel has them."""
+    outputs = _add_norm_backward_empty(gdh, x, y, x_dtype, dx_dtype)
+    gx_out, gdx_out, gy, gdy, sums = outputs
+    B, T, D = x.shape
+    dual = gdh is not None
+    rows, warps, stages = NORM_BACKWARD[dual]
+    if D > 1280:
+        warps *= 2
+    if D * x.element_size() > 4096:  # what is loaded ahead must fit into shared memory
+        stages = 1
+    gx, gdx, gh, gdh = _dense(gx), _dense(gdx), _dense(gh), _dense(gdh)
+    x, y = _dense(x), _dense(y)
+    dx, dy = (_dense(dx), _dense(dy)) if dual else (None, None)
+    gate, dgate, gate_stride = _vectors(gate, dgate)
+    scale, dscale, scale_stride = _vectors(scale, dscale)
+    with _on(x):
+        # fmt: off
+        add_norm_backward_kernel[(B * -(-T // rows),)](
+            gx, gdx, gh, gdh, x, dx, y, dy, gate, dgate, scale, dscale, r, m,
+            gx_out, gdx_out, gy, gdy, sums,
+            gate_stride, scale_stride, T,
+            D, *chunk_widths(D), rows, stages, bias, num_warps=warps,
+        )
+        # fmt: on
+    return outputs
+
+
+def _add_norm_backward_empty(gdh, x, y, x_dtype, dx_dtype):
+    def like(wanted, dtype):
+        return x.new_empty(x.shape if wanted else (0,), dtype=dtype)
+
+    B, T, D = x.shape
+    dual = gdh is not None
+    add = y is not None
+    y_dtype = y.dtype if add else x.dtype
+    rows, _, _ = NORM_BACKWARD[dual]
+    sums = x.new_empty(B, -(-T // rows), 7 if dual else 4, D, dtype=torch.float32)
+    return (
+        like(True, x_dtype),
+        like(dual, dx_dtype),
+        like(add, y_dtype),
+        like(add and dual, y_dtype),
+        sums,
+    )
+
+
+@_add_norm_backward.register_fake
+def _(gx, gdx, gh, gdh, x, dx, y, dy, gate, dgate, scale, dscale, r, m, bias, x_dtype, dx_dtype):
+    return _add_norm_backward_empty(gdh, x, y, x_dtype, dx_dtype)
+
+
+def _save_add_norm(ctx, inputs, output):
+    x, _, dx, y, dy, gate, dgate, bias, _, _, scale, dscale, _ = inputs
+    x_out, _, dx_out, _, _, r, m = output
+    ctx.dtypes = x.dtype, x.dtype if dx is None else dx.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    add = y is not None
+    dual = dx is not None
+    kept_dx = None
+    if dual:
+        kept_dx = dx_out if add else dx
+    ctx.save_for_backward(x_out if add else x, kept_dx, y, dy, gate, dgate, scale, dscale, r, m)
+    ctx.set_materialize_grads(False)
+
+
+def _add_norm_gradients(ctx, gx, _, gdx, gh, gdh, *others):
+    x, dx, y, dy, gate, dgate, scale, dscale, r, m = ctx.saved_tensors
+    if gx is None and gdx is None and gh is None and gdh is None:
+        return (None,) * 13
+    dual = gdx is not None or gdh is not None
+    if y is None:
+        gx, gdx = None, None
+    elif gx is not None or gdx is not None:
+        gx = torch.zeros_like(x) if gx is None else gx
+        gdx = torch.zeros_like(dx) if gdx is None and dual else gdx
+    if gh is None:
+        gh = torch.zeros_like(x, dtype=x.dtype if y is None else y.dtype)
+    if gdh is None and dual:
+        gdh = torch.zeros_like(gh)
+    if not dual:  # no gradient comes through the tangent
+        dx, dy, dgate, dscale = None, None, None, None
+    gx, gdx, gy, gdy, sums = _add_norm_backward(
+        gx,
+        gdx,
+        gh,
+        gdh,
+        x,
+        dx,
+        y,
+        dy,
+        gate,
+        dgate,
+        scale,
+        dscale,
+        r,
+        m,
+        ctx.bias_dtype is not None,
+        *ctx.dtypes,
+    )
+    sums = sums.sum(1).unsqueeze(2).to(scale.dtype)  # (B, 4 or 7, 1, D)
+    gshift, gscale = sums[:, 0], sums[:, 1]
+    ggate, gbias, gdshift, gdscale, gdgate = (None,) * 5
+    if y is not None:
+        ggate = sums[:, 2]
+        if ctx.bias_dtype is not None:
+            gbias = sums[:, 3, 0].sum(0).to(ctx.bias_dtype)
+    if dual:
+        gdshift, gdscale = sums[:, 4], sums[:, 5]
+        if y is not None:
+            gdgate = sums[:, 6]
+    if y is None:
+        gy, gdy = None, None
+    if not dual:
+        gdx, gdy = None, None
+    inputs = (gx, None, gdx, gy, gdy, ggate, gdgate, gbias, gshift, gdshift, gscale, gdscale)
+    return (*inputs, None)
+
+
+_add_norm.register_autograd(_add_norm_gradients, setup_context=_save_add_norm)
+
+
+def add_norm(
+    x,
+    dx,
+    y,
+    dy,
+    gate,
+    dgate,
+    shift,
+    dshift,
+    scale,
+    dscale,
+    bias=None,
+    low=None,
+    dtype=None,
+):
+    """x' = x + gate y, h = rms_norm(x') (1 + scale) + shift, and their tangents.
+
+    x, y, dx, dy (B, T, D); gate, shift, scale and their tangents (B, 1, D). Without y and gate
+    (None), x' = x. bias (D,): that of y, for its gradient alone. low: the value is x + low, where
+    low has no gradient. dtype: of all results; default: x's. Returns (x', low', dx', h, dh). In a
+    dtype of 16 bits low' is what x' lost in it, else None.
+    """
+    dtype = dtype or x.dtype
+    x_out, low_out, dx_out, h, dh, _, _ = _add_norm(
+        x, low, dx, y, dy, gate, dgate, bias, shift, dshift, scale, dscale, dtype
+    )
+    low_out = low_out.detach() if dtype.itemsize == 2 else None
+    if y is None:
+        x_out, low_out, dx_out = x, low, dx
+    if dx is None:
+        return x_out, low_out, None, h, None
+    return x_out, low_out, dx_out, h, dh
+
+
+# ---- GELU ----------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fused::gelu", mutates_args=())
+def _gelu(u: Tensor, du: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    u, du = _dense(u), _dense(du)
+    a = torch.empty_like(u)
+    da = u.new_empty(0) if du is None else torch.empty_like(u)
+    block = 1024
+    with _on(u):
+        grid = (-(-u.numel() // block),)
+        gelu_forward_kernel[grid](u, du, a, da, u.numel(), block, num_warps=4)
+    return a, da
+
+
+@_gelu.register_fake
+def _(u, du, bias):
+    a = torch.empty_like(u, memory_format=torch.contiguous_format)
+    return a, u.new_empty(0) if du is None else torch.empty_like(a)
+
+
+@torch.library.custom_op("fused::gelu_backward", mutates_args=())
+def _gelu_backward(
+    ga: Tensor, gda: Tensor | None, u: Tensor, du: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> gradients of u and du, and sums (blocks, D) of u's."""
+    outputs = _gelu_backward_empty(ga, gda, u, du)
+    gu, gdu, sums = outputs
+    ga, gda, u, du = _dense(ga), _dense(gda), _dense(u), _dense(du)
+    D = u.size(-1)
+    N = u.numel() // D
+    rows, warps = GELU_BACKWARD
+    columns = min(512, triton.next_power_of_2(D))
+    with _on(u):
+        gelu_backward_kernel[(-(-D // columns), len(sums))](
+            ga, gda, u, du, gu, gdu, sums, N, D, rows, 2, columns, num_warps=warps
+        )
+    return outputs
+
+
+def _gelu_backward_empty(ga, gda, u, du):
+    D = u.size(-1)
+    rows, _ = GELU_BACKWARD
+    gu = torch.empty_like(u, memory_format=torch.contiguous_format)
+    gdu = u.new_empty(0) if gda is None else torch.empty_like(gu)
+    return gu, gdu, u.new_empty(-(-(u.numel() // D) // rows), D, dtype=torch.float32)
+
+
+@_gelu_backward.register_fake
+def _(ga, gda, u, du):
+    return _gelu_backward_empty(ga, gda, u, du)
+
+
+def _save_gelu(ctx, inputs, output):
+    u, du, bias = inputs
+    ctx.save_for_backward(u, du)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _gelu_gradients(ctx, ga, gda):
+    u, du = ctx.saved_tensors
+    if du is None:
+        gda = None
+    if ga is None and gda is None:
+        return None, None, None
+    if ga is None:
+        ga = torch.zeros_like(u)
+    gu, gdu, sums = _gelu_backward(ga, gda, u, du)
+    gbias = None if ctx.bias_dtype is None else sums.sum(0).to(ctx.bias_dtype)
+    return gu, None if gda is None else gdu, gbias
+
+
+_gelu.register_autograd(_gelu_gradients, setup_context=_save_gelu)
+
+
+def gelu(u, du, bias=None):
+    """The tanh form of GELU and its tangent. bias (D,): that of u, for its gradient alone."""
+    a, da = _gelu(u, du, bias)
+    return a, None if du is None else da
+
+
+# ---- norms of queries and keys -------------------------------------------------------------------
+
+
+@torch.library.custom_op("fused::qk_norm", mutates_args=())
+def _qk_norm(
+    qkv: Tensor, dqkv: Tensor | None, q_weight: Tensor, k_weight: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """qkv (B, T, 3 D) -> q, k, dq, dk (B, T, heads, d)."""
+    outputs = _qk_norm_empty(qkv, dqkv, heads)
+    q, k, dq, dk = outputs
+    qkv, dqkv = _dense(qkv), _dense(dqkv)
+    N = qkv.size(0) * qkv.size(1)
+    d = q.size(-1)
+    rows, warps = HEADS_FORWARD
+    width = max(16, triton.next_power_of_2(d))
+    with _on(qkv):
+        heads_forward_kernel[(heads, -(-N // rows))](
+            qkv, dqkv, q_weight, k_weight, q, k, dq, dk, N, heads,
+            d, width, rows, 32, EPS, num_warps=warps,
+        )  # fmt: skip
+    return outputs
+
+
+def _qk_norm_empty(qkv, dqkv, heads):
+    B, T, D3 = qkv.shape
+    shape = (B, T, heads, D3 // (3 * heads))
+    tangent = (0,) if dqkv is None else shape
+    return (
+        qkv.new_empty(shape),
+        qkv.new_empty(shape),
+        qkv.new_empty(tangent),
+        qkv.new_empty(tangent),
+    )
+
+
+@_qk_norm.register_fake
+def _(qkv, dqkv, q_weight, k_weight, heads):
+    return _qk_norm_empty(qkv, dqkv, heads)
+
+
+@torch.library.custom_op("fused::qk_norm_backward", mutates_args=())
+def _qk_norm_backward(
+    gq: Tensor,
+    gk: Tensor,
+    gv: Tensor,
+    gdq: Tensor | None,
+    gdk: Tensor | None,
+    gdv: Tensor | None,
+    qkv: Tensor,
+    dqkv: Tensor | None,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> gradients of qkv and dqkv, and sums (blocks, 5, heads, d) as the kernel has them."""
+    outputs = _qk_norm_backward_empty(qkv, dqkv, heads)
+    gqkv, gdqkv, sums = outputs
+    gq, gk, gv = _dense(gq), _dense(gk), _dense(gv)
+    gdq, gdk, gdv = _dense(gdq), _dense(gdk), _dense(gdv)
+    qkv, dqkv = _dense(qkv), _dense(dqkv)
+    N = qkv.size(0) * qkv.size(1)
+    d = sums.size(-1)
+    rows, warps = HEADS_BACKWARD
+    width = max(16, triton.next_power_of_2(d))
+    with _on(qkv):
+        heads_backward_kernel[(heads, len(sums), 3)](
+            gq, gk, gv, gdq, gdk, gdv, qkv, dqkv, q_weight, k_weight, gqkv, gdqkv, sums, N, heads,
+            d, width, rows, 32, EPS, num_warps=warps,
+        )  # fmt: skip
+    return outputs
+
+
+def _qk_norm_backward_empty(qkv, dqkv, heads):
+    B, T, D3 = qkv.shape
+    rows, _ = HEADS_BACKWARD
+    gqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    gdqkv = qkv.new_empty(0) if dqkv is None else torch.empty_like(gqkv)
+    blocks = -(-(B * T) // rows)
+    return gqkv, gdqkv, qkv.new_empty(blocks, 5, heads, D3 // (3 * heads), dtype=torch.float32)
+
+
+@_qk_norm_backward.register_fake
+def _(gq, gk, gv, gdq, gdk, gdv, qkv, dqkv, q_weight, k_weight, heads):
+    return _qk_norm_backward_empty(qkv, dqkv, heads)
+
+
+class _QKNorm(torch.autograd.Function):
+    """Gives v beside q and k, so that the gradients of all three come together."""
+
+    @staticmethod
+    def forward(ctx, qkv, dqkv, q_weight, k_weight, bias, heads):
+        q, k, dq, dk = _qk_norm(qkv, dqkv, q_weight, k_weight, heads)
+        ctx.save_for_backward(qkv, dqkv, q_weight, k_weight)
+        ctx.heads = heads
+        ctx.set_materialize_grads(False)
+        v = qkv.unflatten(-1, (3, heads, -1))[:, :, 2]
+        if dqkv is None:
+            return q, k, v
+        dv = dqkv.unflatten(-1, (3, heads, -1))[:, :, 2]
+        return q, k, v, dq, dk, dv
+
+    @staticmethod
+    def backward(ctx, gq, gk, gv, gdq=None, gdk=None, gdv=None):
+        qkv, dqkv, q_weight, k_weight = ctx.saved_tensors
+        gq, gk, gv = _all_or_none(gq, gk, gv)
+        gdq, gdk, gdv = _all_or_none(gdq, gdk, gdv)
+        if gdq is None:  # no gradient comes through the tangent
+            dqkv = None
+        if gq is None and gdq is None:
+            return (None,) * 6
+        if gq is None:
+            gq, gk, gv = (torch.zeros_like(g) for g in (gdq, gdk, gdv))
+        gqkv, gdqkv, sums = _qk_norm_backward(
+            gq, gk, gv, gdq, gdk, gdv, qkv, dqkv, q_weight, k_weight, ctx.heads
+        )
+        sums = sums.sum(0)  # (5, heads, d)
+        weights = sums[3:].sum(1)
+        return (
+            gqkv,
+            None if dqkv is None else gdqkv,
+            weights[0].to(q_weight.dtype),
+            weights[1].to(k_weight.dtype),
+            sums[:3].flatten() if ctx.needs_input_grad[4] else None,
+            None,
+        )
+
+
+def _all_or_none(*gradients):
+    """Zeros for gradients that are missing, if others are there."""
+    given = [g for g in gradients if g is not None]
+    if not given:
+        return gradients
+    return [torch.zeros_like(given[0]) if g is None else g for g in gradients]
+
+
+@torch.compiler.allow_in_graph  # Dynamo's own tracing would replace missing gradients by zeros
+def _qk_norm_and_v(qkv, dqkv, q_weight, k_weight, bias, heads):
+    return _QKNorm.apply(qkv, dqkv, q_weight, k_weight, bias, heads)
+
+
+def qk_norm(qkv, dqkv, q_weight, k_weight, heads, bias=None):
+    """qkv (B, T, 3 D) -> q, k, v (B, T, heads, d) and their tangents; q and k normed and weighted.
+
+    bias (3 D,): that of qkv, for its gradient alone.
+    """
+    out = _qk_norm_and_v(qkv, dqkv, q_weight, k_weight, bias, heads)
+    if dqkv is None:
+        return (*out, None, None, None)
+    return out

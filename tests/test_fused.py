@@ -1,0 +1,250 @@
+"""
+The kernels of fused.py, in Triton's interpreter, against float64; and compiled without a GPU.
+
+Functions without "test_" in front run in a process of their own, where the interpreter is on.
+"""
+
+import copy
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import HERE
+from torch.nn import functional
+
+import dual
+import fused
+from dual import Dual
+from loss import TrainingLoss, backward
+from model import Block, DiT, DiTConfig
+
+pytest.importorskip("triton")
+
+
+def interpreted(name):
+    """Run a function of this file in Triton's interpreter."""
+    path = os.pathsep.join([HERE, os.path.dirname(os.path.abspath(__file__))])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment.update(CUDA_VISIBLE_DEVICES="", PYTHONPATH=path)
+    command = [sys.executable, "-W", "ignore", "-c", f"import test_fused as t; t.{name}()"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", ["kernels_match", "network_matches"])
+def test_in_the_interpreter(name):
+    interpreted(name)
+
+
+def kernels_match():
+    """In one process, because starting one takes seconds."""
+    add_norm_matches()
+    gelu_matches()
+    qk_norm_matches()
+    low_parts_add_up()
+
+
+def error(found, wanted):
+    return ((found.double() - wanted).norm() / wanted.norm()).item()
+
+
+def leaves(*shapes):
+    """Random float64 tensors that want gradients, and the same in float32. None stays None."""
+    wide = []
+    for shape in shapes:
+        tensor = None if shape is None else torch.randn(shape, dtype=torch.float64)
+        wide.append(tensor)
+    narrow = [None if a is None else a.float().requires_grad_() for a in wide]
+    return [None if a is None else a.requires_grad_() for a in wide], narrow
+
+
+def check_outputs_and_gradients(found, wanted, narrow, wide, limit=1e-6):
+    """Compare outputs, and the gradients of a random sum of them. None and None match."""
+    loss = 0
+    reference = 0
+    for a, b in zip(found, wanted, strict=True):
+        assert (a is None) == (b is None)
+        if a is None:
+            continue
+        assert error(a.detach(), b.detach()) < limit
+        weights = torch.randn_like(b)
+        reference = reference + (b * weights).sum()
+        loss = loss + (a * weights.float()).sum()
+    reference.backward()
+    loss.backward()
+    for a, b in zip(narrow, wide, strict=True):
+        if b is not None:
+            assert error(a.grad, b.grad) < limit
+
+
+def add_norm_matches():
+    """Widths, lengths of several programs, with and without tangents, a branch to add, a bias."""
+    torch.manual_seed(0)
+    for B, T, D in ((2, 5, 48), (2, 33, 32), (1, 3, 17)):
+        for tangents in (True, False):
+            for adds in (True, False):
+                token, vector = (B, T, D), (B, 1, D)
+                shapes = (
+                    [token, token, *[vector] * 3] if adds else [token, None, None, *[vector] * 2]
+                )
+                wide, narrow = leaves(*shapes, *(shapes if tangents else [None] * 5))
+                x, y, gate, shift, scale = (dual.pair(*p) for p in zip(wide[:5], wide[5:]))
+                total = x + gate * y if adds else x
+                h = dual.modulate(dual.rms_norm(total), shift, scale)
+                wanted = [dual.value_of(h), dual.tangent_of(h)]
+                if adds:
+                    wanted += [dual.value_of(total), dual.tangent_of(total)]
+                v, d = narrow[:5], narrow[5:]
+                pairs = [each for pair in zip(v, d) for each in pair]
+                bias = torch.zeros(D, requires_grad=True) if adds else None
+                x, _, dx, h, dh = fused.add_norm(*pairs, bias=bias)
+                found = [h, dh, x, dx] if adds else [h, dh]
+                check_outputs_and_gradients(found, wanted, narrow, wide)
+                if adds:
+                    assert error(bias.grad, wide[1].grad.sum((0, 1))) < 1e-6
+
+
+def tanh_gelu(x):
+    return functional.gelu(x, approximate="tanh")
+
+
+def gelu_matches():
+    torch.manual_seed(0)
+    for tangents in (True, False):
+        wide, narrow = leaves((3, 50, 70), (3, 50, 70) if tangents else None)
+        if tangents:
+            wanted = torch.func.jvp(
+                lambda x: functional.gelu(x, approximate="tanh"), (wide[0],), (wide[1],)
+            )
+        else:
+            wanted = tanh_gelu(wide[0]), None
+        bias = torch.zeros(70, requires_grad=True)
+        check_outputs_and_gradients(fused.gelu(*narrow, bias), wanted, narrow, wide)
+        assert error(bias.grad, wide[0].grad.sum((0, 1))) < 1e-6
+
+
+def qk_norm_matches():
+    torch.manual_seed(0)
+    heads, d = 3, 24
+    token = (2, 37, 3 * heads * d)
+
+    def reference(qkv, q_weight, k_weight):
+        q, k, v = dual.split(lambda x: x.unflatten(-1, (3, heads, -1)).unbind(2), qkv)
+        return dual.rms_norm(q, q_weight), dual.rms_norm(k, k_weight), v
+
+    for tangents in (True, False):
+        wide, narrow = leaves(token, token if tangents else None, (d,), (d,))
+        parts = reference(dual.pair(*wide[:2]), *wide[2:])
+        wanted = [dual.value_of(part) for part in parts] + [dual.tangent_of(part) for part in parts]
+        bias = torch.zeros(3 * heads * d, requires_grad=True)
+        found = fused.qk_norm(*narrow, heads, bias)
+        check_outputs_and_gradients(found, wanted, narrow, wide)
+        assert error(bias.grad, wide[0].grad.sum((0, 1))) < 1e-6
+
+
+def low_parts_add_up():
+    """The stream's value in two parts of 16 bits is that of float32 to 2^-16."""
+    torch.manual_seed(0)
+    half = torch.bfloat16
+    x, y = torch.randn(2, 2, 5, 48)
+    gate, shift, scale = torch.randn(3, 2, 1, 48)
+    high, y = x.to(half), y.to(half)
+    low = (x - high.float()).to(half)
+    out, low_out, _, _, _ = fused.add_norm(
+        *(high, None, y, None, gate, None, shift, None, scale, None),
+        low=low,
+        dtype=half,
+    )
+    wanted = x.double() + gate.double() * y.double()
+    assert error(out, wanted) > 1e-3
+    assert error(out.float() + low_out.float(), wanted) < 2e-5
+
+
+def network_matches():
+    """Loss and gradients: the formulas in float64, the kernels checkpointed, compiled, detached."""
+    torch.manual_seed(0)
+    config = DiTConfig(input_size=4, hidden_size=48, depth=2, num_heads=2, num_classes=10)
+    network = DiT(config)
+    for p in network.parameters():
+        if p.requires_grad and not p.any():
+            torch.nn.init.normal_(p, std=0.1)
+    x0 = torch.randn(2, 4, 4, 4)
+    y = torch.randint(10, (2,))
+
+    def gradients(fuse, dtype, detach, blocks=0, compiled=False):
+        torch._dynamo.reset()
+        fused.FUSED = fuse
+        net = copy.deepcopy(network).to(dtype)
+        target = copy.deepcopy(net).requires_grad_(False)
+        net.checkpoint_blocks = blocks
+        if compiled:
+            function = Block.forward_detach_jvp if detach else Block.forward
+            net.run_block = torch.compile(function, fullgraph=True, backend="aot_eager")
+            target.run_block = net.run_block
+        loss = TrainingLoss(net, target, guidance=dict(w=2.0), detach_jvp=detach)
+        drawn = [a.to(dtype) if a.dtype == torch.float32 else a for a in loss.draw(x0, 0)]
+        value, _ = loss(x0.to(dtype), y, *drawn, backward_part=backward)
+        backward(value)
+        return [value, *(p.grad for p in net.parameters() if p.requires_grad)]
+
+    for detach in (False, True):
+        wanted = gradients(False, torch.float64, detach)
+        for case in [dict()] if detach else [dict(blocks=2), dict(compiled=True)]:
+            found = gradients(True, torch.float32, detach, **case)
+            for a, b in zip(found, wanted, strict=True):
+                assert (a.double() - b).norm() <= 2e-5 * b.norm(), case
+
+
+def test_formulas_without_kernels(monkeypatch):
+    """What the kernels do not take goes through the formulas."""
+    x = torch.randn(2, 3, 8)
+    assert fused.why_not(x) is not None
+    total = dual.add_gated(x, x[:, :1], x)
+    assert torch.equal(total, x + x[:, :1] * x)
+    assert fused.why_not(torch.zeros(1, fused.MAX_WIDTH + 1)) is not None
+    monkeypatch.setattr(fused, "FUSED", False)
+    assert fused.why_not(x) == "FUSED is False"
+
+
+def test_a_stream_is_its_sum():
+    x, y, gate = (Dual(*torch.randn(2, 2, 3, 8)) for _ in range(3))
+    low = torch.randn(2, 3, 8)
+    found = dual.total(dual.Stream(x, low, gate, y))
+    wanted = x + low + gate * y
+    assert torch.equal(found.value, wanted.value) and torch.equal(found.tangent, wanted.tangent)
+
+
+@pytest.mark.parametrize("capability", (80, 90))
+def test_the_backward_does_not_spill(capability, tmp_path):
+    """The largest kernel at XL/2's width, compiled for a GPU, keeps its rows in registers."""
+    compiler = pytest.importorskip("triton.compiler")
+    backend = pytest.importorskip("triton.backends.compiler")
+    import triton
+
+    kernel = fused.add_norm_backward_kernel
+    tokens, warps, stages = fused.NORM_BACKWARD[True]
+    first, second = fused.chunk_widths(1152)
+    constants = dict(D=1152, FIRST=first, SECOND=second, ROWS=tokens, STAGES=stages, BIAS=False)
+    kinds = dict.fromkeys(("GATE", "DGATE", "SCALE", "DSCALE", "R", "M", "SUMS"), "*fp32")
+    kinds.update(dict.fromkeys(("gate_stride", "scale_stride", "T"), "i32"))
+    kinds.update(dict.fromkeys(constants, "constexpr"))
+    signature = {name: kinds.get(name, "*bf16") for name in kernel.arg_names}
+    places = list(enumerate(kernel.arg_names))
+    fixed = {(i,): constants[name] for i, name in places if name in constants}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in places
+        if signature[name][0] == "*" or name.endswith("stride")
+    }
+    source = compiler.ASTSource(kernel, signature, fixed, aligned)
+    target = backend.GPUTarget("cuda", capability, 32)
+    made = compiler.compile(source, target=target, options=dict(num_warps=warps))
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(made.asm["cubin"])
+    tool = os.path.join(triton.__path__[0], "backends", "nvidia", "bin", "cuobjdump")
+    said = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True)
+    assert int(re.search(r"STACK:(\d+)", said.stdout)[1]) == 0
+    assert made.metadata.shared <= 99 * 1024
