@@ -35,8 +35,8 @@ GELU is its tanh form, u s with s = sigmoid(z), z = c (u + 0.044715 u^3), c = 2 
     gdu = A gda  gu = A ga + A' du gda, where A' = 2 s' + u s'',
                  s'' = s (1 - s) ((1 - 2 s) z'^2 + z'')
 
-Biases: the product before a kernel has added its bias already, to a copy without a gradient. The
-kernel is given the bias again, and only makes its gradient, in the pass that makes the sums.
+A bias before gelu or qk_norm is added by the product, which has none of its gradient. The kernel is
+given the bias again, for its gradient alone: it sums over tokens while it has them.
 
 All sums are made in one order: first within blocks of tokens, then over the blocks. There are no
 atomic additions, so that two runs give the same bits.
@@ -225,13 +225,13 @@ if triton is not None:
         GXO, GDXO, GY, GDY, SUMS,
         gate_stride, scale_stride, T,
         D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, ROWS: tl.constexpr,
-        STAGES: tl.constexpr, BIAS: tl.constexpr,
+        STAGES: tl.constexpr,
     ):
         # fmt: on
         """One program: ROWS tokens of an image. X and DX are x' and dx'; GX and GDX their
         gradients, or None for zero; GXO and GDXO those of x and dx.
 
-        SUMS (programs, 4 or 7, D): sums for shift, scale, gate, bias, dshift, dscale, dgate.
+        SUMS (programs, 3 or 6, D): sums for shift, scale, gate, dshift, dscale, dgate.
         """
         DUAL: tl.constexpr = GDH is not None
         ADD: tl.constexpr = Y is not None
@@ -249,8 +249,6 @@ if triton is not None:
             gate1, gate2 = load(GATE, b * gate_stride, c1, c2, D)
             gate_sum1 = shift_sum1
             gate_sum2 = shift_sum2
-            bias_sum1 = shift_sum1
-            bias_sum2 = shift_sum2
         if DUAL:
             dscale1, dscale2 = load(DSCALE, b * scale_stride, c1, c2, D)
             dshift_sum1 = shift_sum1
@@ -336,24 +334,19 @@ if triton is not None:
                     dgate_sum1 += y1 * dv1
                     dgate_sum2 += y2 * dv2
                     store(GDY, row, c1, c2, gate1 * dv1, gate2 * dv2, D)
-                if BIAS:
-                    bias_sum1 += gy1
-                    bias_sum2 += gy2
                 store(GY, row, c1, c2, gy1, gy2, D)
 
-        rows: tl.constexpr = 7 if DUAL else 4
+        rows: tl.constexpr = 6 if DUAL else 3
         SUMS += tl.program_id(0).to(tl.int64) * rows * D
         store(SUMS, 0, c1, c2, shift_sum1, shift_sum2, D)
         store(SUMS, D, c1, c2, scale_sum1, scale_sum2, D)
         if ADD:
             store(SUMS, 2 * D, c1, c2, gate_sum1, gate_sum2, D)
-            if BIAS:
-                store(SUMS, 3 * D, c1, c2, bias_sum1, bias_sum2, D)
         if DUAL:
-            store(SUMS, 4 * D, c1, c2, dshift_sum1, dshift_sum2, D)
-            store(SUMS, 5 * D, c1, c2, dscale_sum1, dscale_sum2, D)
+            store(SUMS, 3 * D, c1, c2, dshift_sum1, dshift_sum2, D)
+            store(SUMS, 4 * D, c1, c2, dscale_sum1, dscale_sum2, D)
             if ADD:
-                store(SUMS, 6 * D, c1, c2, dgate_sum1, dgate_sum2, D)
+                store(SUMS, 5 * D, c1, c2, dgate_sum1, dgate_sum2, D)
 
     C1 = tl.constexpr(2 * math.sqrt(2 / math.pi))
     C3 = tl.constexpr(2 * math.sqrt(2 / math.pi) * 0.044715)
@@ -554,7 +547,6 @@ def _add_norm(
     dy: Tensor | None,
     gate: Tensor | None,
     dgate: Tensor | None,
-    bias: Tensor | None,
     shift: Tensor,
     dshift: Tensor | None,
     scale: Tensor,
@@ -606,7 +598,7 @@ def _add_norm_empty(x, dx, y, dtype):
 
 
 @_add_norm.register_fake
-def _(x, low, dx, y, dy, gate, dgate, bias, shift, dshift, scale, dscale, dtype):
+def _(x, low, dx, y, dy, gate, dgate, shift, dshift, scale, dscale, dtype):
     return _add_norm_empty(x, dx, y, dtype)
 
 
@@ -626,11 +618,10 @@ def _add_norm_backward(
     dscale: Tensor | None,
     r: Tensor,
     m: Tensor,
-    bias: bool,
     x_dtype: torch.dtype,
     dx_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients of x, dx, y, dy, and sums (B, blocks, 4 or 7, D) as the kernel has them."""
+    """-> gradients of x, dx, y, dy, and sums (B, blocks, 3 or 6, D) as the kernel has them."""
     outputs = _add_norm_backward_empty(gdh, x, y, x_dtype, dx_dtype)
     gx_out, gdx_out, gy, gdy, sums = outputs
     B, T, D = x.shape
@@ -651,7 +642,7 @@ def _add_norm_backward(
             gx, gdx, gh, gdh, x, dx, y, dy, gate, dgate, scale, dscale, r, m,
             gx_out, gdx_out, gy, gdy, sums,
             gate_stride, scale_stride, T,
-            D, *chunk_widths(D), rows, stages, bias, num_warps=warps,
+            D, *chunk_widths(D), rows, stages, num_warps=warps,
         )
         # fmt: on
     return outputs
@@ -666,7 +657,7 @@ def _add_norm_backward_empty(gdh, x, y, x_dtype, dx_dtype):
     add = y is not None
     y_dtype = y.dtype if add else x.dtype
     rows, _, _ = NORM_BACKWARD[dual]
-    sums = x.new_empty(B, -(-T // rows), 7 if dual else 4, D, dtype=torch.float32)
+    sums = x.new_empty(B, -(-T // rows), 6 if dual else 3, D, dtype=torch.float32)
     return (
         like(True, x_dtype),
         like(dual, dx_dtype),
@@ -677,15 +668,14 @@ def _add_norm_backward_empty(gdh, x, y, x_dtype, dx_dtype):
 
 
 @_add_norm_backward.register_fake
-def _(gx, gdx, gh, gdh, x, dx, y, dy, gate, dgate, scale, dscale, r, m, bias, x_dtype, dx_dtype):
+def _(gx, gdx, gh, gdh, x, dx, y, dy, gate, dgate, scale, dscale, r, m, x_dtype, dx_dtype):
     return _add_norm_backward_empty(gdh, x, y, x_dtype, dx_dtype)
 
 
 def _save_add_norm(ctx, inputs, output):
-    x, _, dx, y, dy, gate, dgate, bias, _, _, scale, dscale, _ = inputs
+    x, _, dx, y, dy, gate, dgate, _, _, scale, dscale, _ = inputs
     x_out, _, dx_out, _, _, r, m = output
     ctx.dtypes = x.dtype, x.dtype if dx is None else dx.dtype
-    ctx.bias_dtype = None if bias is None else bias.dtype
     add = y is not None
     dual = dx is not None
     kept_dx = None
@@ -698,7 +688,7 @@ def _save_add_norm(ctx, inputs, output):
 def _add_norm_gradients(ctx, gx, _, gdx, gh, gdh, *others):
     x, dx, y, dy, gate, dgate, scale, dscale, r, m = ctx.saved_tensors
     if gx is None and gdx is None and gh is None and gdh is None:
-        return (None,) * 13
+        return (None,) * 12
     dual = gdx is not None or gdh is not None
     if y is None:
         gx, gdx = None, None
@@ -726,25 +716,16 @@ def _add_norm_gradients(ctx, gx, _, gdx, gh, gdh, *others):
         dscale,
         r,
         m,
-        ctx.bias_dtype is not None,
         *ctx.dtypes,
     )
-    sums = sums.sum(1).unsqueeze(2).to(scale.dtype)  # (B, 4 or 7, 1, D)
-    gshift, gscale = sums[:, 0], sums[:, 1]
-    ggate, gbias, gdshift, gdscale, gdgate = (None,) * 5
-    if y is not None:
-        ggate = sums[:, 2]
-        if ctx.bias_dtype is not None:
-            gbias = sums[:, 3, 0].sum(0).to(ctx.bias_dtype)
-    if dual:
-        gdshift, gdscale = sums[:, 4], sums[:, 5]
-        if y is not None:
-            gdgate = sums[:, 6]
+    sums = sums.sum(1).unsqueeze(2).to(scale.dtype)  # (B, 3 or 6, 1, D)
+    gshift, gscale, ggate = sums[:, :3].unbind(1)
+    gdshift, gdscale, gdgate = sums[:, 3:].unbind(1) if dual else (None, None, None)
     if y is None:
-        gy, gdy = None, None
+        gy, gdy, ggate, gdgate = None, None, None, None
     if not dual:
         gdx, gdy = None, None
-    inputs = (gx, None, gdx, gy, gdy, ggate, gdgate, gbias, gshift, gdshift, gscale, gdscale)
+    inputs = (gx, None, gdx, gy, gdy, ggate, gdgate, gshift, gdshift, gscale, gdscale)
     return (*inputs, None)
 
 
@@ -762,20 +743,19 @@ def add_norm(
     dshift,
     scale,
     dscale,
-    bias=None,
     low=None,
     dtype=None,
 ):
     """x' = x + gate y, h = rms_norm(x') (1 + scale) + shift, and their tangents.
 
     x, y, dx, dy (B, T, D); gate, shift, scale and their tangents (B, 1, D). Without y and gate
-    (None), x' = x. bias (D,): that of y, for its gradient alone. low: the value is x + low, where
-    low has no gradient. dtype: of all results; default: x's. Returns (x', low', dx', h, dh). In a
-    dtype of 16 bits low' is what x' lost in it, else None.
+    (None), x' = x. low: the value is x + low, and low has no gradient. dtype: of all results;
+    default: x's. Returns (x', low', dx', h, dh), where low' is what x' lost in a dtype of 16 bits,
+    else None.
     """
     dtype = dtype or x.dtype
     x_out, low_out, dx_out, h, dh, _, _ = _add_norm(
-        x, low, dx, y, dy, gate, dgate, bias, shift, dshift, scale, dscale, dtype
+        x, low, dx, y, dy, gate, dgate, shift, dshift, scale, dscale, dtype
     )
     low_out = low_out.detach() if dtype.itemsize == 2 else None
     if y is None:
