@@ -225,9 +225,13 @@ class Graph:
         # "thread_local": other threads may pin memory meanwhile.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.outputs = function(*self.inputs)
-        torch.cuda.empty_cache()  # the gradients of the trial runs
+        torch.cuda.empty_cache()  # what the warm-ups allocated
 
     def __call__(self, *inputs):
+        for kept, new in zip(self.inputs, inputs, strict=True):
+            if (kept.shape, kept.dtype) != (new.shape, new.dtype):
+                wanted = f"{kept.dtype} {tuple(kept.shape)}"
+                raise ValueError(f"recorded with {wanted}, given {new.dtype} {tuple(new.shape)}")
         if self.inputs:
             torch._foreach_copy_(self.inputs, inputs)
         self.graph.replay()

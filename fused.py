@@ -61,12 +61,14 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # kernels on CPU tensors,
 EPS = 1e-6  # of every norm
 MAX_WIDTH = 2048  # of a row: it must fit into the registers of one program
 
-# Tokens and warps of a program, measured on an H200 with XL/2's shapes.
+# Of a program: tokens and warps, measured on an H200 with XL/2's shapes.
 NORM_FORWARD = (1, 4)
-NORM_BACKWARD = ((16, 4, 1), (32, 4, 3))  # and loads in flight; without and with tangents
+NORM_BACKWARD = {False: (16, 4, 1), True: (32, 4, 3)}  # by tangents or not; third: loads in flight
 GELU_BACKWARD = (32, 4)
-HEADS_FORWARD = (32, 4)
-HEADS_BACKWARD = (256, 4)
+QK_NORM_FORWARD = (32, 4)
+QK_NORM_BACKWARD = (256, 4)
+GELU_TILE = 2  # tokens at a time
+QK_NORM_TILE = 32
 
 
 def why_not(x):
@@ -96,7 +98,8 @@ def _transformed():
 
 # ---- kernels -------------------------------------------------------------------------------------
 # A row of D numbers is held in two chunks whose sizes are powers of two: 1152 = 1024 + 128. One
-# chunk of 2048 would leave almost half of the threads without work.
+# chunk of 2048 would leave almost half of the threads without work. Names: 1 and 2 at the end mean
+# the first and the second chunk, o an output (gx is the gradient of x' and gxo that of x).
 
 
 def chunk_widths(D):
@@ -300,40 +303,41 @@ if triton is not None:
                 dshift_sum2 += gdh2
                 dscale_sum1 += n1 * gdh1
                 dscale_sum2 += n2 * gdh2
+                # bc is b + c of the formulas, and then b - 2 r a m + c.
                 bc1 = n1 * gn1 + dn1 * gdn1
                 bc2 = n2 * gn2 + dn2 * gdn2
                 a, bc = row_sums(n1 * gdn1, n2 * gdn2, bc1, bc2)
                 a = a / D
                 bc = bc / D - 2 * r * a * m
-                v1 = r * (gn1 - r * m * gdn1 - r * a * dx1 - bc * n1)
-                v2 = r * (gn2 - r * m * gdn2 - r * a * dx2 - bc * n2)
-                dv1 = r * (gdn1 - a * n1)
-                dv2 = r * (gdn2 - a * n2)
+                gxo1 = r * (gn1 - r * m * gdn1 - r * a * dx1 - bc * n1)
+                gxo2 = r * (gn2 - r * m * gdn2 - r * a * dx2 - bc * n2)
+                gdxo1 = r * (gdn1 - a * n1)
+                gdxo2 = r * (gdn2 - a * n2)
                 if GX is not None:
-                    dv1 += gdx1
-                    dv2 += gdx2
-                store(GDXO, row, c1, c2, dv1, dv2, D)
+                    gdxo1 += gdx1
+                    gdxo2 += gdx2
+                store(GDXO, row, c1, c2, gdxo1, gdxo2, D)
             else:
                 mean = row_sum(n1 * gn1, n2 * gn2) / D
-                v1 = r * (gn1 - mean * n1)
-                v2 = r * (gn2 - mean * n2)
+                gxo1 = r * (gn1 - mean * n1)
+                gxo2 = r * (gn2 - mean * n2)
             if GX is not None:
-                v1 += gx1
-                v2 += gx2
-            store(GXO, row, c1, c2, v1, v2, D)
+                gxo1 += gx1
+                gxo2 += gx2
+            store(GXO, row, c1, c2, gxo1, gxo2, D)
             if ADD:
-                gy1 = gate1 * v1
-                gy2 = gate2 * v2
-                gate_sum1 += y1 * v1
-                gate_sum2 += y2 * v2
+                gy1 = gate1 * gxo1
+                gy2 = gate2 * gxo2
+                gate_sum1 += y1 * gxo1
+                gate_sum2 += y2 * gxo2
                 if DUAL:
-                    gy1 += dgate1 * dv1
-                    gy2 += dgate2 * dv2
-                    gate_sum1 += dy1 * dv1
-                    gate_sum2 += dy2 * dv2
-                    dgate_sum1 += y1 * dv1
-                    dgate_sum2 += y2 * dv2
-                    store(GDY, row, c1, c2, gate1 * dv1, gate2 * dv2, D)
+                    gy1 += dgate1 * gdxo1
+                    gy2 += dgate2 * gdxo2
+                    gate_sum1 += dy1 * gdxo1
+                    gate_sum2 += dy2 * gdxo2
+                    dgate_sum1 += y1 * gdxo1
+                    dgate_sum2 += y2 * gdxo2
+                    store(GDY, row, c1, c2, gate1 * gdxo1, gate2 * gdxo2, D)
                 store(GY, row, c1, c2, gy1, gy2, D)
 
         rows: tl.constexpr = 6 if DUAL else 3
@@ -403,7 +407,7 @@ if triton is not None:
 
     # fmt: off
     @triton.jit
-    def heads_forward_kernel(
+    def qk_norm_forward_kernel(
         QKV, DQKV, QW, KW, Q, K, DQ, DK, N, H,
         D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
         EPS: tl.constexpr,
@@ -418,28 +422,28 @@ if triton is not None:
             else:
                 weight = tl.load(KW + c, mask=c < D, other=0.0).to(tl.float32)
             for i in range(0, ROWS, TILE):
-                n = (tl.program_id(1) * ROWS + i + tl.arange(0, TILE)[:, None]).to(tl.int64)
-                inside = (n < N) & (c < D)
-                at = ((n * 3 + part) * H + h) * D + c
-                to = (n * H + h) * D + c
+                token = (tl.program_id(1) * ROWS + i + tl.arange(0, TILE)[:, None]).to(tl.int64)
+                inside = (token < N) & (c < D)
+                at = ((token * 3 + part) * H + h) * D + c
+                to = (token * H + h) * D + c
                 x = tl.load(QKV + at, mask=inside, other=0.0).to(tl.float32)
                 r = tl.rsqrt(tl.sum(x * x, 1)[:, None] / D + EPS)
-                y = r * x
+                n = r * x
                 if part == 0:
-                    tl.store(Q + to, (y * weight).to(Q.dtype.element_ty), mask=inside)
+                    tl.store(Q + to, (n * weight).to(Q.dtype.element_ty), mask=inside)
                 else:
-                    tl.store(K + to, (y * weight).to(K.dtype.element_ty), mask=inside)
+                    tl.store(K + to, (n * weight).to(K.dtype.element_ty), mask=inside)
                 if DQKV is not None:
                     dx = tl.load(DQKV + at, mask=inside, other=0.0).to(tl.float32)
-                    dy = r * (dx - y * (tl.sum(y * dx, 1)[:, None] / D)) * weight
+                    dn = r * (dx - n * (tl.sum(n * dx, 1)[:, None] / D)) * weight
                     if part == 0:
-                        tl.store(DQ + to, dy.to(DQ.dtype.element_ty), mask=inside)
+                        tl.store(DQ + to, dn.to(DQ.dtype.element_ty), mask=inside)
                     else:
-                        tl.store(DK + to, dy.to(DK.dtype.element_ty), mask=inside)
+                        tl.store(DK + to, dn.to(DK.dtype.element_ty), mask=inside)
 
     # fmt: off
     @triton.jit
-    def heads_gradient(
+    def qk_norm_gradient(
         G, DG, QKV, DQKV, W, GQKV, GDQKV, SUMS, N, H, part,
         D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
         NORM: tl.constexpr, DUAL: tl.constexpr, EPS: tl.constexpr,
@@ -453,31 +457,31 @@ if triton is not None:
         if NORM:
             weight = tl.load(W + c, mask=c < D, other=0.0).to(tl.float32)
         for i in range(0, ROWS, TILE):
-            n = (tl.program_id(1) * ROWS + i + tl.arange(0, TILE)[:, None]).to(tl.int64)
-            inside = (n < N) & (c < D)
-            at = ((n * 3 + part) * H + h) * D + c
-            to = (n * H + h) * D + c
+            token = (tl.program_id(1) * ROWS + i + tl.arange(0, TILE)[:, None]).to(tl.int64)
+            inside = (token < N) & (c < D)
+            at = ((token * 3 + part) * H + h) * D + c
+            to = (token * H + h) * D + c
             gx = tl.load(G + to, mask=inside, other=0.0).to(tl.float32)
             if DUAL:
                 gdx = tl.load(DG + to, mask=inside, other=0.0).to(tl.float32)
             if NORM:
                 x = tl.load(QKV + at, mask=inside, other=0.0).to(tl.float32)
                 r = tl.rsqrt(tl.sum(x * x, 1)[:, None] / D + EPS)
-                y = r * x
-                weight_sum += gx * y
-                gy = gx * weight
+                n = r * x
+                weight_sum += gx * n
+                gn = gx * weight
                 if DUAL:
                     dx = tl.load(DQKV + at, mask=inside, other=0.0).to(tl.float32)
-                    m = tl.sum(y * dx, 1)[:, None] / D
-                    dy = r * (dx - m * y)
-                    weight_sum += gdx * dy
-                    gdy = gdx * weight
-                    a = tl.sum(y * gdy, 1)[:, None] / D
-                    bc = tl.sum(y * gy + dy * gdy, 1)[:, None] / D - 2 * r * a * m
-                    gx = r * (gy - r * m * gdy - r * a * dx - bc * y)
-                    gdx = r * (gdy - a * y)
+                    m = tl.sum(n * dx, 1)[:, None] / D
+                    dn = r * (dx - m * n)
+                    weight_sum += gdx * dn
+                    gdn = gdx * weight
+                    a = tl.sum(n * gdn, 1)[:, None] / D
+                    bc = tl.sum(n * gn + dn * gdn, 1)[:, None] / D - 2 * r * a * m
+                    gx = r * (gn - r * m * gdn - r * a * dx - bc * n)
+                    gdx = r * (gdn - a * n)
                 else:
-                    gx = r * (gy - (tl.sum(y * gy, 1)[:, None] / D) * y)
+                    gx = r * (gn - (tl.sum(n * gn, 1)[:, None] / D) * n)
             bias_sum += gx
             tl.store(GQKV + at, gx.to(GQKV.dtype.element_ty), mask=inside)
             if DUAL:
@@ -490,7 +494,7 @@ if triton is not None:
 
     # fmt: off
     @triton.jit
-    def heads_backward_kernel(
+    def qk_norm_backward_kernel(
         GQ, GK, GV, GDQ, GDK, GDV, QKV, DQKV, QW, KW, GQKV, GDQKV, SUMS, N, H,
         D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
         EPS: tl.constexpr,
@@ -501,13 +505,13 @@ if triton is not None:
         """
         DUAL: tl.constexpr = DQKV is not None
         if tl.program_id(2) == 0:
-            heads_gradient(GQ, GDQ, QKV, DQKV, QW, GQKV, GDQKV, SUMS, N, H, 0,
+            qk_norm_gradient(GQ, GDQ, QKV, DQKV, QW, GQKV, GDQKV, SUMS, N, H, 0,
                            D, WIDTH, ROWS, TILE, True, DUAL, EPS)
         elif tl.program_id(2) == 1:
-            heads_gradient(GK, GDK, QKV, DQKV, KW, GQKV, GDQKV, SUMS, N, H, 1,
+            qk_norm_gradient(GK, GDK, QKV, DQKV, KW, GQKV, GDQKV, SUMS, N, H, 1,
                            D, WIDTH, ROWS, TILE, True, DUAL, EPS)
         else:
-            heads_gradient(GV, GDV, QKV, DQKV, QW, GQKV, GDQKV, SUMS, N, H, 2,
+            qk_norm_gradient(GV, GDV, QKV, DQKV, QW, GQKV, GDQKV, SUMS, N, H, 2,
                            D, WIDTH, ROWS, TILE, False, DUAL, EPS)
     # fmt: on
 
@@ -627,7 +631,7 @@ def _add_norm_backward(
     B, T, D = x.shape
     dual = gdh is not None
     rows, warps, stages = NORM_BACKWARD[dual]
-    if D > 1280:
+    if D > 1280:  # else a thread has too few registers for its part of the row
         warps *= 2
     if D * x.element_size() > 4096:  # what is loaded ahead must fit into shared memory
         stages = 1
@@ -800,7 +804,7 @@ def _gelu_backward(
     columns = min(512, triton.next_power_of_2(D))
     with _on(u):
         gelu_backward_kernel[(-(-D // columns), len(sums))](
-            ga, gda, u, du, gu, gdu, sums, N, D, rows, 2, columns, num_warps=warps
+            ga, gda, u, du, gu, gdu, sums, N, D, rows, GELU_TILE, columns, num_warps=warps
         )
     return outputs
 
@@ -860,12 +864,12 @@ def _qk_norm(
     qkv, dqkv = _dense(qkv), _dense(dqkv)
     N = qkv.size(0) * qkv.size(1)
     d = q.size(-1)
-    rows, warps = HEADS_FORWARD
+    rows, warps = QK_NORM_FORWARD
     width = max(16, triton.next_power_of_2(d))
     with _on(qkv):
-        heads_forward_kernel[(heads, -(-N // rows))](
+        qk_norm_forward_kernel[(heads, -(-N // rows))](
             qkv, dqkv, q_weight, k_weight, q, k, dq, dk, N, heads,
-            d, width, rows, 32, EPS, num_warps=warps,
+            d, width, rows, QK_NORM_TILE, EPS, num_warps=warps,
         )  # fmt: skip
     return outputs
 
@@ -909,19 +913,19 @@ def _qk_norm_backward(
     qkv, dqkv = _dense(qkv), _dense(dqkv)
     N = qkv.size(0) * qkv.size(1)
     d = sums.size(-1)
-    rows, warps = HEADS_BACKWARD
+    rows, warps = QK_NORM_BACKWARD
     width = max(16, triton.next_power_of_2(d))
     with _on(qkv):
-        heads_backward_kernel[(heads, len(sums), 3)](
+        qk_norm_backward_kernel[(heads, len(sums), 3)](
             gq, gk, gv, gdq, gdk, gdv, qkv, dqkv, q_weight, k_weight, gqkv, gdqkv, sums, N, heads,
-            d, width, rows, 32, EPS, num_warps=warps,
+            d, width, rows, QK_NORM_TILE, EPS, num_warps=warps,
         )  # fmt: skip
     return outputs
 
 
 def _qk_norm_backward_empty(qkv, dqkv, heads):
     B, T, D3 = qkv.shape
-    rows, _ = HEADS_BACKWARD
+    rows, _ = QK_NORM_BACKWARD
     gqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     gdqkv = qkv.new_empty(0) if dqkv is None else torch.empty_like(gqkv)
     blocks = -(-(B * T) // rows)
@@ -934,7 +938,10 @@ def _(gq, gk, gv, gdq, gdk, gdv, qkv, dqkv, q_weight, k_weight, heads):
 
 
 class _QKNorm(torch.autograd.Function):
-    """Gives v beside q and k, so that the gradients of all three come together."""
+    """Gives v beside q and k, so that the gradients of all three come together.
+
+    Not a custom operator, which may not return a view of its input as v is one.
+    """
 
     @staticmethod
     def forward(ctx, qkv, dqkv, q_weight, k_weight, bias, heads):

@@ -129,9 +129,12 @@ class TrainingStep:
             all_reduce(grads)
         norm = torch.nn.utils.get_total_norm(grads)
         if torch.stack([norm, loss]).isfinite().all().item():
-            (self.update_graph or self.update)()
-            if self.use_graphs and self.update_graph is None:
-                self.update_graph = Graph(self.update, warm_ups=0)
+            if self.update_graph is not None:
+                self.update_graph()
+            else:
+                self.update()
+                if self.use_graphs:  # AdamW has made its moments now; recording runs nothing
+                    self.update_graph = Graph(self.update, warm_ups=0)
 
 
 def milliseconds(step, steps):

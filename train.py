@@ -437,7 +437,11 @@ def gradients(x0, y, *drawn):
 
 @torch.no_grad()
 def update():
-    """AdamW, then the two averages of the weights."""
+    """AdamW, then the two averages of the weights.
+
+    On a GPU this is recorded after the first step, and Python's numbers stay as they were then.
+    What changes from step to step must be a tensor, like the learning rate.
+    """
     optimizer.step()
     torch._foreach_lerp_(target_weights, weights, 1 - ema_target)
     torch._foreach_lerp_(eval_weights, weights, 1 - ema_eval)
@@ -490,9 +494,12 @@ for step in progress:
 
     if math.isfinite(norm) and math.isfinite(total):
         set_learning_rate(learning_rate(step))
-        (update_graph or update)()
-        if use_graphs and update_graph is None:
-            update_graph = Graph(update, warm_ups=0)  # of the next ones: the moments exist now
+        if update_graph is not None:
+            update_graph()
+        else:
+            update()
+            if use_graphs:  # AdamW has made its moments now; recording runs nothing
+                update_graph = Graph(update, warm_ups=0)
         losses.end_step(norm)
         skipped_in_a_row = 0
     else:
