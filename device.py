@@ -143,10 +143,13 @@ def from_all_ranks(value):
 def data_parallel(module, bfloat16=False, for_graph=False):
     """torch's DistributedDataParallel: a module whose backward takes the mean over the ranks.
 
-    Gradients travel while the backward still computes, and .grad lies in their messages. What goes
-    backward before the end of the module's forward, or within parallel.no_sync(), is only added to
-    .grad. bfloat16, for GPUs: gradients travel as bfloat16, half the bytes. for_graph: forward and
-    backward become a Graph.
+    Each .grad is a view of the message that is sent: zero it in place. A backward inside forward(),
+    of an early term, or within parallel.no_sync() only adds to .grad. The backward after forward()
+    sends what all of them have added, message by message, while it still computes. It must reach
+    every weight that is trained.
+
+    bfloat16, for GPUs: gradients travel as bfloat16, half the bytes. for_graph: forward and
+    backward can be recorded by Graph.
     """
     stream = graph_stream() if for_graph else None
     if stream:
@@ -211,12 +214,16 @@ class StopRequest:
 # ---- CUDA graphs ---------------------------------------------------------------------------------
 
 
+DDP_WARM_UPS = 11  # of a Graph with DistributedDataParallel in it, by PyTorch's notes
+
+
 @functools.cache
 def graph_stream():
     """The CUDA stream on which graphs are recorded.
 
-    Autograd adds to .grad on the stream that was current when it first saw the parameter, which
-    DistributedDataParallel makes it do. So data_parallel uses this stream, too.
+    Autograd adds to a weight's .grad on the stream that was current when it made the node for that.
+    DistributedDataParallel's constructor makes these nodes, so data_parallel calls it on this
+    stream: a recording would otherwise touch another one.
     """
     return torch.cuda.Stream()
 
@@ -228,13 +235,10 @@ class Graph:
     Making one runs the function `warm_ups` times; then it is recorded, which computes nothing.
     Inputs and outputs keep their places in memory: the next call overwrites them.
 
-    warm_ups: by default 3, and 11 under torchrun, as PyTorch asks for DistributedDataParallel.
-    twin: a Graph whose memory this one uses, too: a call of either overwrites the outputs of both.
+    twin: a Graph whose memory this one shares. Use one's outputs before you call the other.
     """
 
-    def __init__(self, function, inputs=(), warm_ups=None, twin=None):
-        if warm_ups is None:
-            warm_ups = 11 if dist.is_initialized() else 3
+    def __init__(self, function, inputs=(), warm_ups=3, twin=None):
         self.inputs = [a.clone() for a in inputs]
         stream = graph_stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -248,9 +252,13 @@ class Graph:
         recording = dict(pool=pool, stream=stream, capture_error_mode="thread_local")
         with torch.cuda.graph(self.graph, **recording):
             self.outputs = function(*self.inputs)
-        torch.cuda.empty_cache()  # the gradients of the trial runs
+        torch.cuda.empty_cache()  # what the warm-ups allocated
 
     def __call__(self, *inputs):
+        for kept, new in zip(self.inputs, inputs, strict=True):
+            if (kept.shape, kept.dtype) != (new.shape, new.dtype):
+                wanted = f"{kept.dtype} {tuple(kept.shape)}"
+                raise ValueError(f"recorded with {wanted}, given {new.dtype} {tuple(new.shape)}")
         if self.inputs:
             torch._foreach_copy_(self.inputs, inputs)
         self.graph.replay()

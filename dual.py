@@ -8,7 +8,7 @@ once therefore gives the value alone or the value and its forward-mode derivativ
 To autograd a Dual is two ordinary tensors. Backward, checkpointing and torch.compile work on it
 as they are.
 
-What a block does between its products has kernels for GPUs in fused.py. The functions that call
+Residual sums, norms, modulation and GELU have kernels for GPUs in fused.py. The functions that call
 them come last.
 """
 
@@ -72,7 +72,7 @@ def pair(value, tangent):
 
 def linear_map(f, x):
     """f(x) for a function f that is linear in x: a view, a cast, a slice, a sum."""
-    x = total(x)
+    x = total(x)  # so that code after the blocks may slice what they return
     if isinstance(x, Dual):
         return Dual(f(x.value), f(x.tangent))
     return f(x)
@@ -165,93 +165,111 @@ def modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
 
-# ---- between the products of a block -------------------------------------------------------------
+# ---- what has kernels ----------------------------------------------------------------------------
 # Each function has its formula, and calls a kernel of fused.py where that can run. The formula is
 # what the kernel is tested against.
 
 
-class Stream:
-    """The residual stream between two kernels. It stands for the sum x + low + gate * y.
+class Residual:
+    """The residual stream with a sum that is not made yet: high + low + gate * branch.
 
-    The kernel of the next norm makes the sum while it reads x and y, which saves a pass over
-    memory. x and y (B, T, D) are tensors or Duals, gate is (B, 1, D); low, gate and y may be None.
+    The kernel of the next norm makes the sum while it reads these, which saves a pass over memory.
+    There is no arithmetic on it: code that needs the tensor or Dual calls total(x). Only GPUs have
+    it, so a forgotten total() fails there and not on a CPU.
 
-    Under autocast x has 16 bits. low is then what the sum's value lost when it was rounded. It has
-    no gradient. So the value stays as precise as 16 bits of mantissa are, while the tangent, all
-    gradients, and what is saved for the backward take half of float32's memory.
+    Under autocast the value is two numbers of 16 bits: high, and low, which is what rounding to
+    high lost (no gradient goes through it). The tangent and all gradients are one number of 16 bits
+    each. With fused.FUSED = False they are float32.
+
+    high and branch (B, T, D) are tensors or Duals, gate is (B, 1, D). All but high may be None.
     """
 
-    def __init__(self, x, low=None, gate=None, y=None):
-        self.x = x
+    def __init__(self, high, low=None, gate=None, branch=None):
+        self.high = high
         self.low = low
         self.gate = gate
-        self.y = y
+        self.branch = branch
 
 
 def total(x):
-    """The sum that a Stream stands for. Anything else comes back as it is."""
-    if not isinstance(x, Stream):
+    """The sum that a Residual stands for. Anything else comes back as it is."""
+    if not isinstance(x, Residual):
         return x
-    sum = x.x
+    result = x.high
     if x.low is not None:
-        sum = linear_map(at_least_float32, sum) + x.low
-    if x.y is not None:
-        sum = sum + x.gate * x.y
-    return sum
+        result = linear_map(at_least_float32, result) + x.low
+    if x.branch is not None:
+        result = result + x.gate * x.branch
+    return result
 
 
 def detach_tangent(x):
     """x, with no gradient through its tangent."""
-    if isinstance(x, Stream):
-        return Stream(detach_tangent(x.x), x.low, detach_tangent(x.gate), detach_tangent(x.y))
+    if isinstance(x, Residual):
+        parts = (x.high, x.low, x.gate, x.branch)
+        return Residual(*(detach_tangent(part) for part in parts))
     return Dual(x.value, x.tangent.detach()) if isinstance(x, Dual) else x
 
 
-def has_kernels(x, layer=None):
-    """Whether fused.py can take x (and the bias of the layer that made it)."""
-    x = x.x if isinstance(x, Stream) else x
-    if layer is not None and (type(layer) is not nn.Linear or layer.bias is None):
+def has_kernels(x, *vectors, before=None):
+    """Whether fused.py has kernels for x (B, T, D) with these vectors, which must be (B, 1, D).
+
+    before: a layer that is given x, where the kernel is for what follows it.
+    """
+    x = value_of(x.high if isinstance(x, Residual) else x)
+    if before is not None and (type(before) is not nn.Linear or before.bias is None):
         return False
-    return fused.why_not(value_of(x)) is None
+    if vectors and x.ndim != 3:
+        return False
+    if any(value_of(v).shape != (x.size(0), 1, x.size(2)) for v in vectors):
+        return False
+    return fused.why_not(x) is None
 
 
-def add_gated(x, gate, y):
-    """x + gate * y, for gate (B, 1, D). With kernels the sum is left to the next norm."""
-    if not has_kernels(x):
-        return total(x) + gate * y
+def add_gated(x, gate, branch):
+    """x + gate * branch, for gate (B, 1, D). With kernels the sum is left to the next norm."""
+    if not has_kernels(x, gate):
+        return total(x) + gate * branch
+    if isinstance(x, Residual) and x.branch is not None:
+        x = total(x)  # a Residual holds one sum: this one is made now
+    # A tensor of its own: a compiled block would hand on a view of all its six vectors.
     gate = linear_map(lambda gate: gate.contiguous(), gate)
-    if isinstance(x, Stream):
-        return Stream(x.x, x.low, gate, y)
-    return Stream(x, None, gate, y)
+    if isinstance(x, Residual):
+        return Residual(x.high, x.low, gate, branch)
+    return Residual(x, None, gate, branch)
 
 
-def norm_modulate(x, shift, scale):
-    """x, and its RMS norm times 1 + scale plus shift, (B, 1, D) each. x may be a Stream."""
-    if not has_kernels(x):
+def norm_modulate(x, shift, scale, norm=rms_norm):
+    """x, and its norm times 1 + scale plus shift, (B, 1, D) each.
+
+    x comes back because the norm's kernel has made its sum.
+    """
+    if norm is not rms_norm or not has_kernels(x, shift, scale):
         x = total(x)
-        return x, modulate(rms_norm(x), shift, scale)
-    if not isinstance(x, Stream):
-        x = Stream(x)
-    parts = values_and_tangents(x.x, x.y, x.gate, shift, scale)
+        return x, modulate(norm(x), shift, scale)
+    if not isinstance(x, Residual):
+        x = Residual(x)
+    # value, tangent of x, branch, gate, shift, scale: what fused.add_norm begins with
+    parts = values_and_tangents(x.high, x.branch, x.gate, shift, scale)
     dtype = product_dtype(parts[0])
-    x, low, dx, h, dh = fused.add_norm(*parts, low=x.low, dtype=dtype)
-    return Stream(pair(x, dx), low), pair(h, dh)
+    high, low, dx, h, dh = fused.add_norm(*parts, low=x.low, dtype=dtype)
+    return Residual(pair(high, dx), low), pair(h, dh)
 
 
 def linear_gelu(layer, x):
     """gelu(linear(layer, x))."""
-    if not has_kernels(x, layer):
+    if not has_kernels(x, before=layer):
         return gelu(linear(layer, x))
     u = linear_constant_bias(layer, x)
     return pair(*fused.gelu(value_of(u), tangent_of(u), layer.bias))
 
 
-def linear_heads(layer, x, heads, q_weight=None, k_weight=None):
+def linear_qkv(layer, x, heads, q_weight=None, k_weight=None):
     """x (B, T, D) -> queries, keys and values (B, T, heads, d), q and k through an RMS norm.
 
     Without weights there are no norms.
     """
-    if q_weight is not None and has_kernels(x, layer):
+    if q_weight is not None and has_kernels(x, before=layer):
         qkv = linear_constant_bias(layer, x)
         parts = fused.qk_norm(value_of(qkv), tangent_of(qkv), q_weight, k_weight, heads, layer.bias)
         return [pair(*part) for part in zip(parts[:3], parts[3:], strict=True)]
@@ -269,7 +287,8 @@ def linear_heads(layer, x, heads, q_weight=None, k_weight=None):
 
 
 def linear_constant_bias(layer, x):
-    """linear(layer, x) with no gradient for the bias, which the next kernel makes in its pass."""
+    """W x + b with b held constant: the kernel that follows makes its gradient, from sums that it
+    makes anyway. Hooks of the layer do not fire."""
     y = functional.linear(value_of(x), layer.weight, layer.bias.detach())
     if not isinstance(x, Dual):
         return y

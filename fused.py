@@ -35,8 +35,8 @@ GELU is its tanh form, u s with s = sigmoid(z), z = c (u + 0.044715 u^3), c = 2 
     gdu = A gda  gu = A ga + A' du gda, where A' = 2 s' + u s'',
                  s'' = s (1 - s) ((1 - 2 s) z'^2 + z'')
 
-Biases: the product before a kernel has added its bias already, to a copy without a gradient. The
-kernel is given the bias again, and only makes its gradient, in the pass that makes the sums.
+A bias before gelu or qk_norm is added by the product, which has none of its gradient. The kernel is
+given the bias again, for its gradient alone: it sums over tokens while it has them.
 
 All sums are made in one order: first within blocks of tokens, then over the blocks. There are no
 atomic additions, so that two runs give the same bits.
@@ -61,12 +61,14 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # kernels on CPU tensors,
 EPS = 1e-6  # of every norm
 MAX_WIDTH = 2048  # of a row: it must fit into the registers of one program
 
-# Tokens and warps of a program, measured on an H200 with XL/2's shapes.
+# Of a program: tokens and warps, measured on an H200 with XL/2's shapes.
 NORM_FORWARD = (1, 4)
-NORM_BACKWARD = ((16, 4, 1), (32, 4, 3))  # and loads in flight; without and with tangents
+NORM_BACKWARD = {False: (16, 4, 1), True: (32, 4, 3)}  # by tangents or not; third: loads in flight
 GELU_BACKWARD = (32, 4)
-HEADS_FORWARD = (32, 4)
-HEADS_BACKWARD = (256, 4)
+QK_NORM_FORWARD = (32, 4)
+QK_NORM_BACKWARD = (256, 4)
+GELU_TILE = 2  # tokens at a time
+QK_NORM_TILE = 32
 
 
 def why_not(x):
@@ -96,7 +98,8 @@ def _transformed():
 
 # ---- kernels -------------------------------------------------------------------------------------
 # A row of D numbers is held in two chunks whose sizes are powers of two: 1152 = 1024 + 128. One
-# chunk of 2048 would leave almost half of the threads without work.
+# chunk of 2048 would leave almost half of the threads without work. Names: 1 and 2 at the end mean
+# the first and the second chunk, o an output (gx is the gradient of x' and gxo that of x).
 
 
 def chunk_widths(D):
@@ -225,13 +228,13 @@ if triton is not None:
         GXO, GDXO, GY, GDY, SUMS,
         gate_stride, scale_stride, T,
         D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, ROWS: tl.constexpr,
-        STAGES: tl.constexpr, BIAS: tl.constexpr,
+        STAGES: tl.constexpr,
     ):
         # fmt: on
         """One program: ROWS tokens of an image. X and DX are x' and dx'; GX and GDX their
         gradients, or None for zero; GXO and GDXO those of x and dx.
 
-        SUMS (programs, 4 or 7, D): sums for shift, scale, gate, bias, dshift, dscale, dgate.
+        SUMS (programs, 3 or 6, D): sums for shift, scale, gate, dshift, dscale, dgate.
         """
         DUAL: tl.constexpr = GDH is not None
         ADD: tl.constexpr = Y is not None
@@ -249,8 +252,6 @@ if triton is not None:
             gate1, gate2 = load(GATE, b * gate_stride, c1, c2, D)
             gate_sum1 = shift_sum1
             gate_sum2 = shift_sum2
-            bias_sum1 = shift_sum1
-            bias_sum2 = shift_sum2
         if DUAL:
             dscale1, dscale2 = load(DSCALE, b * scale_stride, c1, c2, D)
             dshift_sum1 = shift_sum1
@@ -302,58 +303,54 @@ if triton is not None:
                 dshift_sum2 += gdh2
                 dscale_sum1 += n1 * gdh1
                 dscale_sum2 += n2 * gdh2
+                # bc is b + c of the formulas, and then b - 2 r a m + c.
                 bc1 = n1 * gn1 + dn1 * gdn1
                 bc2 = n2 * gn2 + dn2 * gdn2
                 a, bc = row_sums(n1 * gdn1, n2 * gdn2, bc1, bc2)
                 a = a / D
                 bc = bc / D - 2 * r * a * m
-                v1 = r * (gn1 - r * m * gdn1 - r * a * dx1 - bc * n1)
-                v2 = r * (gn2 - r * m * gdn2 - r * a * dx2 - bc * n2)
-                dv1 = r * (gdn1 - a * n1)
-                dv2 = r * (gdn2 - a * n2)
+                gxo1 = r * (gn1 - r * m * gdn1 - r * a * dx1 - bc * n1)
+                gxo2 = r * (gn2 - r * m * gdn2 - r * a * dx2 - bc * n2)
+                gdxo1 = r * (gdn1 - a * n1)
+                gdxo2 = r * (gdn2 - a * n2)
                 if GX is not None:
-                    dv1 += gdx1
-                    dv2 += gdx2
-                store(GDXO, row, c1, c2, dv1, dv2, D)
+                    gdxo1 += gdx1
+                    gdxo2 += gdx2
+                store(GDXO, row, c1, c2, gdxo1, gdxo2, D)
             else:
                 mean = row_sum(n1 * gn1, n2 * gn2) / D
-                v1 = r * (gn1 - mean * n1)
-                v2 = r * (gn2 - mean * n2)
+                gxo1 = r * (gn1 - mean * n1)
+                gxo2 = r * (gn2 - mean * n2)
             if GX is not None:
-                v1 += gx1
-                v2 += gx2
-            store(GXO, row, c1, c2, v1, v2, D)
+                gxo1 += gx1
+                gxo2 += gx2
+            store(GXO, row, c1, c2, gxo1, gxo2, D)
             if ADD:
-                gy1 = gate1 * v1
-                gy2 = gate2 * v2
-                gate_sum1 += y1 * v1
-                gate_sum2 += y2 * v2
+                gy1 = gate1 * gxo1
+                gy2 = gate2 * gxo2
+                gate_sum1 += y1 * gxo1
+                gate_sum2 += y2 * gxo2
                 if DUAL:
-                    gy1 += dgate1 * dv1
-                    gy2 += dgate2 * dv2
-                    gate_sum1 += dy1 * dv1
-                    gate_sum2 += dy2 * dv2
-                    dgate_sum1 += y1 * dv1
-                    dgate_sum2 += y2 * dv2
-                    store(GDY, row, c1, c2, gate1 * dv1, gate2 * dv2, D)
-                if BIAS:
-                    bias_sum1 += gy1
-                    bias_sum2 += gy2
+                    gy1 += dgate1 * gdxo1
+                    gy2 += dgate2 * gdxo2
+                    gate_sum1 += dy1 * gdxo1
+                    gate_sum2 += dy2 * gdxo2
+                    dgate_sum1 += y1 * gdxo1
+                    dgate_sum2 += y2 * gdxo2
+                    store(GDY, row, c1, c2, gate1 * gdxo1, gate2 * gdxo2, D)
                 store(GY, row, c1, c2, gy1, gy2, D)
 
-        rows: tl.constexpr = 7 if DUAL else 4
+        rows: tl.constexpr = 6 if DUAL else 3
         SUMS += tl.program_id(0).to(tl.int64) * rows * D
         store(SUMS, 0, c1, c2, shift_sum1, shift_sum2, D)
         store(SUMS, D, c1, c2, scale_sum1, scale_sum2, D)
         if ADD:
             store(SUMS, 2 * D, c1, c2, gate_sum1, gate_sum2, D)
-            if BIAS:
-                store(SUMS, 3 * D, c1, c2, bias_sum1, bias_sum2, D)
         if DUAL:
-            store(SUMS, 4 * D, c1, c2, dshift_sum1, dshift_sum2, D)
-            store(SUMS, 5 * D, c1, c2, dscale_sum1, dscale_sum2, D)
+            store(SUMS, 3 * D, c1, c2, dshift_sum1, dshift_sum2, D)
+            store(SUMS, 4 * D, c1, c2, dscale_sum1, dscale_sum2, D)
             if ADD:
-                store(SUMS, 6 * D, c1, c2, dgate_sum1, dgate_sum2, D)
+                store(SUMS, 5 * D, c1, c2, dgate_sum1, dgate_sum2, D)
 
     C1 = tl.constexpr(2 * math.sqrt(2 / math.pi))
     C3 = tl.constexpr(2 * math.sqrt(2 / math.pi) * 0.044715)
@@ -410,7 +407,7 @@ if triton is not None:
 
     # fmt: off
     @triton.jit
-    def heads_forward_kernel(
+    def qk_norm_forward_kernel(
         QKV, DQKV, QW, KW, Q, K, DQ, DK, N, H,
         D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
         EPS: tl.constexpr,
@@ -425,28 +422,28 @@ if triton is not None:
             else:
                 weight = tl.load(KW + c, mask=c < D, other=0.0).to(tl.float32)
             for i in range(0, ROWS, TILE):
-                n = (tl.program_id(1) * ROWS + i + tl.arange(0, TILE)[:, None]).to(tl.int64)
-                inside = (n < N) & (c < D)
-                at = ((n * 3 + part) * H + h) * D + c
-                to = (n * H + h) * D + c
+                token = (tl.program_id(1) * ROWS + i + tl.arange(0, TILE)[:, None]).to(tl.int64)
+                inside = (token < N) & (c < D)
+                at = ((token * 3 + part) * H + h) * D + c
+                to = (token * H + h) * D + c
                 x = tl.load(QKV + at, mask=inside, other=0.0).to(tl.float32)
                 r = tl.rsqrt(tl.sum(x * x, 1)[:, None] / D + EPS)
-                y = r * x
+                n = r * x
                 if part == 0:
-                    tl.store(Q + to, (y * weight).to(Q.dtype.element_ty), mask=inside)
+                    tl.store(Q + to, (n * weight).to(Q.dtype.element_ty), mask=inside)
                 else:
-                    tl.store(K + to, (y * weight).to(K.dtype.element_ty), mask=inside)
+                    tl.store(K + to, (n * weight).to(K.dtype.element_ty), mask=inside)
                 if DQKV is not None:
                     dx = tl.load(DQKV + at, mask=inside, other=0.0).to(tl.float32)
-                    dy = r * (dx - y * (tl.sum(y * dx, 1)[:, None] / D)) * weight
+                    dn = r * (dx - n * (tl.sum(n * dx, 1)[:, None] / D)) * weight
                     if part == 0:
-                        tl.store(DQ + to, dy.to(DQ.dtype.element_ty), mask=inside)
+                        tl.store(DQ + to, dn.to(DQ.dtype.element_ty), mask=inside)
                     else:
-                        tl.store(DK + to, dy.to(DK.dtype.element_ty), mask=inside)
+                        tl.store(DK + to, dn.to(DK.dtype.element_ty), mask=inside)
 
     # fmt: off
     @triton.jit
-    def heads_gradient(
+    def qk_norm_gradient(
         G, DG, QKV, DQKV, W, GQKV, GDQKV, SUMS, N, H, part,
         D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
         NORM: tl.constexpr, DUAL: tl.constexpr, EPS: tl.constexpr,
@@ -460,31 +457,31 @@ if triton is not None:
         if NORM:
             weight = tl.load(W + c, mask=c < D, other=0.0).to(tl.float32)
         for i in range(0, ROWS, TILE):
-            n = (tl.program_id(1) * ROWS + i + tl.arange(0, TILE)[:, None]).to(tl.int64)
-            inside = (n < N) & (c < D)
-            at = ((n * 3 + part) * H + h) * D + c
-            to = (n * H + h) * D + c
+            token = (tl.program_id(1) * ROWS + i + tl.arange(0, TILE)[:, None]).to(tl.int64)
+            inside = (token < N) & (c < D)
+            at = ((token * 3 + part) * H + h) * D + c
+            to = (token * H + h) * D + c
             gx = tl.load(G + to, mask=inside, other=0.0).to(tl.float32)
             if DUAL:
                 gdx = tl.load(DG + to, mask=inside, other=0.0).to(tl.float32)
             if NORM:
                 x = tl.load(QKV + at, mask=inside, other=0.0).to(tl.float32)
                 r = tl.rsqrt(tl.sum(x * x, 1)[:, None] / D + EPS)
-                y = r * x
-                weight_sum += gx * y
-                gy = gx * weight
+                n = r * x
+                weight_sum += gx * n
+                gn = gx * weight
                 if DUAL:
                     dx = tl.load(DQKV + at, mask=inside, other=0.0).to(tl.float32)
-                    m = tl.sum(y * dx, 1)[:, None] / D
-                    dy = r * (dx - m * y)
-                    weight_sum += gdx * dy
-                    gdy = gdx * weight
-                    a = tl.sum(y * gdy, 1)[:, None] / D
-                    bc = tl.sum(y * gy + dy * gdy, 1)[:, None] / D - 2 * r * a * m
-                    gx = r * (gy - r * m * gdy - r * a * dx - bc * y)
-                    gdx = r * (gdy - a * y)
+                    m = tl.sum(n * dx, 1)[:, None] / D
+                    dn = r * (dx - m * n)
+                    weight_sum += gdx * dn
+                    gdn = gdx * weight
+                    a = tl.sum(n * gdn, 1)[:, None] / D
+                    bc = tl.sum(n * gn + dn * gdn, 1)[:, None] / D - 2 * r * a * m
+                    gx = r * (gn - r * m * gdn - r * a * dx - bc * n)
+                    gdx = r * (gdn - a * n)
                 else:
-                    gx = r * (gy - (tl.sum(y * gy, 1)[:, None] / D) * y)
+                    gx = r * (gn - (tl.sum(n * gn, 1)[:, None] / D) * n)
             bias_sum += gx
             tl.store(GQKV + at, gx.to(GQKV.dtype.element_ty), mask=inside)
             if DUAL:
@@ -497,7 +494,7 @@ if triton is not None:
 
     # fmt: off
     @triton.jit
-    def heads_backward_kernel(
+    def qk_norm_backward_kernel(
         GQ, GK, GV, GDQ, GDK, GDV, QKV, DQKV, QW, KW, GQKV, GDQKV, SUMS, N, H,
         D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
         EPS: tl.constexpr,
@@ -508,13 +505,13 @@ if triton is not None:
         """
         DUAL: tl.constexpr = DQKV is not None
         if tl.program_id(2) == 0:
-            heads_gradient(GQ, GDQ, QKV, DQKV, QW, GQKV, GDQKV, SUMS, N, H, 0,
+            qk_norm_gradient(GQ, GDQ, QKV, DQKV, QW, GQKV, GDQKV, SUMS, N, H, 0,
                            D, WIDTH, ROWS, TILE, True, DUAL, EPS)
         elif tl.program_id(2) == 1:
-            heads_gradient(GK, GDK, QKV, DQKV, KW, GQKV, GDQKV, SUMS, N, H, 1,
+            qk_norm_gradient(GK, GDK, QKV, DQKV, KW, GQKV, GDQKV, SUMS, N, H, 1,
                            D, WIDTH, ROWS, TILE, True, DUAL, EPS)
         else:
-            heads_gradient(GV, GDV, QKV, DQKV, QW, GQKV, GDQKV, SUMS, N, H, 2,
+            qk_norm_gradient(GV, GDV, QKV, DQKV, QW, GQKV, GDQKV, SUMS, N, H, 2,
                            D, WIDTH, ROWS, TILE, False, DUAL, EPS)
     # fmt: on
 
@@ -554,7 +551,6 @@ def _add_norm(
     dy: Tensor | None,
     gate: Tensor | None,
     dgate: Tensor | None,
-    bias: Tensor | None,
     shift: Tensor,
     dshift: Tensor | None,
     scale: Tensor,
@@ -606,7 +602,7 @@ def _add_norm_empty(x, dx, y, dtype):
 
 
 @_add_norm.register_fake
-def _(x, low, dx, y, dy, gate, dgate, bias, shift, dshift, scale, dscale, dtype):
+def _(x, low, dx, y, dy, gate, dgate, shift, dshift, scale, dscale, dtype):
     return _add_norm_empty(x, dx, y, dtype)
 
 
@@ -626,17 +622,16 @@ def _add_norm_backward(
     dscale: Tensor | None,
     r: Tensor,
     m: Tensor,
-    bias: bool,
     x_dtype: torch.dtype,
     dx_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients of x, dx, y, dy, and sums (B, blocks, 4 or 7, D) as the kernel has them."""
+    """-> gradients of x, dx, y, dy, and sums (B, blocks, 3 or 6, D) as the kernel has them."""
     outputs = _add_norm_backward_empty(gdh, x, y, x_dtype, dx_dtype)
     gx_out, gdx_out, gy, gdy, sums = outputs
     B, T, D = x.shape
     dual = gdh is not None
     rows, warps, stages = NORM_BACKWARD[dual]
-    if D > 1280:
+    if D > 1280:  # else a thread has too few registers for its part of the row
         warps *= 2
     if D * x.element_size() > 4096:  # what is loaded ahead must fit into shared memory
         stages = 1
@@ -651,7 +646,7 @@ def _add_norm_backward(
             gx, gdx, gh, gdh, x, dx, y, dy, gate, dgate, scale, dscale, r, m,
             gx_out, gdx_out, gy, gdy, sums,
             gate_stride, scale_stride, T,
-            D, *chunk_widths(D), rows, stages, bias, num_warps=warps,
+            D, *chunk_widths(D), rows, stages, num_warps=warps,
         )
         # fmt: on
     return outputs
@@ -666,7 +661,7 @@ def _add_norm_backward_empty(gdh, x, y, x_dtype, dx_dtype):
     add = y is not None
     y_dtype = y.dtype if add else x.dtype
     rows, _, _ = NORM_BACKWARD[dual]
-    sums = x.new_empty(B, -(-T // rows), 7 if dual else 4, D, dtype=torch.float32)
+    sums = x.new_empty(B, -(-T // rows), 6 if dual else 3, D, dtype=torch.float32)
     return (
         like(True, x_dtype),
         like(dual, dx_dtype),
@@ -677,15 +672,14 @@ def _add_norm_backward_empty(gdh, x, y, x_dtype, dx_dtype):
 
 
 @_add_norm_backward.register_fake
-def _(gx, gdx, gh, gdh, x, dx, y, dy, gate, dgate, scale, dscale, r, m, bias, x_dtype, dx_dtype):
+def _(gx, gdx, gh, gdh, x, dx, y, dy, gate, dgate, scale, dscale, r, m, x_dtype, dx_dtype):
     return _add_norm_backward_empty(gdh, x, y, x_dtype, dx_dtype)
 
 
 def _save_add_norm(ctx, inputs, output):
-    x, _, dx, y, dy, gate, dgate, bias, _, _, scale, dscale, _ = inputs
+    x, _, dx, y, dy, gate, dgate, _, _, scale, dscale, _ = inputs
     x_out, _, dx_out, _, _, r, m = output
     ctx.dtypes = x.dtype, x.dtype if dx is None else dx.dtype
-    ctx.bias_dtype = None if bias is None else bias.dtype
     add = y is not None
     dual = dx is not None
     kept_dx = None
@@ -698,7 +692,7 @@ def _save_add_norm(ctx, inputs, output):
 def _add_norm_gradients(ctx, gx, _, gdx, gh, gdh, *others):
     x, dx, y, dy, gate, dgate, scale, dscale, r, m = ctx.saved_tensors
     if gx is None and gdx is None and gh is None and gdh is None:
-        return (None,) * 13
+        return (None,) * 12
     dual = gdx is not None or gdh is not None
     if y is None:
         gx, gdx = None, None
@@ -726,25 +720,16 @@ def _add_norm_gradients(ctx, gx, _, gdx, gh, gdh, *others):
         dscale,
         r,
         m,
-        ctx.bias_dtype is not None,
         *ctx.dtypes,
     )
-    sums = sums.sum(1).unsqueeze(2).to(scale.dtype)  # (B, 4 or 7, 1, D)
-    gshift, gscale = sums[:, 0], sums[:, 1]
-    ggate, gbias, gdshift, gdscale, gdgate = (None,) * 5
-    if y is not None:
-        ggate = sums[:, 2]
-        if ctx.bias_dtype is not None:
-            gbias = sums[:, 3, 0].sum(0).to(ctx.bias_dtype)
-    if dual:
-        gdshift, gdscale = sums[:, 4], sums[:, 5]
-        if y is not None:
-            gdgate = sums[:, 6]
+    sums = sums.sum(1).unsqueeze(2).to(scale.dtype)  # (B, 3 or 6, 1, D)
+    gshift, gscale, ggate = sums[:, :3].unbind(1)
+    gdshift, gdscale, gdgate = sums[:, 3:].unbind(1) if dual else (None, None, None)
     if y is None:
-        gy, gdy = None, None
+        gy, gdy, ggate, gdgate = None, None, None, None
     if not dual:
         gdx, gdy = None, None
-    inputs = (gx, None, gdx, gy, gdy, ggate, gdgate, gbias, gshift, gdshift, gscale, gdscale)
+    inputs = (gx, None, gdx, gy, gdy, ggate, gdgate, gshift, gdshift, gscale, gdscale)
     return (*inputs, None)
 
 
@@ -762,20 +747,19 @@ def add_norm(
     dshift,
     scale,
     dscale,
-    bias=None,
     low=None,
     dtype=None,
 ):
     """x' = x + gate y, h = rms_norm(x') (1 + scale) + shift, and their tangents.
 
     x, y, dx, dy (B, T, D); gate, shift, scale and their tangents (B, 1, D). Without y and gate
-    (None), x' = x. bias (D,): that of y, for its gradient alone. low: the value is x + low, where
-    low has no gradient. dtype: of all results; default: x's. Returns (x', low', dx', h, dh). In a
-    dtype of 16 bits low' is what x' lost in it, else None.
+    (None), x' = x. low: the value is x + low, and low has no gradient. dtype: of all results;
+    default: x's. Returns (x', low', dx', h, dh), where low' is what x' lost in a dtype of 16 bits,
+    else None.
     """
     dtype = dtype or x.dtype
     x_out, low_out, dx_out, h, dh, _, _ = _add_norm(
-        x, low, dx, y, dy, gate, dgate, bias, shift, dshift, scale, dscale, dtype
+        x, low, dx, y, dy, gate, dgate, shift, dshift, scale, dscale, dtype
     )
     low_out = low_out.detach() if dtype.itemsize == 2 else None
     if y is None:
@@ -820,7 +804,7 @@ def _gelu_backward(
     columns = min(512, triton.next_power_of_2(D))
     with _on(u):
         gelu_backward_kernel[(-(-D // columns), len(sums))](
-            ga, gda, u, du, gu, gdu, sums, N, D, rows, 2, columns, num_warps=warps
+            ga, gda, u, du, gu, gdu, sums, N, D, rows, GELU_TILE, columns, num_warps=warps
         )
     return outputs
 
@@ -880,12 +864,12 @@ def _qk_norm(
     qkv, dqkv = _dense(qkv), _dense(dqkv)
     N = qkv.size(0) * qkv.size(1)
     d = q.size(-1)
-    rows, warps = HEADS_FORWARD
+    rows, warps = QK_NORM_FORWARD
     width = max(16, triton.next_power_of_2(d))
     with _on(qkv):
-        heads_forward_kernel[(heads, -(-N // rows))](
+        qk_norm_forward_kernel[(heads, -(-N // rows))](
             qkv, dqkv, q_weight, k_weight, q, k, dq, dk, N, heads,
-            d, width, rows, 32, EPS, num_warps=warps,
+            d, width, rows, QK_NORM_TILE, EPS, num_warps=warps,
         )  # fmt: skip
     return outputs
 
@@ -929,19 +913,19 @@ def _qk_norm_backward(
     qkv, dqkv = _dense(qkv), _dense(dqkv)
     N = qkv.size(0) * qkv.size(1)
     d = sums.size(-1)
-    rows, warps = HEADS_BACKWARD
+    rows, warps = QK_NORM_BACKWARD
     width = max(16, triton.next_power_of_2(d))
     with _on(qkv):
-        heads_backward_kernel[(heads, len(sums), 3)](
+        qk_norm_backward_kernel[(heads, len(sums), 3)](
             gq, gk, gv, gdq, gdk, gdv, qkv, dqkv, q_weight, k_weight, gqkv, gdqkv, sums, N, heads,
-            d, width, rows, 32, EPS, num_warps=warps,
+            d, width, rows, QK_NORM_TILE, EPS, num_warps=warps,
         )  # fmt: skip
     return outputs
 
 
 def _qk_norm_backward_empty(qkv, dqkv, heads):
     B, T, D3 = qkv.shape
-    rows, _ = HEADS_BACKWARD
+    rows, _ = QK_NORM_BACKWARD
     gqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     gdqkv = qkv.new_empty(0) if dqkv is None else torch.empty_like(gqkv)
     blocks = -(-(B * T) // rows)
@@ -954,7 +938,10 @@ def _(gq, gk, gv, gdq, gdk, gdv, qkv, dqkv, q_weight, k_weight, heads):
 
 
 class _QKNorm(torch.autograd.Function):
-    """Gives v beside q and k, so that the gradients of all three come together."""
+    """Gives v beside q and k, so that the gradients of all three come together.
+
+    Not a custom operator, which may not return a view of its input as v is one.
+    """
 
     @staticmethod
     def forward(ctx, qkv, dqkv, q_weight, k_weight, bias, heads):

@@ -1,12 +1,12 @@
 """
-Pictures of what networks make: one network below the other, or above the nearest training images.
+One network's samples below another's, or each row of samples above its nearest training images.
 
     python gallery.py out/emoji/ckpt.safetensors out/emoji_flow/ckpt.safetensors --out both.png
     python gallery.py out/emoji/ckpt.safetensors --nearest --out nearest.png
 
 Columns are classes. All networks start from the same noise and take one step, unless --nfe gives
 each its own number. The images are those that `sample.py --precision=float32` makes of the same
-classes and seed, so none is picked.
+classes and seed: no image is hand-picked.
 
 With --nearest a row of training images stands below each row of samples: of all training images
 the one that is nearest to the sample, in pixels (the sum of the squared differences).
@@ -38,7 +38,14 @@ from pictures import (
     unlike_pictures,
     visible,
 )
-from sample import class_names, find_classes, guidance_weight, noise_and_labels, sample
+from sample import (
+    class_names,
+    find_classes,
+    guidance_weight,
+    noise_and_labels,
+    noise_shape,
+    sample,
+)
 from scores import nearest_neighbours
 
 TITLES = {"tvm": "TVM", "meanflow": "MeanFlow", "flow_matching": "flow matching"}
@@ -114,18 +121,13 @@ def choose_classes(text, header, num_classes):
     return list(range(min(num_classes, MOST_COLUMNS)))
 
 
-def noise_shape(model, header):
-    """(C, H, W) of the noise. The data's header of a published checkpoint does not say."""
-    return header.get("shape") or [model.config.in_channels, *model.config.height_and_width]
-
-
 @torch.no_grad()
 def make_images(model, about, classes, rows, nfe, seed, vae=None):
     """Samples row by row, a column a class: uint8 (rows * columns, H, W, C)."""
     header = about["data"]
     device = model.pos_embed.device
     n = rows * len(classes)
-    x1, _ = noise_and_labels(seed, range(n), noise_shape(model, header))
+    x1, _ = noise_and_labels(seed, range(n), noise_shape(model.config, header))
     y = conditions(torch.tensor(classes * rows), header).to(device)
     w = torch.full((n,), guidance_weight(None, about["guidance"]), device=device)
     euler = about.get("objective") in EULER
@@ -133,10 +135,17 @@ def make_images(model, about, classes, rows, nfe, seed, vae=None):
     return to_images(x0, header, vae)
 
 
-def title_of(about, nfe):
-    objective = about.get("objective", "tvm")
-    steps = "1 step" if nfe == 1 else f"{nfe} steps"
-    return f"{TITLES.get(objective, objective)},\n{steps}"
+def titles_of(abouts, steps):
+    """What stands beside each network's images: objective, steps, and the run if they repeat."""
+    titles = []
+    for about, nfe in zip(abouts, steps, strict=True):
+        objective = about.get("objective", "tvm")
+        count = "1 step" if nfe == 1 else f"{nfe} steps"
+        titles.append(f"{TITLES.get(objective, objective)},\n{count}")
+    if len(set(titles)) < len(titles):
+        names = [about.get("train", {}).get("name", "") for about in abouts]
+        titles = [f"{name}\n{title}" for name, title in zip(names, titles, strict=True)]
+    return titles
 
 
 # ---- the nearest training images -----------------------------------------------------------------
@@ -215,7 +224,7 @@ def main():
     models = load_models(args.checkpoints, device)
     first_model, first_about = models[0]
     header = first_about["data"]
-    unlike = unlike_pictures(header, noise_shape(first_model, header))
+    unlike = unlike_pictures(header, noise_shape(first_model.config, header))
     if unlike:
         raise UserError(f"pictures are of 1 or 3 channels of uint8, and these are {unlike}")
     train = load_training_images(args.data, header) if args.nearest else None
@@ -228,9 +237,9 @@ def main():
     vae = find_vae(header, device, args.vae)
 
     blocks = []
-    for (model, about), nfe in zip(models, args.nfe, strict=True):
+    titles = titles_of([about for _, about in models], args.nfe)
+    for (model, about), nfe, title in zip(models, args.nfe, titles, strict=True):
         images = make_images(model, about, classes, args.rows, nfe, args.seed, vae)
-        title = title_of(about, nfe)
         if args.nearest:
             nearest = nearest_images(images, train, device)
             blocks += pairs_of_rows(title, images, nearest, len(classes))

@@ -33,14 +33,12 @@ from dual import (
     layer_norm,
     linear,
     linear_gelu,
-    linear_heads,
     linear_map,
-    modulate,
+    linear_qkv,
     norm_modulate,
     rms_norm,
     silu,
     split,
-    total,
     value_of,
     widest,
 )
@@ -223,16 +221,11 @@ class Attention(nn.Module):
         weights = (None, None)
         if self.q_norm is not None:
             weights = self.q_norm.weight, self.k_norm.weight
-        q, k, v = linear_heads(self.qkv, x, self.num_heads, *weights)  # (B, T, H, d) each
+        q, k, v = linear_qkv(self.qkv, x, self.num_heads, *weights)  # (B, T, H, d) each
         q, k, v = (linear_map(lambda x: x.transpose(1, 2), x) for x in (q, k, v))  # (B, H, T, d)
         x = attend(q, k, v, mask)  # (B, H, T, d)
         x = linear_map(lambda x: rearrange(x, "b h t d -> b t (h d)"), x)  # (B, T, D)
         return linear(self.proj, x)
-
-    def heads(self, x):
-        # Taken apart here and transposed later, the gradients of q, k and v lie side by side, so
-        # that the backward of qkv is one product without a copy.
-        return x.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
 
 
 class MLP(nn.Module):
@@ -266,13 +259,6 @@ class Modulated(nn.Module):
         x = rms_norm(x) if self.mod_norm else linear_map(at_least_float32, x)
         return split(lambda x: x.unbind(1), x)
 
-    def modulated(self, x, shift, scale):
-        """x, and norm(x) * (1 + scale) + shift."""
-        if self.norm is rms_norm:
-            return norm_modulate(x, shift, scale)
-        x = total(x)
-        return x, modulate(self.norm(x), shift, scale)
-
 
 class Block(Modulated):
     def __init__(self, config):
@@ -283,10 +269,10 @@ class Block(Modulated):
     def forward(self, x, c, mask=None):  # x (B, T, D), c (B, D), mask as in dual.attend
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)  # (B, 1, D) each
         # x = x + gate1 * attn(norm(x) * (1 + scale1) + shift1), and the same with the MLP. Where
-        # fused.py has kernels, x is a dual.Stream from here on: a sum that the next norm makes.
-        x, h = self.modulated(x, shift1, scale1)
+        # fused.py has kernels, x is a dual.Residual from here on: a sum that the next norm makes.
+        x, h = norm_modulate(x, shift1, scale1, self.norm)
         x = add_gated(x, gate1, self.attn(h, mask))
-        x, h = self.modulated(x, shift2, scale2)
+        x, h = norm_modulate(x, shift2, scale2, self.norm)
         x = add_gated(x, gate2, self.mlp(h))
         return x  # (B, T, D)
 
@@ -306,7 +292,7 @@ class Final(Modulated):
 
     def forward(self, x, c):
         shift, scale = self.modulation(c)
-        _, h = self.modulated(x, shift, scale)
+        _, h = norm_modulate(x, shift, scale, self.norm)
         return linear(self.linear, h)  # (B, T, p p C)
 
 
@@ -325,7 +311,9 @@ class DiT(nn.Module):
         self.y_embedder = Labels(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = Final(config)
-        self.run_block = Block.forward  # or what compile_blocks puts here
+        # Or what compile_blocks puts here. It is called in the place of a block, so hooks of blocks
+        # do not fire.
+        self.run_block = Block.forward
         # Activation checkpointing: this many blocks are computed again in the backward. In a pass
         # without a tangent, which needs less memory, half as many.
         self.checkpoint_blocks = 0
@@ -415,6 +403,7 @@ class DiT(nn.Module):
 
 def compile_blocks(*models, detach_jvp=False, dynamic=False):
     """Compile the blocks of models: one function for all of them, once for each shape of a batch.
+    (On a GPU twice: the first block is given a tensor, the others a dual.Residual.)
 
     detach_jvp: for a loss that does not ask for the gradient of a tangent. dynamic: from the second
     batch size on, one program for all sizes (for sampling; a training step has fixed shapes).

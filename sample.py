@@ -27,7 +27,6 @@ import itertools
 import json
 import os
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -108,28 +107,30 @@ def make_sampler(model, nfe, euler=False, bfloat16=True, compiled=True):
 
     Compiled, it is a CUDA graph: all inputs then have one shape, and each call overwrites the
     images of the one before. With bfloat16 the weights of the model's linear layers are rounded in
-    place, once, instead of at every call.
+    place, once, instead of at every call: give it a copy of a model that you train or save.
     """
+    has_bfloat16, can_compile = abilities(model.pos_embed.device)
+    bfloat16 = bfloat16 and has_bfloat16
+    compiled = compiled and can_compile
     context = prepare_to_sample(model, bfloat16, compiled)
-    on_gpu = model.pos_embed.device.type == "cuda"
-    if on_gpu and bfloat16:
+    if bfloat16:
         for layer in model.modules():
             if isinstance(layer, nn.Linear):
                 layer.to(torch.bfloat16)
     graph = None
 
     @torch.no_grad()
-    def run(x1, y, w):
-        with context:  # inside the graph, so that what autocast keeps is the graph's own
+    def eager(x1, y, w):
+        with context:  # entered in here, so that autocast's casts are made in the graph
             return sample(model, x1, y, w, nfe, euler)
 
-    def run_graph(x1, y, w):
+    def recorded(x1, y, w):
         nonlocal graph
         if graph is None:
-            graph = Graph(run, [x1, y, w])
+            graph = Graph(eager, [x1, y, w])
         return graph(x1, y, w)
 
-    return run_graph if on_gpu and compiled else run
+    return recorded if compiled else eager
 
 
 def noise_and_labels(seed, indices, shape, class_counts=None):
@@ -378,7 +379,7 @@ def make_plan(args, config, about, device):
         nfe=args.nfe,
         w=guidance_weight(args.w, about["guidance"]),
         seed=args.seed,
-        shape=header.get("shape") or [config.in_channels, *config.height_and_width],
+        shape=noise_shape(config, header),
         class_counts=header["class_counts"],
         classes=classes,
         euler=about.get("objective") in EULER,
@@ -386,6 +387,11 @@ def make_plan(args, config, about, device):
         bfloat16=bfloat16,
         compiled=bfloat16 and can_compile and n >= COMPILE_FROM,
     )
+
+
+def noise_shape(model_config, header):
+    """(C, H, W) of the noise. The header in a published checkpoint does not say."""
+    return header.get("shape") or [model_config.in_channels, *model_config.height_and_width]
 
 
 def key_of(plan, about, model, device, vae, score):
@@ -432,7 +438,7 @@ class Score:
 
 def sample_batches(batches, plan, model, device, header, vae, show):
     """Yield each batch with its images, uint8 (B, H, W, C). show: with a progress bar."""
-    run = make_sampler(model, plan.nfe, plan.euler, plan.bfloat16, plan.compiled)
+    sampler = make_sampler(model, plan.nfe, plan.euler, plan.bfloat16, plan.compiled)
 
     def draw(batch):
         if plan.compiled:  # for one shape of all: the last batch is filled up, and cut off below
@@ -444,20 +450,21 @@ def sample_batches(batches, plan, model, device, header, vae, show):
         x1, labels = next(drawn)
         y = conditions(labels, header).to(device)
         w = torch.full((len(x1),), plan.w, device=device)
-        x0 = run(x1.to(device), y, w)
+        x0 = sampler(x1.to(device), y, w)
         yield batch, to_images(x0, header, vae)[: len(batch)]
 
 
 def one_ahead(function, items):
     """function(item) of each item in turn. A thread makes the next while the last is in use."""
     with ThreadPoolExecutor(1) as pool:
-        waiting = deque()
+        waiting = None
         for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) == 2:
-                yield waiting.popleft().result()
-        for future in waiting:
-            yield future.result()
+            following = pool.submit(function, item)
+            if waiting:
+                yield waiting.result()
+            waiting = following
+        if waiting:
+            yield waiting.result()
 
 
 def wait_for_all():

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from device import Graph, data_parallel
+from device import DDP_WARM_UPS, Graph, data_parallel
 from dual import column
 from loss import Term, TrainingLoss, backward
 from model import DiT, compile_blocks
@@ -127,14 +127,18 @@ class TrainingStep:
         drawn = self.loss.draw(x0, n, self.rank * self.batch, self.ranks * self.batch)
         inputs = [x0, y, *drawn]
         if self.use_graphs and self.gradients_graph is None:
-            self.gradients_graph = Graph(self.gradients, inputs)
+            warm_ups = DDP_WARM_UPS if self.distributed else 3
+            self.gradients_graph = Graph(self.gradients, inputs, warm_ups)
         loss = (self.gradients_graph or self.gradients)(*inputs)
         grads = [p.grad for p in self.weights if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         if torch.stack([norm, loss]).isfinite().all().item():
-            (self.update_graph or self.update)()
-            if self.use_graphs and self.update_graph is None:
-                self.update_graph = Graph(self.update, warm_ups=0)
+            if self.update_graph is not None:
+                self.update_graph()
+            else:
+                self.update()
+                if self.use_graphs:  # AdamW has made its moments now; recording runs nothing
+                    self.update_graph = Graph(self.update, warm_ups=0)
 
 
 def milliseconds(step, steps):

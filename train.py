@@ -49,6 +49,7 @@ from checkpoint import (
 )
 from dataset import DataError, load_dataset
 from device import (
+    DDP_WARM_UPS,
     Graph,
     StopRequest,
     abilities,
@@ -445,22 +446,33 @@ def gradients(x0, y, *drawn, reduces):
 
 @torch.no_grad()
 def update():
-    """AdamW, then the two averages of the weights."""
+    """AdamW, then the two averages of the weights.
+
+    On a GPU this is recorded after the first step, and Python's numbers stay as they were then.
+    What changes from step to step must be a tensor, like the learning rate.
+    """
     optimizer.step()
     torch._foreach_lerp_(target_weights, weights, 1 - ema_target)
     torch._foreach_lerp_(eval_weights, weights, 1 - ema_eval)
 
 
-graphs = {}  # CUDA graphs: of gradients by the value of reduces, and of "update"
+graphs = {}  # CUDA graphs of the functions above
 if distributed:
     atexit.register(graphs.clear)  # no process ends while a graph holds NCCL's connections
 
 
 def record_gradients(*inputs):
-    graphs[distributed] = Graph(partial(gradients, reduces=distributed), inputs)
+    """Graphs of gradients(): for a step's last micro-batch, and for those before it.
+
+    Under torchrun these differ: the earlier ones send nothing. Their graph needs no warm-up, since
+    the other has compiled all that it runs.
+    """
+    warm_ups = DDP_WARM_UPS if distributed else 3
+    last = Graph(partial(gradients, reduces=distributed), inputs, warm_ups)
+    graphs["last"] = graphs["earlier"] = last
     if distributed and micro_batch < local_batch:
-        adds = partial(gradients, reduces=False)
-        graphs[False] = Graph(adds, inputs, warm_ups=0, twin=graphs[True])
+        earlier = partial(gradients, reduces=False)
+        graphs["earlier"] = Graph(earlier, inputs, warm_ups=0, twin=last)
 
 
 losses = Losses(device)  # since the last line of the log
@@ -491,9 +503,12 @@ for step in progress:
             record_gradients(x0, y, *drawn)
         if first == 0 and accumulates:
             optimizer.zero_grad(set_to_none=False)  # after record_gradients, which has run them
-        reduces = distributed and first + micro_batch == local_batch
-        run = graphs[reduces] if use_graphs else partial(gradients, reduces=reduces)
-        losses.add(run(x0, y, *drawn))
+        is_last = first + micro_batch == local_batch
+        if use_graphs:
+            terms = graphs["last" if is_last else "earlier"](x0, y, *drawn)
+        else:
+            terms = gradients(x0, y, *drawn, reduces=distributed and is_last)
+        losses.add(terms)
 
     grads = [p.grad for p in weights if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
@@ -508,9 +523,12 @@ for step in progress:
 
     if math.isfinite(norm) and math.isfinite(total):
         set_learning_rate(learning_rate(step))
-        graphs.get("update", update)()
-        if use_graphs and "update" not in graphs:
-            graphs["update"] = Graph(update, warm_ups=0)  # of the next ones: the moments exist now
+        if "update" in graphs:
+            graphs["update"]()
+        else:
+            update()
+            if use_graphs:  # AdamW has made its moments now; recording runs nothing
+                graphs["update"] = Graph(update, warm_ups=0)
         losses.end_step(norm)
         skipped_in_a_row = 0
     else:
