@@ -24,8 +24,8 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import save_tensors
-from dataset import load_dataset
 from files import CheckpointError, UserError
+from header import load_header
 from latents import SD_VAE
 from model import DiT, DiTConfig
 from options import Parser, run
@@ -33,7 +33,7 @@ from pickles import RestrictedUnpickler, check_pickle, mapped
 from vae import PUBLISHED
 
 # Everything in these modules becomes a Stub ...
-MODULES = (
+STUB_MODULES = (
     "torch.nn.",
     "torch._dynamo.",
     "torch._inductor.",
@@ -45,7 +45,7 @@ MODULES = (
     "numpy.",
 )
 # ... and so do these names in other modules.
-NAMES = {
+STUB_NAMES = {
     "torch": {
         "device",
         "Size",
@@ -122,7 +122,7 @@ class Stub(dict):
     def extend(self, items):
         pass
 
-    def parts(self, kind):
+    def named(self, kind):
         """Of a module: its _parameters, _buffers or _modules, by name."""
         return self.state.get(kind, {})
 
@@ -182,7 +182,7 @@ class Reader(RestrictedUnpickler):
         }
         if f"{module}.{name}" in replacements:
             return replacements[f"{module}.{name}"]
-        if name in NAMES.get(module, ()) or f"{module}.".startswith(MODULES):
+        if name in STUB_NAMES.get(module, ()) or f"{module}.".startswith(STUB_MODULES):
             return type(name, (Stub,), {})
         return None
 
@@ -199,7 +199,8 @@ class Reader(RestrictedUnpickler):
 
 
 def in_one_line(error, longest):
-    """An error's text as one printable line: a stranger's file may put anything into it."""
+    """All lines of an error's text as one printable line. (Which weights are missing stands in the
+    later ones.) A stranger's file may put anything into it."""
     line = " ".join(str(error).split())
     return "".join(filter(str.isprintable, line))[:longest]
 
@@ -230,7 +231,7 @@ def network(data):
     Raises errors of many kinds where `data` holds something else.
     """
     wrapper = unwrapped(data["ema" if "ema" in data else "net"])
-    dit = unwrapped(wrapper.parts("_modules")["model"])
+    dit = unwrapped(wrapper.named("_modules")["model"])
     tensors = weights(dit)
     for tensor in tensors.values():
         if not tensor.isfinite().all():
@@ -247,8 +248,8 @@ def config_of(wrapper, dit, tensors):
     mlp_width = len(tensors["blocks.0.mlp.fc1.weight"])
     rows_of_labels = len(tensors["y_embedder.embedding_table.weight"])  # one is for "no class"
     block_names = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
-    block = unwrapped(dit.parts("_modules")["blocks"].parts("_modules")["0"])
-    norm = type(block.parts("_modules").get("norm1")).__name__
+    block = unwrapped(dit.named("_modules")["blocks"].named("_modules")["0"])
+    norm = type(block.named("_modules").get("norm1")).__name__
     q_norm = tensors.get("blocks.0.attn.q_norm.weight")  # (head size,)
     if q_norm is None:
         num_heads = dit.state["num_heads"]
@@ -279,7 +280,7 @@ def unwrapped(module):
     for _ in range(MOST_WRAPPERS):
         if not isinstance(module, Stub):
             return None
-        inside = module.parts("_modules")
+        inside = module.named("_modules")
         if type(module).__name__ != "OptimizedModule" and "_orig_mod" not in inside:
             return module
         module = inside.get("_orig_mod") or next(iter(module.args), None)
@@ -297,10 +298,10 @@ def weights(module, prefix="", seen=None):
         return {}
     seen.add(id(module))
     found = {}
-    for name, value in {**module.parts("_parameters"), **module.parts("_buffers")}.items():
+    for name, value in {**module.named("_parameters"), **module.named("_buffers")}.items():
         if isinstance(value, Stub) and value.tensor is not None:
             found[prefix + name] = value.tensor.float()
-    for name, child in module.parts("_modules").items():
+    for name, child in module.named("_modules").items():
         child = unwrapped(child)
         if child is not None:
             found.update(weights(child, f"{prefix}{name}.", seen))
@@ -322,7 +323,7 @@ def header_of(model, snapshot, labels):
         )
     counts = [1] * config.num_classes
     if labels:
-        counts = load_dataset(labels)[0]["class_counts"]
+        counts = load_header(labels)["class_counts"]
         if len(counts) != config.num_classes:
             raise CheckpointError(
                 f"{labels} has {len(counts)} classes, and {snapshot} {config.num_classes}"

@@ -57,6 +57,7 @@ class Dual:
 
 
 def value_of(x):
+    x = total(x)
     return x.value if isinstance(x, Dual) else x
 
 
@@ -72,7 +73,7 @@ def pair(value, tangent):
 
 def linear_map(f, x):
     """f(x) for a function f that is linear in x: a view, a cast, a slice, a sum."""
-    x = total(x)  # so that code after the blocks may slice what they return
+    x = total(x)
     if isinstance(x, Dual):
         return Dual(f(x.value), f(x.tangent))
     return f(x)
@@ -80,6 +81,7 @@ def linear_map(f, x):
 
 def split(f, x):
     """The tensors or Duals that a linear f takes x apart into (f returns several tensors)."""
+    x = total(x)
     if isinstance(x, Dual):
         parts = zip(f(x.value), f(x.tangent), strict=True)
         return [Dual(value, tangent) for value, tangent in parts]
@@ -88,6 +90,7 @@ def split(f, x):
 
 def cat(parts, dim):
     """torch.cat of tensors and Duals. A tensor among Duals is a constant."""
+    parts = [total(part) for part in parts]
     if not any(isinstance(part, Dual) for part in parts):
         return torch.cat(parts, dim)
     tangents = []
@@ -98,6 +101,7 @@ def cat(parts, dim):
 
 def linear(layer, x):
     """W x + b, and W dx. Another kind of layer (LoRA, for example) needs a rule of its own."""
+    x = total(x)
     if isinstance(x, Dual):
         if type(layer) is not nn.Linear:
             raise TypeError(f"there is no rule for the tangent of a {type(layer).__name__}")
@@ -107,6 +111,7 @@ def linear(layer, x):
 
 def silu(x):
     """x g with g = sigmoid(x)."""
+    x = total(x)
     if not isinstance(x, Dual):
         return functional.silu(x)
     g = torch.sigmoid(x.value)
@@ -115,6 +120,7 @@ def silu(x):
 
 def gelu(x):
     """The tanh form, x g with g = sigmoid(z), z = 2 sqrt(2/pi) (x + 0.044715 x^3)."""
+    x = total(x)
     if not isinstance(x, Dual):
         return functional.gelu(x, approximate="tanh")
     x, dx = x.value, x.tangent
@@ -127,6 +133,7 @@ def gelu(x):
 
 def rms_norm(x, weight=None):
     """x / rms(x) over the last dimension, times weight. The result is at least float32."""
+    x = total(x)
     if not isinstance(x, Dual):
         return functional.rms_norm(at_least_float32(x), x.shape[-1:], weight, EPS)
     x, dx = at_least_float32(x.value), at_least_float32(x.tangent)
@@ -174,8 +181,8 @@ class Residual:
     """The residual stream with a sum that is not made yet: high + low + gate * branch.
 
     The kernel of the next norm makes the sum while it reads these, which saves a pass over memory.
-    There is no arithmetic on it: code that needs the tensor or Dual calls total(x). Only GPUs have
-    it, so a forgotten total() fails there and not on a CPU.
+    +, -, * and the rules above make it first. Other code that needs the tensor or Dual calls
+    total(x). Only GPUs have it, so a forgotten total() fails there and not on a CPU.
 
     Under autocast the value is two numbers of 16 bits: high, and low, which is what rounding to
     high lost (no gradient goes through it). The tangent and all gradients are one number of 16 bits
@@ -189,6 +196,18 @@ class Residual:
         self.low = low
         self.gate = gate
         self.branch = branch
+
+    def __add__(self, other):
+        return total(self) + total(other)
+
+    def __sub__(self, other):
+        return total(self) - total(other)
+
+    def __mul__(self, other):
+        return total(self) * total(other)
+
+    __radd__ = __add__
+    __rmul__ = __mul__
 
 
 def total(x):
@@ -216,19 +235,28 @@ def has_kernels(x, *vectors, before=None):
 
     before: a layer that is given x, where the kernel is for what follows it.
     """
-    x = value_of(x.high if isinstance(x, Residual) else x)
-    if before is not None and (type(before) is not nn.Linear or before.bias is None):
+    x = x.high if isinstance(x, Residual) else x
+    x = value_of(x)
+    if fused.why_not(x) is not None:
         return False
+    if product_dtype(x) == torch.float16:  # the residual stream would overflow in it
+        return False
+    if before is not None:
+        # What takes the layer's place, or watches it, must be called.
+        hooks = len(before._forward_pre_hooks) + len(before._forward_hooks)
+        if type(before) is not nn.Linear or before.bias is None or hooks:
+            return False
     if vectors and x.ndim != 3:
         return False
-    if any(value_of(v).shape != (x.size(0), 1, x.size(2)) for v in vectors):
-        return False
-    return fused.why_not(x) is None
+    shapes = [getattr(value_of(vector), "shape", None) for vector in vectors]
+    return all(shape == (x.size(0), 1, x.size(2)) for shape in shapes)
 
 
 def add_gated(x, gate, branch):
     """x + gate * branch, for gate (B, 1, D). With kernels the sum is left to the next norm."""
-    if not has_kernels(x, gate):
+    high = x.high if isinstance(x, Residual) else x
+    same_shape = getattr(value_of(branch), "shape", None) == value_of(high).shape
+    if not same_shape or not has_kernels(x, gate):
         return total(x) + gate * branch
     if isinstance(x, Residual) and x.branch is not None:
         x = total(x)  # a Residual holds one sum: this one is made now
@@ -269,7 +297,9 @@ def linear_qkv(layer, x, heads, q_weight=None, k_weight=None):
 
     Without weights there are no norms.
     """
-    if q_weight is not None and has_kernels(x, before=layer):
+    d = layer.out_features // (3 * heads)
+    has_norm = q_weight is not None
+    if has_norm and q_weight.shape == k_weight.shape == (d,) and has_kernels(x, before=layer):
         qkv = linear_constant_bias(layer, x)
         parts = fused.qk_norm(value_of(qkv), tangent_of(qkv), q_weight, k_weight, heads, layer.bias)
         return [pair(*part) for part in zip(parts[:3], parts[3:], strict=True)]
@@ -280,7 +310,7 @@ def linear_qkv(layer, x, heads, q_weight=None, k_weight=None):
         return x.unflatten(-1, (3, heads, -1)).unbind(2)
 
     q, k, v = split(take_apart, linear(layer, x))
-    if q_weight is not None:
+    if has_norm:
         q = rms_norm(q, q_weight)
         k = rms_norm(k, k_weight)
     return q, k, v

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from dataset import DataError
+from header import DataError
 from images import ImageError, as_image_errors, centre_crop, printable, to_rgb
 
 NO_CLASS = "Component"  # a category of five patches of skin, which are no emoji

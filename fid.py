@@ -10,10 +10,10 @@ Images: a folder or .zip of image files, at any depth (images.py says which), or
 uint8 (N, H, W, 3 or 1). Statistics: an .npz of mu and sigma, as --save-stats and pytorch-fid write
 it, or a .pkl of {"fid": {"mu", "sigma"}}, of which arrays are made and nothing else. ADM's
 reference batches are both: FID takes their mu and sigma, precision and recall their images. With
---size images are cut as prepare.py imagenet does (not turned by EXIF).
+--size images are cut as prepare.py imagenet does.
 
-In this file: the features of many images; the scores; the command. frechet.py has the distance and
-the files of statistics, imageset.py the images, inception.py the network.
+In this file: the features of many images; the scores; the command. frechet.py has the distance,
+statistics_files.py the files of statistics, imageset.py the images, inception.py the network.
 """
 
 import os
@@ -27,19 +27,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from device import find_device, join_ranks, ranks_of_torchrun
-from frechet import (
-    FEATURES,
-    Moments,
-    frechet_distance,
-    is_of_save_stats,
-    read_statistics,
-    statistics_in,
-    write_npz,
-)
+from device import find_device, from_all_ranks, join_ranks, ranks_of_torchrun
+from files import FidError, reading
+from frechet import FEATURES, Moments, frechet_distance
 from imageset import arrays_in, images_in, kind_of, open_images, tell
-from inception import FidError, load_inception, reading
+from inception import load_inception
 from options import Parser, run
+from statistics_files import is_of_save_stats, read_statistics, statistics_in, write_npz
 
 SAVE_SECONDS = 60  # between two saves of --state
 NEAREST = 3  # neighbours, of precision and recall
@@ -58,16 +52,16 @@ def features_of(images, net, resize="tf1", batch=128, keep=True, state=None):
     if dist.is_initialized():
         rank = dist.get_rank()
         ranks = dist.get_world_size()
-    first = len(images) * rank // ranks
+    begin = len(images) * rank // ranks
     last = len(images) * (rank + 1) // ranks
-    about = f"{images.about}, {first} to {last}, {resize}, weights {net.digest}, {keep}"
+    about = f"{images.about}, {begin} to {last}, {resize}, weights {net.digest}, {keep}"
     file = f"{state}-{rank}.npz" if state else None
     moments = Moments(FEATURES)
     kept = [torch.empty(0, FEATURES)]
     if file and os.path.exists(file):
-        first = load_state(file, about, moments, kept)
+        begin = load_state(file, about, moments, kept)  # moments and kept are filled in place
     saved = time.monotonic()
-    starts = tqdm(range(first, last, batch), desc=images.path, unit="batch", disable=rank > 0)
+    starts = tqdm(range(begin, last, batch), desc=images.path, unit="batch", disable=rank > 0)
     # Threads read images while a GPU computes.
     with ThreadPoolExecutor(images.threads) as pool:
         for start in starts:
@@ -83,7 +77,10 @@ def features_of(images, net, resize="tf1", batch=128, keep=True, state=None):
                 kept = [on_cpu(kept)]
                 write_npz(file, about=about, kept=kept[0], next=end, **moments.state())
                 saved = time.monotonic()
-    images.remarks.tell_misnamed()
+    for other in from_all_ranks(images.remarks.misnamed):
+        images.remarks.misnamed.update(other)
+    if rank == 0:
+        images.remarks.tell_misnamed()
     if ranks == 1:
         return moments, on_cpu(kept)
     return gather(moments, on_cpu(kept))
@@ -117,30 +114,6 @@ def on_cpu(kept):
     return torch.cat([part.cpu() for part in kept])
 
 
-def tell_few(moments):
-    """Print that there are too few images for a covariance, where that is so."""
-    if moments.remark_on_few():
-        tell(
-            f"{moments.n} images for {FEATURES} dimensions: the covariance is rank deficient, "
-            "FID biased upward"
-        )
-
-
-def fid_of(batches, net, reference, resize="tf1", all_ranks=False):
-    """FID of an iterator of uint8 (N, 3, H, W), by load_inception's network.
-
-    reference: (mu, sigma) of read_reference. all_ranks: every rank calls this with its share.
-    """
-    moments = Moments(FEATURES)
-    for images in batches:
-        moments.add(net(images.to(net.fc.weight.device), resize))
-    if all_ranks:
-        moments.all_reduce()
-    mu, sigma = moments.mean_and_covariance()
-    tell_few(moments)
-    return frechet_distance(mu, sigma, *reference)
-
-
 # ---- a reference: statistics of the same network ------------------------------------------------
 
 
@@ -157,11 +130,16 @@ def read_reference(path, net, resize="tf1"):
         raise FidError(
             f"{path}: statistics of {len(mu)} dimensions, where Inception's features have {dim}"
         )
-    if notes and notes != made_with(net, resize):
-        raise FidError(
-            f"{path} was made with {notes}, which does not compare with {made_with(net, resize)}"
-        )
+    refuse_other_notes(path, notes, made_with(net, resize))
     return mu, sigma
+
+
+def refuse_other_notes(path, notes, made):
+    """Raise FidError where the statistics of a file were made otherwise than `made`."""
+    if notes and notes != made:
+        raise FidError(
+            f"{path} was made with {notes}, which does not compare with what is made with {made}"
+        )
 
 
 # ---- scores --------------------------------------------------------------------------------------
@@ -204,7 +182,7 @@ def precision_recall(samples, reference, k=NEAREST, size=2**25):
     rows = max(1, size // len(b))
     near = []
     covered = torch.zeros(len(b), dtype=torch.bool, device=device)
-    for part, radius in zip(parts(a, rows), radius_a.split(rows), strict=True):
+    for part, radius in zip(chunks(a, rows), radius_a.split(rows), strict=True):
         distances = distances_between(part, b)  # (rows, M)
         near.append((distances <= radius_b).any(1))
         covered |= (distances <= radius[:, None]).any(0)
@@ -214,13 +192,14 @@ def precision_recall(samples, reference, k=NEAREST, size=2**25):
 def radii(x, k, size):
     """(N, D) -> the distance (N,) of each point to its k-th nearest other."""
     found = []
-    for part in parts(x, max(1, size // len(x))):
+    for part in chunks(x, max(1, size // len(x))):
         nearest = distances_between(part, x).topk(k + 1, largest=False)  # the point itself is one
         found.append(nearest.values[:, k])
     return torch.cat(found)
 
 
-def parts(x, rows):
+def chunks(x, rows):
+    """So many rows of x (N, D) at a time, with a progress bar."""
     return tqdm(x.split(rows), desc="precision, recall", unit="part", leave=False)
 
 
@@ -231,11 +210,8 @@ def distances_between(x, y):
 # ---- the command ---------------------------------------------------------------------------------
 
 
-class Given:
-    """What a person names on the command line: images, statistics, or both.
-
-    Of a reference that has both, the file's mu and sigma are taken.
-    """
+class Input:
+    """What a person names on the command line: images, statistics, or both."""
 
     def __init__(self, path, size=0, is_reference=False):
         self.path = path
@@ -245,9 +221,12 @@ class Given:
         self.features = None  # (n, 2048), of the images, after `measure`
         self.few = None  # the remark that the images are too few
         has_images, has_statistics = contents(path)
+        # ADM's batches hold both. As samples they are measured; as a reference their published mu
+        # and sigma count.
+        use_file = has_statistics and (is_reference or not has_images)
         if has_images:
             self.images = open_images(path, size)
-        if has_statistics and (is_reference or not has_images):
+        if use_file:
             mu, sigma, self.notes = read_statistics(path)
             self.gaussian = mu, sigma
 
@@ -263,7 +242,11 @@ class Given:
         if self.gaussian is None and ranks_of_torchrun()[0] == 0:
             self.gaussian = moments.mean_and_covariance()
             self.few = moments.remark_on_few()
-            tell_few(moments)
+            if self.few and args.save_stats:  # else it stands beside the FID
+                tell(
+                    f"{self.path}: {moments.n} images for {FEATURES} dimensions: "
+                    "the covariance is rank deficient, FID biased upward"
+                )
             if moments.n < len(self.images):
                 tell(f"{self.path}: {moments.n} of {len(self.images)} images could be read")
 
@@ -295,8 +278,7 @@ def parse(argv):
         "--size",
         type=int,
         default=0,
-        help="of a folder's images for --save-stats: "
-        "cut as prepare.py imagenet does (not turned by EXIF)",
+        help="of a folder's images for --save-stats: cut as prepare.py imagenet does",
     )
     parser.add_argument(
         "--inception",
@@ -349,47 +331,45 @@ def check_replaced(samples, path):
         raise FidError(f"--save-stats would replace the images that it is to measure, {path}")
     if not os.path.isfile(path) or not is_of_save_stats(path):
         raise FidError(f"--save-stats replaces no file but its own statistics, and not {path}")
-    tell(f"the statistics in {path} will be replaced")
+    tell(f"fid.py: the statistics in {path} will be replaced")
 
 
-def refuse_other_dimensions(given):
+def refuse_other_dimensions(inputs):
     """Raises FidError where means and covariances are of different dimensions."""
-    if len({one.dimensions() for one in given}) > 1:
-        each = " and ".join(f"{one.path} has {one.dimensions()}" for one in given)
+    if len({one.dimensions() for one in inputs}) > 1:
+        each = " and ".join(f"{one.path} has {one.dimensions()}" for one in inputs)
         raise FidError(f"only statistics of the same dimensions compare: {each}")
 
 
-def refuse_mixtures(given, net, resize):
-    """Return what all features and statistics were made with. Raises FidError where it differs."""
-    notes = {one.notes for one in given if one.notes}
-    if net:
-        notes.add(made_with(net, resize))
-    if len(notes) > 1:
-        both = " does not compare with what is made with ".join(sorted(notes))
-        raise FidError(f"what is made with {both}")
-    return notes.pop() if notes else ""
+def common_notes(inputs, net, resize):
+    """What all features and statistics were made with. Raises FidError where it differs."""
+    made = made_with(net, resize) if net else ""
+    for one in inputs:
+        made = made or one.notes
+        refuse_other_notes(one.path, one.notes, made)
+    return made
 
 
 def main(argv=None):
     args = parse(argv)
     rank = ranks_of_torchrun()[0]
-    samples = Given(args.samples, args.size)
+    samples = Input(args.samples, args.size)
     if args.save_stats and samples.images is None:
         raise FidError(f"--save-stats takes images, and {args.samples} holds statistics already")
-    given = [samples]
+    inputs = [samples]
     if not args.save_stats:
-        reference = Given(args.reference, is_reference=True)
-        given.append(reference)
-    refuse_other_dimensions(given)
+        reference = Input(args.reference, is_reference=True)
+        inputs.append(reference)
+    refuse_other_dimensions(inputs)
 
     join_ranks("gloo", timedelta(days=1))  # another rank may be slow
     net = None
-    if any(one.images is not None for one in given):
+    if any(one.images is not None for one in inputs):
         # Not Apple's GPUs: the covariance is computed in float64.
         device = find_device("cuda" if torch.cuda.is_available() else "cpu")
         net = load_inception(args.inception, device)
-    notes = refuse_mixtures(given, net, args.resize)
-    for number, one in enumerate(given):
+    notes = common_notes(inputs, net, args.resize)
+    for number, one in enumerate(inputs):
         one.measure(net, args, args.state and f"{args.state}-{number}")
 
     if rank > 0:
@@ -413,7 +393,7 @@ def print_fid(samples, reference, notes):
 
 
 def print_inception_score(features, net):
-    mean, std = inception_score(features.double() @ net.fc.weight.cpu().double().T)
+    mean, std = inception_score(net.logits_of(features))
     few = ""
     if len(features) <= 10 * 1008:  # else each of 10 parts may have all classes
         few = f"; too few images: {len(features)} <= 10 x 1008 classes"

@@ -3,6 +3,7 @@ Files that outlive what may end a run: a kill, a power cut, a full disk, a secon
 
     with written(path) as f: ...    # `path` appears whole or not at all, one writer at a time
     lock = hold(folder, seconds)    # the folder is this process's own until it ends
+    with reading(path): ...         # whatever goes wrong in it is one line that names `path`
 
 Every script turns a UserError into one line and a non-zero exit.
 """
@@ -15,8 +16,8 @@ import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
-# The end of the name of a file, or a folder, that is being written. Whatever has it is ours: it is
-# overwritten, and removed where nobody is writing it.
+# The suffix of a file or folder while it is being written. A leftover with this suffix is
+# overwritten or removed, so do not name your own files so.
 PARTIAL = ".tvm-partial"
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # of some network disks
@@ -30,16 +31,43 @@ class CheckpointError(UserError):
     """Something about a checkpoint, in one line."""
 
 
+class FidError(UserError, ValueError):
+    """Something about images, statistics or weights, in one line."""
+
+
+def first_line(error, longest=500):
+    """The first line of an error's text, printable: a stranger's file may put anything into it."""
+    lines = str(error).strip().splitlines() or [""]
+    return "".join(filter(str.isprintable, lines[0]))[:longest]
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Whatever goes wrong with a file becomes one line that names it: a FidError."""
+    try:
+        yield
+    except FidError as error:
+        raise FidError(first_line(error)) from None
+    except UserError as error:
+        raise FidError(first_line(f"cannot read {path}: {error}")) from None
+    except Exception as error:  # zipfile, zlib, numpy, Pillow and torch raise many kinds
+        raise FidError(first_line(f"cannot read {path}: {type(error).__name__}: {error}")) from None
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def written(path):
     """Give a binary file to write. At the end it is synced and renamed to `path`.
 
     Until then the bytes lie in `path`.tvm-partial, which is locked. Raises OSError, with the name
     `path`, where the disk is full or another process is writing `path`. What was at `path` then
-    stays as it was.
+    stays as it was. An OSError from the body that names another file passes unchanged; one without
+    a file name is taken for a failed write to `path`.
     """
     aside = f"{path}{PARTIAL}"
-    try:
+    with errors_named(path, aside):
         file = open_locked(aside)
         try:
             file.truncate(0)  # of a writer that was killed
@@ -55,9 +83,15 @@ def written(path):
         file.close()
         if os.name == "posix":
             sync_folder(os.path.dirname(path) or ".")
+
+
+@contextlib.contextmanager
+def errors_named(path, aside):
+    """An OSError without a file name, or about the file `aside`, becomes one about `path`."""
+    try:
+        yield
     except OSError as error:
-        of_this_file = error.errno is not None and error.filename in (None, aside)
-        if not of_this_file:  # of another file, which the caller reads
+        if error.errno is None or error.filename not in (None, aside):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
@@ -69,6 +103,9 @@ def sync_folder(folder):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# ---- locks ---------------------------------------------------------------------------------------
 
 
 def hold(folder, seconds=0):

@@ -1,6 +1,7 @@
 """What a block does between its products, in Triton kernels that read and write each tensor once.
 
-This file needs torch and triton only. dual.py calls it where it can run, and has the same rules as
+This file needs torch and triton only. There is no second derivative in backward: for that, set
+FUSED = False. dual.py calls it where it can run, and has the same rules as
 plain formulas: they are the reference, and the path of every other device.
 
     x, low, dx, h, dh = add_norm(x, dx, y, dy, gate, dgate, shift, dshift, scale, dscale)
@@ -60,6 +61,7 @@ FUSED = True  # False: dual.py takes its formulas always
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # kernels on CPU tensors, for tests
 EPS = 1e-6  # of every norm
 MAX_WIDTH = 2048  # of a row: it must fit into the registers of one program
+MAX_ROWS = 32 * 65535  # a grid's second axis ends at 65,535 programs, here of 32 rows
 
 # Of a program: tokens and warps, measured on an H200 with XL/2's shapes.
 NORM_FORWARD = (1, 4)
@@ -79,11 +81,13 @@ def why_not(x):
         return "Triton is not installed"
     if x.size(-1) > MAX_WIDTH:
         return f"rows of {x.size(-1)} numbers are longer than {MAX_WIDTH}"
+    if x.numel() > MAX_ROWS * x.size(-1):
+        return f"there are more than {MAX_ROWS} rows"
     if x.device.type == "cpu" and INTERPRET:
         return None if x.dtype == torch.float32 else f"Triton's interpreter is wrong in {x.dtype}"
     if not x.is_cuda or torch.version.hip is not None:
         return "the kernels run on NVIDIA GPUs"
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if x.dtype not in (torch.bfloat16, torch.float32):
         return f"the kernels do not take {x.dtype}"
     if not torch.compiler.is_compiling() and _transformed():
         return "a transform of torch.func, or forward AD, is at work"
@@ -103,7 +107,7 @@ def _transformed():
 
 
 def chunk_widths(D):
-    first = max(16, 1 << ((D - 1).bit_length() - 1))
+    first = max(16, 1 << (max(D - 1, 1).bit_length() - 1))
     second = max(16, 1 << (max(D - first, 1) - 1).bit_length())
     return first, second
 
@@ -758,6 +762,13 @@ def add_norm(
     else None.
     """
     dtype = dtype or x.dtype
+    B, T, D = x.shape
+    for tokens in (dx, y, dy):
+        if tokens is not None and tokens.shape != x.shape:
+            raise ValueError(f"add_norm takes tokens of one shape, got {x.shape}, {tokens.shape}")
+    for vector in (gate, dgate, shift, dshift, scale, dscale):
+        if vector is not None and vector.shape != (B, 1, D):
+            raise ValueError(f"add_norm takes vectors of shape {(B, 1, D)}, got {vector.shape}")
     x_out, low_out, dx_out, h, dh, _, _ = _add_norm(
         x, low, dx, y, dy, gate, dgate, shift, dshift, scale, dscale, dtype
     )
@@ -861,7 +872,7 @@ def _qk_norm(
     """qkv (B, T, 3 D) -> q, k, dq, dk (B, T, heads, d)."""
     outputs = _qk_norm_empty(qkv, dqkv, heads)
     q, k, dq, dk = outputs
-    qkv, dqkv = _dense(qkv), _dense(dqkv)
+    qkv, dqkv, q_weight, k_weight = (_dense(t) for t in (qkv, dqkv, q_weight, k_weight))
     N = qkv.size(0) * qkv.size(1)
     d = q.size(-1)
     rows, warps = QK_NORM_FORWARD
@@ -910,7 +921,7 @@ def _qk_norm_backward(
     gqkv, gdqkv, sums = outputs
     gq, gk, gv = _dense(gq), _dense(gk), _dense(gv)
     gdq, gdk, gdv = _dense(gdq), _dense(gdk), _dense(gdv)
-    qkv, dqkv = _dense(qkv), _dense(dqkv)
+    qkv, dqkv, q_weight, k_weight = (_dense(t) for t in (qkv, dqkv, q_weight, k_weight))
     N = qkv.size(0) * qkv.size(1)
     d = sums.size(-1)
     rows, warps = QK_NORM_BACKWARD

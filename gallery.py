@@ -50,6 +50,7 @@ from scores import nearest_neighbours
 
 TITLES = {"tvm": "TVM", "meanflow": "MeanFlow", "flow_matching": "flow matching"}
 MOST_COLUMNS = 10  # where --classes does not name them
+MOST_ROWS = 50  # of each network
 WIDTH = 960  # pixels of all columns, at most
 SPACE = 10  # pixels between the blocks of a picture
 FONT_SIZE = 15
@@ -73,8 +74,8 @@ def parse(argv=None):
     add("--vae", help="where the VAE of latents lies (default: on the Hugging Face hub)")
     add("--device", help="default: a GPU where there is one")
     args = parser.parse_args(argv)
-    if args.rows < 1:
-        raise UserError(f"--rows must be at least 1, not {args.rows}")
+    if not 1 <= args.rows <= MOST_ROWS:
+        raise UserError(f"--rows must be from 1 to {MOST_ROWS}, not {args.rows}")
     if not 0 <= args.seed < 2**63:
         raise UserError(f"--seed must be at least 0 and below 2**63, not {args.seed}")
     if args.data and not args.nearest:
@@ -90,8 +91,8 @@ def parse(argv=None):
 def numbers_of_steps(text, networks):
     """ "1" or "1,1,50" -> a number of steps for each network."""
     words = text.split(",")
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise UserError(f"--nfe takes whole numbers from 1 on, not {text!r}")
+    if not all(word.isdecimal() and len(word) < 7 and int(word) > 0 for word in words):
+        raise UserError(f"--nfe takes whole numbers from 1 to 999999, not {text[:40]!r}")
     if len(words) == 1:
         words = words * networks
     if len(words) != networks:
@@ -155,6 +156,8 @@ def load_training_images(path, header):
     """The training images (M, C, H, W) that a network with this data header has seen."""
     if "vae" in header:
         raise UserError("--nearest compares pixels, and these networks were trained on latents")
+    if not path and "name" not in header:
+        raise UserError("the checkpoint does not name its data: give --data")
     path = path or os.path.join("data", header["name"])
     found, data = load_dataset(path)
     if found != header:
@@ -247,7 +250,7 @@ def main():
             blocks.append((title, images))
     with written(args.out) as f:
         draw(blocks, names).save(f, "PNG")
-    print(f"{args.out}: {len(classes)} classes, {args.rows} rows of each network")
+    print(f"{args.out}: {len(classes)} columns, {args.rows} rows of each network")
 
 
 if __name__ == "__main__":

@@ -48,19 +48,16 @@ SUFFIXES = {
 }
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # no other: PostScript, say, is a program
 OF_SYSTEMS = {"__macosx", "thumbs.db", "desktop.ini"}
-LABELS = "dataset.json"  # of EDM and StyleGAN, at the top of a folder or a .zip
+LABELS_FILE = "dataset.json"  # of EDM and StyleGAN, at the top of a folder or a .zip
 MAX_MEMBER = 2**30  # bytes of an image in a .zip, which is read into memory
 
 # Faults of a disk, a network or a full machine. They say nothing about the image. (Pillow's own
-# errors about what it decodes have no errno.)
-PASSING = {
-    errno.EIO,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
-}
+# errors about what it decodes have no errno.) ENOENT: it was there when the files were listed.
+FAULTS = """
+    EIO ESTALE ETIMEDOUT EMFILE ENFILE ENOMEM ENOENT ENODEV ENXIO ENOTCONN ECONNRESET ECONNABORTED
+    ENETDOWN ENETUNREACH EHOSTDOWN EHOSTUNREACH EREMOTEIO
+"""
+PASSING = {getattr(errno, name) for name in FAULTS.split() if hasattr(errno, name)}
 
 # What Pillow says about files that it reads all the same: EXIF with a fault, very many pixels.
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
@@ -133,10 +130,11 @@ def find_images(path, top=""):
     images.sort()
     left_out.sort()
     names = ["/".join(parts) for parts in images]
+    reasons = [("/".join(parts), reason) for parts, reason in left_out]
     return Found(
         names=names,
         files=files_at(path, [top + name for name in names]),
-        left_out=[("/".join(parts), reason) for parts, reason in left_out if parts != (LABELS,)],
+        left_out=[(name, reason) for name, reason in reasons if name != LABELS_FILE],
         folders=sorted(folders),
     )
 
@@ -161,6 +159,8 @@ def walk_folder(top):
             with os.scandir(os.path.join(top, *parts)) as entries:
                 entries = list(entries)
         except OSError as error:
+            if is_passing(error):
+                raise
             left_out.append((parts, f"a folder that cannot be opened: {error.strerror}"))
             continue
         if parts and not entries:
@@ -201,12 +201,14 @@ def why_left_out(entry, above):
     except FileNotFoundError:
         return "a link to nothing"
     except OSError as error:  # a link to itself, a folder that may not be entered
+        if is_passing(error):
+            raise
         return f"cannot be opened: {error.strerror}"
     return why_no_image(entry.name)
 
 
 def why_no_image(name):
-    if name == LABELS:
+    if name == LABELS_FILE:
         return "it counts only at the top"
     if suffix_of(name) not in SUFFIXES:
         return "its name is not that of an image"
@@ -257,7 +259,7 @@ def open_zip(path):
 
 @functools.lru_cache(maxsize=1)
 def open_zip_once(path, file_number, time, process):
-    """Each process needs one of its own: two would share one place in the file."""
+    """Each process opens its own: after a fork, parent and child would share one file offset."""
     archive = zipfile.ZipFile(path)
     members = {}
     for member in archive.infolist():
@@ -313,7 +315,8 @@ def read_whole(file):
 def read_square(file, size, upright=True, gray=False):
     """The middle of an image, resized: pixels (3, size, size), or (1, size, size) if `gray`.
 
-    upright: turned as its EXIF orientation says. Raises ImageError, or OSError for a passing fault.
+    upright: turned as its EXIF orientation says. upright=False keeps ADM's crops comparable: their
+    ImageNet ignores EXIF. Raises ImageError, or OSError for a passing fault.
     """
     with as_image_errors(file):
         image, kind = decode_file(file, upright)
@@ -461,6 +464,11 @@ def to_rgb(image, kind):
     return image.convert("RGB")
 
 
+def as_rgb(images):
+    """Images with 1 or 3 channels at the end, (..., 1 or 3) -> (..., 3)."""
+    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+
+
 # ---- cropping ------------------------------------------------------------------------------------
 
 
@@ -487,15 +495,16 @@ def parallel(function, items, what):
     """Yield function(item) for each item, in order, computed on all cores. what: for the bar."""
     workers = min(61, os.cpu_count() or 1)  # Windows takes no more than 61
     chunk = max(1, min(256, len(items) // (4 * workers)))
-    with ProcessPoolExecutor(workers, initializer=end_with_parent, initargs=(0,)) as pool:
+    with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
         results = pool.map(function, items, chunksize=chunk)
         yield from tqdm(results, total=len(items), desc=what, unit="img")
 
 
-def end_with_parent(_):
+def end_with_parent(worker=None):
     """Let the system end this worker when its parent ends, however it ends (Linux).
 
     Else the workers of a killed process would wait for ever to hand over what they have read.
+    worker: its number, which DataLoader passes; not used.
     """
     if sys.platform == "linux":
         parent_death_signal = 1  # PR_SET_PDEATHSIG

@@ -18,9 +18,16 @@ import numpy as np
 from tqdm import tqdm
 
 from device import ranks_of_torchrun
-from files import UserError
-from images import Remarks, find_images, printable, read_whole, tell_left_out, try_square
-from inception import FidError, reading
+from files import FidError, UserError, reading
+from images import (
+    Remarks,
+    as_rgb,
+    find_images,
+    printable,
+    read_whole,
+    tell_left_out,
+    try_square,
+)
 
 WANTED = (
     "fid.py takes a folder or .zip of images, an .npz or .npy of uint8 images (N, H, W, 3), or "
@@ -55,8 +62,8 @@ def kind_of(path):
 def open_images(path, size=0):
     """The images of a folder, an .npz or an .npy. Raises FidError.
 
-    size: of a folder's images, which are then cut as prepare.py imagenet does (not turned by EXIF);
-    0 leaves them as they are.
+    size: of a folder's images, which are then cut as prepare.py imagenet does; 0 leaves them as
+    they are.
     """
     with reading(path):
         kind = kind_of(path)
@@ -72,7 +79,7 @@ def open_images(path, size=0):
 def tell(message):
     """Print a remark, once for all ranks."""
     if ranks_of_torchrun()[0] == 0:
-        print(f"fid.py: {message}", file=sys.stderr)
+        print(message, file=sys.stderr)
 
 
 def fingerprint(thing):
@@ -135,7 +142,6 @@ class FolderImages:
         return image
 
     def cut(self, file):
-        # Not turned by EXIF, as the images of prepare.py imagenet are not.
         attempt = try_square(file, self.size, upright=False)
         self.remarks.note(str(file), attempt)
         if attempt.picture is None:
@@ -178,7 +184,7 @@ class NpyImages:
 class NpzImages:
     """The images of an .npz: of its arr_0, or of its only array that can be images."""
 
-    threads = 1  # the file has one position
+    threads = 1  # all reads share one seek position
 
     def __init__(self, path):
         self.path = path
@@ -209,11 +215,6 @@ class NpzImages:
             self.file.seek(self.start + i * self.bytes_each)
             raw = self.file.read(self.bytes_each)
             return as_rgb(np.frombuffer(raw, np.uint8).reshape(self.shape))
-
-
-def as_rgb(image):
-    """uint8 (H, W, 1 or 3) -> (H, W, 3)."""
-    return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
 
 
 def read_header(file):

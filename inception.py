@@ -23,8 +23,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from device import ranks_of_torchrun
-from files import UserError
-from pickles import first_line
+from files import FidError, reading
 
 # True: convolutions in TensorFloat-32 on a GPU. `bench.py fid` says what that gives and costs.
 TF32 = False
@@ -35,23 +34,6 @@ URL = (
     "pt_inception-2015-12-05-6726825d.pth"
 )
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-
-
-class FidError(UserError, ValueError):
-    """Something about images, statistics or weights, in one line."""
-
-
-@contextlib.contextmanager
-def reading(path):
-    """Whatever goes wrong with a file becomes one line that names it: a FidError."""
-    try:
-        yield
-    except FidError as error:
-        raise FidError(first_line(error)) from None
-    except UserError as error:
-        raise FidError(first_line(f"cannot read {path}: {error}")) from None
-    except Exception as error:  # zipfile, zlib, numpy, Pillow and torch raise many kinds
-        raise FidError(first_line(f"cannot read {path}: {type(error).__name__}: {error}")) from None
 
 
 # ---- parts ---------------------------------------------------------------------------------------
@@ -257,12 +239,10 @@ class InceptionV3(nn.Module):
         return self.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def forward(self, images, resize="tf1", logits=False):
+    def forward(self, images, resize="tf1"):
         """uint8 images (N, 3, H, W) -> features (N, 2048), float32.
 
-        resize: "tf1" or "torch", see `resized`. With logits=True returns (features, logits). The
-        logits (N, 1008) leave out the bias of fc, as published Inception Scores do.
-        Raises FidError.
+        resize: "tf1" or "torch", see `resized`. Raises FidError.
         """
         right_images = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3
         if not right_images or resize not in ("tf1", "torch"):
@@ -271,10 +251,14 @@ class InceptionV3(nn.Module):
                 f"not {images.dtype} {tuple(images.shape)}, {resize}"
             )
         with gpu_precision(), torch.autocast(images.device.type, enabled=False):
-            features = self.features(resized(images, resize))
-        if not logits:
-            return features
-        return features, (features.double() @ self.fc.weight.double().T).float()
+            return self.features(resized(images, resize))
+
+    def logits_of(self, features):
+        """Features (N, 2048) -> logits (N, 1008), float64, on the features' device.
+
+        They leave out the bias of fc, as published Inception Scores do.
+        """
+        return features.double() @ self.fc.weight.to(features.device).double().T
 
     def features(self, x):
         x = x.contiguous(memory_format=torch.channels_last)  # (N, 3, 299, 299)

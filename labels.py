@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataset import describe_gaps
-from images import LABELS, SUFFIXES, ImageError, find_images, open_zip, printable
+from header import describe_gaps
+from images import LABELS_FILE, SUFFIXES, ImageError, find_images, open_zip, printable
 
-SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 MAX_LABEL = 10**6
 
 
@@ -57,7 +57,7 @@ def find_labelled(src, top=""):
         return label_by_folders(src, found)
     if os.path.isdir(src):
         raise ImageError(
-            f"the class folders or the {LABELS} of {src} lie one level lower: "
+            f"the class folders or the {LABELS_FILE} of {src} lie one level lower: "
             f"give {os.path.join(src, wrapper)}"
         )
     below = f"{wrapper}/"
@@ -80,7 +80,7 @@ def find_wrapper(found):
         return None
     folder = found.folders[0]
     left_out = [name for name, _ in found.left_out]
-    has_labels_file = f"{folder}/{LABELS}" in left_out
+    has_labels_file = f"{folder}/{LABELS_FILE}" in left_out
     has_images = any(name.count("/") == 1 for name in found.names)
     only_deeper_images = bool(found.names) and not has_images
     return folder if has_labels_file or only_deeper_images else None
@@ -89,11 +89,13 @@ def find_wrapper(found):
 def label_by_folders(src, found):
     """Each folder in src is a class."""
     for name, _ in found.left_out:
-        if name.endswith("/" + LABELS):
-            raise ImageError(f"{LABELS} counts only at the top of {src}: move {name} there or away")
+        if name.endswith("/" + LABELS_FILE):
+            raise ImageError(
+                f"{LABELS_FILE} counts only at the top of {src}: move {name} there or away"
+            )
     tops = [name.partition("/")[0] for name in found.names if "/" in name]
     if len(tops) < len(found.names) and tops:
-        raise ImageError(f"{src} holds images beside its class folders: which label have they?")
+        raise ImageError(f"{src} holds images beside its class folders: which label do they have?")
     if not found.names:
         raise ImageError(f"no {', '.join(SUFFIXES)} file in {src}{example(found)}")
     if not tops:
@@ -135,7 +137,7 @@ def refuse_splits(src, found, tops):
 
     One folder `train` with images in it, among other folders, is a class: CIFAR-100 has it.
     """
-    splits = [folder for folder in found.folders if folder.lower() in SPLITS]
+    splits = [folder for folder in found.folders if folder.lower() in SPLIT_FOLDERS]
     if not splits:
         return
     is_deep = any(name.startswith(splits[0] + "/") and name.count("/") > 1 for name in found.names)
@@ -155,14 +157,14 @@ def read_labels_file(src, top=""):
     try:
         if not os.path.isdir(src):
             archive, members = open_zip(src)
-            return archive.read(members[top + LABELS])
-        with open(os.path.join(src, LABELS), "rb") as file:
+            return archive.read(members[top + LABELS_FILE])
+        with open(os.path.join(src, LABELS_FILE), "rb") as file:
             return file.read()
     except (FileNotFoundError, KeyError):
         return None
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         # RuntimeError: it is encrypted, or (NotImplementedError) packed in an unknown way.
-        raise ImageError(f"cannot read {src}/{LABELS}: {error}") from None
+        raise ImageError(f"cannot read {src}/{LABELS_FILE}: {error}") from None
 
 
 def label_by_table(src, found, content):
@@ -177,11 +179,11 @@ def label_by_table(src, found, content):
         if name in label_of:
             names.append(name)
         else:
-            left_out.append((name, f"it has no label in {LABELS}"))
+            left_out.append((name, f"it has no label in {LABELS_FILE}"))
     for name in sorted(set(label_of) - set(names)):
-        left_out.append((name, f"it is in {LABELS}, and not an image that is there"))
+        left_out.append((name, f"it is in {LABELS_FILE}, and not an image that is there"))
     if not names:
-        raise ImageError(f"no image in {src} has a label in its {LABELS}")
+        raise ImageError(f"no image in {src} has a label in its {LABELS_FILE}")
     labels = [label_of[name] for name in names]
     file_of = dict(zip(found.names, found.files))
     files = [file_of[name] for name in names]
@@ -195,8 +197,9 @@ def parse_labels(src, content):
     try:
         table = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ImageError(f"{src}/{LABELS} is not JSON: {error}") from None
-    wanted = f'{src}/{LABELS} must be {{"labels": [["NAME", LABEL], ...]}} or {{"labels": null}}'
+        raise ImageError(f"{src}/{LABELS_FILE} is not JSON: {error}") from None
+    form = '{"labels": [["NAME", LABEL], ...]} or {"labels": null}'
+    wanted = f"{src}/{LABELS_FILE} must be {form}"
     if not isinstance(table, dict) or "labels" not in table:
         raise ImageError(f"{wanted}; move it away if it is not about labels")
     if table["labels"] is None:
@@ -211,7 +214,7 @@ def parse_labels(src, content):
         name, label = row[0].replace("\\", "/"), row[1]
         other = label_of.setdefault(name, label)
         if other != label:
-            raise ImageError(f"{src}/{LABELS} gives {name} two labels, {other} and {label}")
+            raise ImageError(f"{src}/{LABELS_FILE} gives {name} two labels, {other} and {label}")
     return label_of
 
 
@@ -221,17 +224,19 @@ def parse_labels(src, content):
 def choose_held_out(labels, share, rng):
     """Which images are held out: a bool (N,).
 
-    Each class (labels: (N,)) gives its share, rounded so that the total is N * share, rounded down,
-    or less where small classes must each keep one image to train on. The last images of a class go.
+    This is the largest remainder method. Each class (labels: (N,)) gives floor(share * its size).
+    The images missing to floor(share * N) come one each from the classes with the largest
+    remainders; ties are drawn at random. A class always keeps one image to train on, so the total
+    may be less. The last images of a class go.
     """
     total = int(round(len(labels) * share, 6))  # 0.29 * 100 is a little below 29
     classes, sizes = np.unique(labels, return_counts=True)
     wanted = np.round(sizes * share, 6)
     counts = np.minimum(np.floor(wanted).astype(int), sizes - 1)
-    # What is missing to the total goes to the classes that lack most, one each; ties are drawn.
-    lacking = wanted - counts
-    by_need = sorted(rng.permutation(len(classes)), key=lambda place: -lacking[place])
-    for place in by_need:
+    remainders = wanted - counts
+    drawn = rng.permutation(len(classes))
+    by_remainder = drawn[np.argsort(-remainders[drawn], kind="stable")]
+    for place in by_remainder:
         if counts.sum() < total and counts[place] < sizes[place] - 1:
             counts[place] += 1
     held_out = np.zeros(len(labels), bool)

@@ -26,20 +26,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset import (
-    LEFT_OUT,
-    DataError,
-    Writer,
-    claim,
-    clean_up_after,
-    describe_classes,
-    describe_gaps,
-    load_dataset,
-    remove_files,
-    write_left_out,
-)
-from device import from_rank_0, join_ranks, ranks_of_torchrun
+from claims import LEFT_OUT, claim, clean_up_after, remove_files
+from dataset import Writer, load_dataset, write_left_out
+from device import from_all_ranks, from_rank_0, join_ranks, ranks_of_torchrun
 from files import written
+from header import DataError, describe_classes, describe_gaps
 from images import (
     ImageError,
     Remarks,
@@ -52,13 +43,16 @@ from images import (
     try_square,
 )
 from labels import find_labelled, tell_notes
+from pictures import visible
 from vae import PUBLISHED, decode, encode, latent_moments, load_vae
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 
-NAMES = dict(encoding="utf-8", errors="surrogateescape")  # how file names are kept
+FILE_NAME_ENCODING = dict(encoding="utf-8", errors="surrogateescape")  # of train_files.txt
 
-ENCODED = 1  # the values of done.npy; 0 is still to do
+# The values of done.npy.
+TO_DO = 0
+ENCODED = 1
 UNREADABLE = 2
 
 
@@ -93,7 +87,7 @@ def encode_images(src, path, name, size, vae_files, vae_name, batch=0, measure=F
     complaint = None
     if rank == 0:
         tell_notes(labelled)
-        tell_left_out(labelled.left_out, os.path.join(path, LEFT_OUT))
+        tell_left_out(labelled.left_out)
         print("EXIF orientation is not applied, as in ADM's ImageNet", file=sys.stderr)
         try:
             writer = begin(path, plan, labelled, shape)
@@ -143,7 +137,8 @@ def begin(path, plan, labelled, shape):
     """
     lock = claim(path, keep=True, seconds=10)
     begun = read_plan(path)
-    differing = [key for key in plan if begun and begun.get(key, plan[key]) != plan[key]]
+    # A plan from before an option was there lacks its key, and may go on with any value of it.
+    differing = [key for key in plan if begun and key in begun and begun[key] != plan[key]]
     if differing:
         raise DataError(
             f"{path}.partial was begun with another {' and another '.join(differing)}: "
@@ -155,7 +150,7 @@ def begin(path, plan, labelled, shape):
     if begun:
         try:
             return Writer(path, stored_shape, count, np.float16, begun=True, lock=lock)
-        except ValueError as error:  # numpy's, about an array that is not whole
+        except (ValueError, EOFError) as error:  # numpy's, about an array that is not whole
             raise DataError(
                 f"cannot write {path}: {error}; delete {path}.partial to start over"
             ) from None
@@ -165,7 +160,7 @@ def begin(path, plan, labelled, shape):
         writer.arrays["train_labels"][:] = labelled.labels
         writer.arrays["train_labels"].flush()
         with written(f"{path}.partial/done.npy") as f:
-            np.save(f, np.zeros(count["train"], np.uint8))
+            np.save(f, np.full(count["train"], TO_DO, np.uint8))
         with written(f"{path}.partial/plan.json") as f:  # last: where it is, all the others are
             f.write(json.dumps(plan).encode())
     except (DataError, OSError) as error:
@@ -222,12 +217,14 @@ def encode_rows(path, plan, labelled, vae, rank, ranks):
             done[np.setdiff1d(rows, read_rows)] = UNREADABLE
             done[read_rows] = ENCODED
             bar.update(np.count_nonzero(done) - bar.n)  # of all ranks
-    tell_left_out(remarks.unreadable, os.path.join(path, LEFT_OUT))
-    remarks.tell_misnamed()
+    for other in from_all_ranks(remarks.misnamed):
+        remarks.misnamed.update(other)
+    if rank == 0:
+        remarks.tell_misnamed()
 
 
 def read_batch(files, size):
-    """A list of Attempts. EXIF orientation is not applied, as in ADM's ImageNet.
+    """A list of Attempts, at squares that are not turned upright.
 
     An OSError is returned: if it were raised, the DataLoader would hand on a traceback as its text.
     """
@@ -250,18 +247,24 @@ def batches_to_do(done, batch, rank, ranks):
 def finish(writer, plan, labelled, src, name, shape):
     """Drop the rows that cannot be read, write the header, and rename path.partial to path."""
     done = np.load(os.path.join(writer.partial, "done.npy"), mmap_mode="r+")
-    refuse_empty_classes(done, writer.arrays["train_labels"], labelled, src)
-
+    labels = writer.arrays["train_labels"]
     unreadable = find_reasons(labelled, np.flatnonzero(done == UNREADABLE), plan["image_size"])
+    lost = classes_without_an_image(done, labels)
+    if lost:
+        tell_left_out(unreadable, most=len(unreadable))  # no file will say it
+        let_them_be_read_again(done, labels, lost)
+        refuse_lost_classes(lost, done, labelled, src)
+    tell_left_out(unreadable, os.path.join(writer.path, LEFT_OUT))
     write_left_out(writer.partial, unreadable + labelled.left_out)
 
     names = fill_gaps(writer.arrays, labelled.names, done)
     file = os.path.join(writer.partial, "train_files.txt")
-    with open(file, "w", newline="\n", **NAMES) as f:
+    with open(file, "w", newline="\n", **FILE_NAME_ENCODING) as f:
         f.writelines(f"{file_name}\n" for file_name in names)
     skipped = len(done) - len(names)
-    del done  # or Windows would not rename
+    del done, labels  # or Windows would not rename
 
+    writer.is_set[:] = True  # encode_rows has set the rows, in all ranks
     writer.count["train"] = len(names)
     mean, std, kind = normalization(plan, writer.arrays["train_images"][: len(names)])
     made_by = f"prepare.py imagenet --size {plan['image_size']} --batch {plan['batch']}"
@@ -329,21 +332,28 @@ def find_reasons(labelled, rows, size):
     return reasons
 
 
-def refuse_empty_classes(done, labels, labelled, src):
-    """Raise DataError where no image of a class can be read, and let the next run read them again.
+def classes_without_an_image(done, labels):
+    """The labels, sorted, of the classes of which no image can be read."""
+    return sorted(set(labels.tolist()) - set(labels[done == ENCODED].tolist()))
+
+
+def let_them_be_read_again(done, labels, lost):
+    """Let the next run read the images of these classes again.
 
     So the user can mend those files, under the same names, and lose nothing of the other work.
     """
-    if not np.count_nonzero(done == ENCODED):
+    done[np.isin(labels, lost)] = TO_DO
+    done.flush()
+
+
+def refuse_lost_classes(lost, done, labelled, src):
+    """Raise DataError about the classes of which no image can be read."""
+    if not (done == ENCODED).any():
         raise DataError(f"none of the {len(done)} images in {src} can be read")
-    lost = sorted(set(labels.tolist()) - set(labels[done == ENCODED].tolist()))
-    if lost:
-        done[np.isin(labels, lost)] = 0
-        done.flush()
-        raise DataError(
-            f"no image of class {printable(labelled.classes[lost[0]])!r} in {src} can be read: "
-            "mend its files under the same names, and give the command again"
-        )
+    raise DataError(
+        f"no image of class {printable(labelled.classes[lost[0]])!r} in {src} can be read: "
+        "mend its files under the same names, and give the command again"
+    )
 
 
 # ---- a look at what is there ---------------------------------------------------------------------
@@ -449,7 +459,7 @@ def check_values(header, x):
 
 def read_originals(path, header, src, rows, count):
     """The images that became these rows, (n, size, size, 3) uint8."""
-    with open(f"{path}/train_files.txt", newline="\n", **NAMES) as f:
+    with open(f"{path}/train_files.txt", newline="\n", **FILE_NAME_ENCODING) as f:
         names = f.read().split("\n")
     if len(names) != count + 1 or "image_size" not in header:
         raise DataError(f"{path}/train_files.txt is not whole, or header.json lacks its image_size")
@@ -458,7 +468,7 @@ def read_originals(path, header, src, rows, count):
     for file in files:
         try:
             picture = read_square(file, header["image_size"], upright=False)
-        except ImageError as error:
+        except (ImageError, OSError) as error:
             raise ImageError(f"an original in {src} cannot be read: {error}") from None
         originals.append(picture.pixels)
     return np.stack(originals).transpose(0, 2, 3, 1)
@@ -479,7 +489,6 @@ def draw_sheet(lines, path):
     """Save lines of images, (n, H, W, C) uint8 each, as one picture. Of other numbers of channels
     than 1 and 3 it shows the first three, or the first."""
     picture = np.concatenate([np.concatenate(images, axis=1) for images in lines])
-    channels = picture.shape[2]
-    picture = picture[:, :, : 3 if channels >= 3 else 1]
+    picture = visible(picture)
     picture = np.broadcast_to(picture, (*picture.shape[:2], 3))
     Image.fromarray(picture).save(path)

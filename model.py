@@ -487,6 +487,9 @@ def check_about(config, about):
     data = about["data"]
     counts = data["class_counts"]
     weights = [about["guidance"][key] for key in ("w", "w_min", "w_max")]
+    for text in (data.get("name", ""), data.get("vae", ""), about.get("objective", "")):
+        if not isinstance(text, str):
+            raise ValueError(f"a name that is no text: {text!r}")
     if len(counts) != config.num_classes:
         raise ValueError(f"{len(counts)} class counts for {config.num_classes} classes")
     for name in ("mean", "std"):

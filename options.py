@@ -179,8 +179,8 @@ def run(main):
         # Python writes the rest of its output as it ends, which would fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (UserError, OSError, RuntimeError) as error:
-        fail(error)
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
+        fail(str(error) or "out of memory")
 
 
 def fail(message):

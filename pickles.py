@@ -2,7 +2,7 @@
 Pickles, read without running them.
 
 A pickle is a program: it names functions and calls them. Here none of those functions is imported.
-A name is answered with a stand-in of this house, or the pickle is refused.
+A name is answered with one of the stand-ins below, or the pickle is refused.
 
     with mapped(path) as content:
         found = load_arrays(content)          # dicts, lists, text, numbers and numpy arrays
@@ -20,11 +20,10 @@ import pickletools
 
 import numpy as np
 
-from files import UserError
+from files import UserError, first_line
 
-# What modules were called in Python 2, and in numpy 2.
+# What modules were called in Python 2.
 OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
-NEW_NUMPY = ("numpy._core.", "numpy.core.")
 
 # The arrays that are made: of plain numbers, in the names of numpy's dtypes.
 DTYPES = {"b1", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8"}
@@ -35,12 +34,6 @@ PLAIN = (str, bytes, int, float, type(None))  # what comes out of a pickle as it
 
 class RefusedPickle(UserError):
     """A pickle that is not read, with the reason in one line."""
-
-
-def first_line(error, longest=500):
-    """The first line of an error's text, printable: a stranger's file may put anything into it."""
-    lines = str(error).strip().splitlines() or [""]
-    return "".join(filter(str.isprintable, lines[0]))[:longest]
 
 
 @contextlib.contextmanager
@@ -57,13 +50,14 @@ def check_pickle(content):
     """Raise an error where a pickle asks for much more memory than it fills itself.
 
     content: bytes or an mmap. Three kinds of numbers in a pickle ask for memory. The length of a
-    text is checked by genops, which reads it. Places to remember things in are counted from 0, so
-    a place beyond the count of opcodes is never needed. A frame is no longer than the file.
+    text is checked by genops, which reads it. PUT n stores into memo slot n. Slots are numbered
+    from 0 in order of use, so an honest n is below the number of opcodes so far; a huge n only
+    allocates memory. A frame is no longer than the file.
     """
     for count, (opcode, number, _) in enumerate(pickletools.genops(content)):
-        far_place = "PUT" in opcode.name and number > count
+        far_slot = "PUT" in opcode.name and number > count
         long_frame = opcode.name == "FRAME" and number > len(content)
-        if far_place or long_frame:
+        if far_slot or long_frame:
             raise pickle.UnpicklingError(
                 f"{opcode.name} of {number}, after {count} opcodes in {len(content)} bytes"
             )
@@ -172,7 +166,9 @@ class ArrayUnpickler(RestrictedUnpickler):
     }
 
     def stand_in(self, module, name):
-        return self.STAND_INS.get(f"{module}.{name}".replace(*NEW_NUMPY))
+        full_name = f"{module}.{name}"
+        full_name = full_name.replace("numpy._core.", "numpy.core.")  # numpy 2's name, numpy 1's
+        return self.STAND_INS.get(full_name)
 
 
 def with_arrays(thing, done):

@@ -22,6 +22,7 @@ from einops import rearrange
 from PIL import Image
 
 from files import PARTIAL, UserError, sync_folder, written
+from images import as_rgb
 from vae import VAEError, decode, load_vae
 
 # Suffixes of files that are not written here. Other names with a dot may be folders.
@@ -70,7 +71,8 @@ def to_images(x0, header, vae=None):
 def per_channel(values, like):
     """One number a channel -> a tensor that multiplies `like` (B, C, ...)."""
     values = torch.tensor(values, dtype=like.dtype, device=like.device)
-    return values.view(-1, *[1] * (like.ndim - 2))
+    ones = [1] * (like.ndim - 2)
+    return values.view(-1, *ones)  # (C, 1, ...)
 
 
 # ---- from images to pictures ---------------------------------------------------------------------
@@ -103,7 +105,7 @@ def rgb(images):
     channels = images.shape[-1]
     if channels not in (1, 3):
         raise ValueError(f"FID is for images of 1 or 3 channels, not {channels}")
-    return np.repeat(images, 3, axis=-1) if channels == 1 else images
+    return as_rgb(images)
 
 
 def as_pil(image):

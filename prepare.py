@@ -21,9 +21,12 @@ A folder of data holds
     train_labels.npy, test_labels.npy       (N,) int64; all 0 where there are no classes
 and a network's input is (image - mean) / std with the header's mean and std, one a channel.
 
-Latents (kind "latents", with the VAE's name) are stored as posteriors, (N, 2C, h, w) float16:
-C means and C standard deviations. The image in that formula is then mean + standard deviation *
-noise. train_files.txt holds the file of each row. left_out.txt says which files were left out.
+Latents (kind "latents", with the VAE's name): a latent is drawn anew each epoch,
+    z = mu + sigma * noise
+from its stored posterior, (N, 2C, h, w) float16: C channels of mu, then C of sigma. The network's
+input is (z - mean) / std. train_files.txt holds the file of each row.
+
+left_out.txt says which files were left out.
 
 Each command is one function below, with its options above it. A dataset of your own is one more.
 """
@@ -32,29 +35,20 @@ import argparse
 import io
 import os
 import sys
-import tarfile
-import zlib
 from functools import partial
 
 import numpy as np
 from tqdm import tqdm
 
-from dataset import (
-    LEFT_OUT,
-    DataError,
-    Writer,
-    claim,
-    clean_up_after,
-    need_room,
-    new_memory_map,
-    write_left_out,
-)
+from cifar10 import read_cifar10
+from claims import LEFT_OUT, claim, clean_up_after
+from dataset import Writer, need_room, new_memory_map, write_left_out
 from emoji import read_package, to_pixels
 from files import HERE
+from header import DataError
 from images import Remarks, parallel, printable, readable, tell_left_out, try_square
 from labels import choose_held_out, find_labelled, tell_notes
 from options import Parser, run
-from pickles import RefusedPickle, load_arrays
 from shapes import SHAPES, draw_shape
 
 # ---- commands ------------------------------------------------------------------------------------
@@ -81,6 +75,7 @@ def argument(*names, **about):
 
 def new_dataset(function):
     """Decorator: a command that makes args.path, which is data/NAME, and has the usual options."""
+    function.makes_dataset = True
     name = argument("--name", default=function.__name__, help="what it makes is data/NAME")
     overwrite = argument("--overwrite", action="store_true", help="replace a dataset of this name")
     return command(name(overwrite(function)))
@@ -191,10 +186,13 @@ def folder(args):
 
 
 def write_folder(args, labelled, lock):
-    """Read the images, split them, and write both parts.
+    """Read the images, split them, and write both parts. It takes the room of both twice.
 
-    Which images can be read is known only once they are, and how many a part has must be known
-    before it is written. So they go into one array first, in a seeded order.
+    1. Read all images into scratch.npy, in a shuffled order. How many can be read is known only
+       then, and must be known before the parts are made.
+    2. Refuse a class that has lost all its images.
+    3. Choose which images are held out.
+    4. Copy the rows of the training part, then those of the held-out part.
     """
     channels = 1 if args.gray else 3
     shape = (channels, args.size, args.size)
@@ -205,9 +203,9 @@ def write_folder(args, labelled, lock):
     rng = np.random.default_rng(args.seed)
     order = rng.permutation(total)
     labels, unreadable = read_into(images, args, labelled, order)
+    refuse_empty_classes(args.src, labelled, labels, unreadable)
     left_out = unreadable + labelled.left_out
     tell_left_out(left_out, os.path.join(args.path, LEFT_OUT))
-    refuse_empty_classes(args.src, labelled, labels, unreadable)
     write_left_out(args.path + ".partial", left_out)
 
     held_out = choose_held_out(labels, args.held_out, rng)
@@ -260,13 +258,16 @@ def read_into(images, args, labelled, order):
 
 
 def refuse_empty_classes(src, labelled, labels, unreadable):
-    """Raise DataError where all images of a class cannot be read."""
+    """Raise DataError where all images of a class cannot be read. First print why, for each image:
+    no file will say it."""
+    lost = sorted(set(labelled.labels) - set(labels.tolist()))
+    if not lost:
+        return
+    tell_left_out(unreadable, most=len(unreadable))
     if not len(labels):
         raise DataError(f"none of the {len(unreadable)} images in {src} can be read")
-    lost = sorted(set(labelled.labels) - set(labels.tolist()))
-    if lost:
-        name = labelled.classes[lost[0]]
-        raise DataError(f"no image of class {name!r} in {src} can be read")
+    name = labelled.classes[lost[0]]
+    raise DataError(f"no image of class {name!r} in {src} can be read")
 
 
 # ---- emoji ---------------------------------------------------------------------------------------
@@ -289,6 +290,7 @@ def emoji(args):
     pictures = [picture for package in packages for picture in package.emoji]
     left_out = [file for package in packages for file in package.left_out]
 
+    # Versions of the packages have other categories. All pictures of an emoji get its last one.
     category_of = {picture.group: picture.category for picture in pictures}
     classes = sorted(set(category_of.values()))
     rng = np.random.default_rng(args.seed)
@@ -302,7 +304,8 @@ def emoji(args):
     shape = (3, args.size, args.size)
     with Writer(args.path, shape, count, overwrite=args.overwrite) as writer:
         for place, picture in enumerate(tqdm(train + test, desc="emoji", unit="image")):
-            writer.set(place, to_pixels(picture, args.size), classes.index(picture.category))
+            label = classes.index(category_of[picture.group])
+            writer.set(place, to_pixels(picture, args.size), label)
         tell_left_out(left_out, os.path.join(args.path, LEFT_OUT))
         write_left_out(args.path + ".partial", left_out)
         how = f"--size {args.size} --held-out {args.held_out} --seed {args.seed}"
@@ -339,86 +342,28 @@ def cifar10(args):
         )
 
 
-def read_cifar10(file):
-    """The class names, and six batches (images (n, 3, 32, 32) uint8, labels (n,)): five to train
-    on, then the test batch. Raises DataError."""
-    try:
-        with tarfile.open(file) as tar:
-            members = {}
-            for member in tar:
-                if member.isfile() and member.size < 2**28:
-                    members[os.path.basename(member.name)] = member
-            is_python = "batches.meta" in members
-            suffix = "" if is_python else ".bin"
-            batch_names = [f"data_batch_{number}{suffix}" for number in range(1, 6)]
-            batch_names.append(f"test_batch{suffix}")
-
-            def content(name):
-                return tar.extractfile(members[name]).read()
-
-            if is_python:
-                names = parse_python_names(content("batches.meta"))
-                batches = [parse_python_batch(name, content(name)) for name in batch_names]
-            else:
-                names = content("batches.meta.txt").decode().split()
-                batches = [parse_binary_batch(name, content(name)) for name in batch_names]
-    except KeyError as error:
-        raise DataError(
-            f"{file}: no {error.args[0]} in it; is it cifar-10-python.tar.gz or "
-            "cifar-10-binary.tar.gz?"
-        ) from None
-    except (DataError, RefusedPickle) as error:
-        raise DataError(f"{file}: {error}") from None
-    except (OSError, tarfile.TarError, zlib.error, EOFError, ValueError) as error:
-        raise DataError(f"cannot read {file}: {error}") from None
-    for batch_name, (_, labels) in zip(batch_names, batches):
-        if labels.max() >= len(names):
-            raise DataError(f"{file}: {batch_name} has a label {labels.max()} of {len(names)}")
-    return names, batches
-
-
-def parse_binary_batch(name, content):
-    """Each image is one byte of label, then 3,072 bytes of pixels."""
-    raw = np.frombuffer(content, np.uint8)
-    if not len(raw) or len(raw) % 3073:
-        raise DataError(f"{name} holds {len(raw)} bytes, not a multiple of 3,073")
-    raw = raw.reshape(-1, 3073)
-    return raw[:, 1:].reshape(-1, 3, 32, 32), raw[:, 0].astype(np.int64)
-
-
-def parse_python_batch(name, content):
-    """A pickle of Python 2, read without running it: a dict of pixels (n, 3072) and labels."""
-    batch = load_arrays(content, encoding="bytes")
-    is_batch = isinstance(batch, dict) and isinstance(batch.get(b"labels"), list)
-    images = batch.get(b"data") if is_batch else None
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 2:
-        raise DataError(f"{name} is not a batch of CIFAR-10")
-    labels = batch[b"labels"]
-    if images.shape[1] != 3072 or len(labels) != len(images) or not labels:
-        raise DataError(f"{name} holds pixels {images.shape} and {len(labels)} labels")
-    if not all(type(label) is int and 0 <= label < 256 for label in labels):
-        raise DataError(f"{name} holds labels that are not whole numbers from 0")
-    return images.reshape(-1, 3, 32, 32), np.array(labels, np.int64)
-
-
-def parse_python_names(content):
-    meta = load_arrays(content, encoding="bytes")
-    names = meta.get(b"label_names") if isinstance(meta, dict) else None
-    if not isinstance(names, list) or not all(isinstance(name, bytes) for name in names):
-        raise DataError("batches.meta holds no label_names")
-    return [name.decode(errors="replace") for name in names]
-
-
 # ---- latents, and a look at what is there --------------------------------------------------------
 
 
 @command
 @argument("src", help="a folder or a .zip; one folder in it is one class")
-@argument("dst", nargs="?", help="where to write (default: data/im256 for --size 256)")
+@argument("dst", nargs="?", help="the folder to make (default: data/NAME)")
 @argument("--size", type=int, required=True, help="pixels of a side; images are cut square")
-@argument("--name", help="what it is called (default: as the folder)")
-@argument("--vae", help="a name on the Hugging Face hub, or a folder of that VAE's files")
-@argument("--vae-name", help="what the header calls it (default: as --vae does)")
+@argument(
+    "--name",
+    help="what the header calls the dataset "
+    "(default: im256 for --size 256, and with dst the last part of it)",
+)
+@argument(
+    "--vae",
+    help="the VAE: its name on the Hugging Face hub, or a folder of its files "
+    "(default: stabilityai/sd-vae-ft-ema)",
+)
+@argument(
+    "--vae-name",
+    help="what the header calls the VAE: its name on the hub, where --vae is a folder "
+    "(default: as --vae)",
+)
 @argument(
     "--batch",
     type=int,
@@ -431,7 +376,10 @@ def parse_python_names(content):
     help="normalize with these latents' own mean and std, not ImageNet's published ones",
 )
 def imagenet(args):
-    """Images -> latents of a VAE, on the GPUs of one machine."""
+    """Images -> latents of a VAE, on the GPUs of one machine.
+
+    It has no --overwrite: what took hours is moved away by hand.
+    """
     import latents  # with torch, which takes seconds to import
 
     path = args.dst or data_path(args.name or f"im{args.size}")
@@ -460,14 +408,18 @@ def check(args):
 
 
 def refuse_ranks(command):
-    """Raise UserError on all ranks of torchrun but the first, and where the environment has only a
-    part of what torchrun sets."""
+    """Raise UserError on every rank of several, and where the environment has only a part of what
+    torchrun sets.
+
+    All would write the same files. (If the first rank alone went on, torchrun would end it in the
+    middle of its work, because the others have failed.)
+    """
     if os.environ.get("WORLD_SIZE", "1") == "1" and os.environ.get("RANK", "0") == "0":
         return
     from device import ranks_of_torchrun  # with torch, which takes seconds to import
 
-    rank = ranks_of_torchrun()[0]
-    if rank:
+    ranks = ranks_of_torchrun()[1]
+    if ranks > 1:
         raise DataError(f"{command} takes one process: run it without torchrun")
 
 
@@ -494,7 +446,7 @@ def main():
     refuse_no_value(args)
     if function is not imagenet:
         refuse_ranks(args.command)
-    if hasattr(args, "overwrite"):
+    if getattr(function, "makes_dataset", False):
         args.path = data_path(args.name)
     function(args)
 

@@ -287,7 +287,7 @@ def find_class(word, names, num_classes):
     """The number of a class from its name or number. A name that is a number, too, is the name."""
     if word and word in names:
         return names.index(word)
-    if word.isdecimal() and int(word) < num_classes:
+    if word.isdecimal() and len(word) < 20 and int(word) < num_classes:
         return int(word)
     known = f"numbers from 0 to {num_classes - 1}, such as 0,3,7"
     if any(names):

@@ -30,10 +30,10 @@ def small_data_scores(images, y, held_out, train, labels, leave_out=None, judge=
     """The scores of images (N, C, H, W), uint8 or floats, for which the classes y (N,) were asked.
 
     held_out: as many images that were not trained on. train, labels: the training images (M, ...)
-    and their classes (M,). leave_out: (N,), which training image each image is, where the images
-    are training images. judge: a classifier that says the class, instead of the nearest training
-    image. A score that says nothing is nan: `label` of one class, `frechet_pixels` of images with
-    more than MOST_ELEMENTS.
+    and their classes (M,). leave_out: (N,), the row of `train` that each image is, when training
+    images themselves are scored (else each would find itself). judge: a classifier that says the
+    class, instead of the nearest training image. A score that says nothing is nan: `label` of one
+    class, `frechet_pixels` of images with more than MOST_ELEMENTS.
     """
     label = math.nan
     if judge is not None:
@@ -42,6 +42,7 @@ def small_data_scores(images, y, held_out, train, labels, leave_out=None, judge=
         label = label_accuracy(images, y, train, labels, leave_out, device)
     frechet_pixels = math.nan
     if math.prod(images.shape[1:]) <= MOST_ELEMENTS:
+        # uint8 pixels are compared in [0, 1]; both sets are of one kind.
         scale = 255 if as_tensor(held_out[:1]).dtype == torch.uint8 else 1
         frechet_pixels = frechet_distance(
             *moments(flat(images) / scale), *moments(flat(held_out) / scale)

@@ -60,6 +60,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attention_jvp as A
+import claims
 import dataset
 import dual
 import files
@@ -1290,7 +1291,7 @@ def refuse_to_go_on(arguments, monkeypatch):
         return lock
 
     with monkeypatch.context() as patch:
-        patch.setattr(dataset, "hold", another_run_ends_first)
+        patch.setattr(claims, "hold", another_run_ends_first)
         complaint = run_script("prepare.py", *arguments, "--batch", 1, "--name", "late")
     assert "another run made it" in complaint
     assert not os.path.exists("data/late.partial")
@@ -1299,7 +1300,7 @@ def refuse_to_go_on(arguments, monkeypatch):
         return files.hold(path, 0)
 
     with files.hold("data/cut.partial", 0), monkeypatch.context() as patch:
-        patch.setattr(dataset, "hold", hold_without_waiting)
+        patch.setattr(claims, "hold", hold_without_waiting)
         complaint = run_script("prepare.py", *same)
     assert "data/cut: process" in complaint
     assert "is at work in" in complaint

@@ -4,9 +4,11 @@ import contextlib
 import copy
 import functools
 import io
+import json
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import types
@@ -14,13 +16,14 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers import GREEDY, LATENT, Calling, randn, random_model, run_script
+from helpers import GREEDY, LATENT, Calling, randn, random_model, run_script, write_dataset
 
 import convert
 import dual
 import files
 import model as m
 import sample as s
+from header import load_header
 
 # ---- snapshots as they are published -------------------------------------------------------------
 
@@ -282,6 +285,19 @@ def test_convert_refuses_options(folder, snapshot):
     assert "10 classes" in convert_it("s.pkl", "--labels", "data/digits")
     assert not os.path.exists("c.safetensors")
     assert run_script("convert.py", "--help") is None
+
+
+def test_labels_of_a_header_alone(folder, snapshot):
+    """The arrays may lie on another machine: class_counts are in the header."""
+    counts = [5, 0, 2]
+    write_dataset("d", (1, 8, 8), train=3, classes=3)
+    header = load_header("data/d")
+    shutil.rmtree("data/d")
+    os.makedirs("data/d")
+    write("data/d/header.json", json.dumps({**header, "class_counts": counts}).encode())
+    write("s.pkl", snapshot(random_model(torch.float32, **LATENT), False, "ema"))
+    assert convert_it("s.pkl", "--labels", "data/d") is None
+    assert m.load_model("c.safetensors")[1]["data"]["class_counts"] == counts
 
 
 def test_convert_replaces_nothing(folder, snapshot):

@@ -26,9 +26,9 @@ def png(number, tone):
     return file.getvalue()
 
 
-def entry(number):
+def entry(number, categories=CATEGORIES):
     """An emoji of emoji.json. Every second one is of people, and has two skin tones."""
-    category = CATEGORIES[number % 2]
+    category = categories[number % 2]
     about = dict(unified=f"{number:04X}", image=f"{number:04x}.png", category=category)
     if number % 2:
         about["skin_variations"] = {
@@ -37,9 +37,9 @@ def entry(number):
     return about
 
 
-def write_package(path, vendor, count=20, **changes):
+def write_package(path, vendor, count=20, categories=CATEGORIES, **changes):
     """An archive as `npm pack` makes it: `count` emoji, a patch of skin, one without a picture."""
-    entries = [entry(number) for number in range(count)]
+    entries = [entry(number, categories) for number in range(count)]
     skin = dict(unified="1F3FB", image="1f3fb.png", category="Component")
     absent = dict(unified="FFFF", image="ffff.png", category=CATEGORIES[0])
     contents = {
@@ -108,6 +108,17 @@ def test_prepare_emoji(folder):
     with open("data/emoji/left_out.txt") as f:
         assert len(f.readlines()) == 4
     assert run_script("prepare.py", "check", "emoji") is None
+
+
+def test_prepare_emoji_of_two_versions(folder):
+    """An old package calls a category otherwise: one emoji has one label all the same."""
+    write_package("old.tgz", "twitter", categories=("Food & Drink", "Smileys & People"))
+    write_package("new.tgz", "google")
+    assert run_script("prepare.py", "emoji", "old.tgz", "new.tgz") is None
+    header, data = load_dataset("data/emoji")
+    assert header["class_names"] == list(CATEGORIES)
+    number = data["train_images"][:, 1, 16, 16]
+    assert (number % 2 == data["train_labels"]).all()
 
 
 def test_prepare_emoji_is_a_function_of_the_seed(folder):

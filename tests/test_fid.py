@@ -25,10 +25,10 @@ from PIL import Image
 
 import fid
 import files
-import frechet
 import images
 import imageset
 import inception
+import statistics_files
 
 OTHER_STATE = "is of other images, options or number of processes: delete it, or give another"
 
@@ -130,7 +130,7 @@ def numbers(text):
 
 
 def statistics(path="stats.npz"):
-    return frechet.read_statistics(path)[:2]
+    return statistics_files.read_statistics(path)[:2]
 
 
 @pytest.fixture
@@ -151,8 +151,7 @@ def test_scores_of_images(pixels, moments, capfd):
     of_npz = fid_main("a.npz", "b.npz")
     assert len(numbers(of_npz)) == 4
     assert numbers(of_folder) == pytest.approx(numbers(of_npz), rel=1e-5)
-    said = capfd.readouterr().err
-    assert "12 images for 2048 dimensions: the covariance is rank deficient" in said
+    assert "rank deficient" not in capfd.readouterr().err  # it is said beside the FID:
     assert " (too few images: 12 <= 2048) (too few images: 10 <= 2048)\n" in of_npz
     assert "seed 0; too few images: 12 <= 10 x" in of_npz
     assert numbers(of_npz)[0] == pytest.approx(fid.frechet_distance(*of_a, *of_b), rel=1e-4)
@@ -160,9 +159,12 @@ def test_scores_of_images(pixels, moments, capfd):
     assert numbers(of_npz)[2:] == pytest.approx(expected, abs=1e-4)
 
 
-def test_saved_statistics(pixels, moments):
+def test_saved_statistics(pixels, moments, capfd):
     (_, (mu, sigma)), _ = moments
     of_images = numbers(fid_main("a.npz", "b.npz"))
+    assert fid_main("--save-stats", "a.npz", "of_a.npz") == ""
+    said = capfd.readouterr().err
+    assert "12 images for 2048 dimensions: the covariance is rank deficient" in said
     assert fid_main("--save-stats", "b.npz", "stats.npz") == ""
     saved_mu, saved_sigma = statistics()
     assert np.allclose(saved_mu, mu, atol=1e-5 * abs(mu).max())
@@ -193,7 +195,11 @@ def test_fid_of_live_images(pixels):
     assert fid_main("--save-stats", "b.npz", "stats.npz") == ""
     net = fid.load_inception(os.path.realpath("w.pth"))
     batches = torch.from_numpy(pixels[:12]).permute(0, 3, 1, 2).split(7)
-    live = fid.fid_of(batches, net, fid.read_reference("stats.npz", net))
+    moments = fid.Moments(fid.FEATURES)
+    for batch in batches:
+        moments.add(net(batch))
+    reference = fid.read_reference("stats.npz", net)
+    live = fid.frechet_distance(*moments.mean_and_covariance(), *reference)
     assert live == pytest.approx(numbers(fid_main("a", "stats.npz"))[0], rel=1e-4)
     np.savez("narrow.npz", mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(fid.FidError, match="of 3 dimensions, where Inception's features have 2048"):
@@ -712,11 +718,13 @@ fid.main(["a", "b.npz", "--inception=w.pth", "--batch=5", "--state=two"])
 
 
 def test_fid_on_two_ranks(pixels):
+    for file in glob.glob("a/**/*.png", recursive=True):
+        os.rename(file, file[:-4] + ".jpg")  # which is said, once for both ranks
     whole = fid_main("a", "b.npz")
     with open("two.py", "w") as f:
         f.write(f"import sys\nsys.path.insert(0, {HERE!r})\n{SMALL_FID}\n{TWO_RANKS}")
     try:
-        torchrun(os.path.abspath("two.py"))
+        said = torchrun(os.path.abspath("two.py")).stderr.decode()
     except subprocess.CalledProcessError as error:
         pytest.fail(error.stderr.decode()[-3000:])
     x = np.random.default_rng(0).normal(1e3, 1, (101, 4))
@@ -727,6 +735,8 @@ def test_fid_on_two_ranks(pixels):
             assert np.allclose(f["scatter"] / 100, np.cov(x.T), atol=1e-11)
         with open(f"error{rank}") as f:
             assert f.read().startswith("cannot read file:///nowhere/w.pth")
+    assert said.count("of another format than the name says") == 1
+    assert "12 of another format" in said
     assert glob.glob("downloaded*") == ["downloaded0"]
     with open("out0") as f:
         assert numbers(f.read()) == pytest.approx(numbers(whole), rel=1e-4, abs=2e-4)

@@ -1,4 +1,4 @@
-"""frechet.py: the distance against closed forms and scipy, moments of batches, statistics files."""
+"""The distance against closed forms and scipy, moments of batches, statistics files."""
 
 import math
 import os
@@ -13,8 +13,9 @@ import torch
 from helpers import F64, GREEDY, Calling, full_disk, randn
 
 import fid
-import frechet
-from frechet import Moments, frechet_distance, read_statistics, write_npz
+import statistics_files
+from frechet import Moments, frechet_distance
+from statistics_files import read_statistics, write_npz
 
 
 def covariance(D, rank, seed):
@@ -107,6 +108,14 @@ def test_refuses(wrong):
     sigma = covariance(64, 10, 2)
     with pytest.raises(ValueError, match="frechet_distance"):
         frechet_distance(wrong, sigma, torch.zeros(64), sigma)
+
+
+def test_refuses_covariances_that_are_none():
+    """Of these the formula gives -14."""
+    mu = torch.zeros(2)
+    sigma = torch.tensor([[1.0, 5.0], [5.0, 1.0]])
+    with pytest.raises(fid.FidError, match="not positive semi-definite"):
+        frechet_distance(mu, sigma, mu, 4 * sigma)
 
 
 # ---- moments -------------------------------------------------------------------------------------
@@ -267,7 +276,7 @@ def test_statistics_that_are_cut_off_or_gone(folder):
 def test_statistics_that_unpack_to_too_much(folder, monkeypatch):
     np.savez_compressed("s.npz", mu=np.zeros(20), sigma=np.zeros((20, 20)))
     read_statistics("s.npz")
-    monkeypatch.setattr(frechet, "LARGEST", 2**10)
+    monkeypatch.setattr(statistics_files, "LARGEST", 2**10)
     with pytest.raises(fid.FidError, match="unpack to more"):
         read_statistics("s.npz")
 

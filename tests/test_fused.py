@@ -168,6 +168,9 @@ def odd_residuals_match():
     gate, other = torch.randn(2, 2, 1, 48)
     found = dual.total(dual.add_gated(dual.add_gated(x, gate, y), other, z))
     assert error(found, (x.double() + gate.double() * y + other.double() * z)) < 1e-6
+    y = torch.randn(1, 5, 48)  # a branch for all images
+    assert error(dual.total(dual.add_gated(x, gate, y)), x.double() + gate.double() * y) < 1e-6
+    x, y = torch.randn(2, 2, 5, 48)
     for shape in ((2, 5, 48), (1, 1, 48)):
         gate, shift, scale = torch.randn(3, *shape)
         wanted = x.double() + gate.double() * y
@@ -229,6 +232,18 @@ def test_a_residual_is_its_sum():
     found = dual.total(dual.Residual(x, low, gate, y))
     wanted = x + low + gate * y
     assert torch.equal(found.value, wanted.value) and torch.equal(found.tangent, wanted.tangent)
+    residual = dual.Residual(x, low, gate, y)
+    for rule in (dual.silu, dual.gelu, dual.rms_norm, lambda x: x + 1, lambda x: 2 * x - low):
+        assert torch.equal(rule(residual).tangent, rule(wanted).tangent)
+
+
+def test_layers_that_must_be_called():
+    """No kernel takes the place of a layer's hooks, or of another kind of layer."""
+    layer = torch.nn.Linear(8, 8)
+    layer.register_forward_hook(lambda layer, inputs, output: output + 1)
+    x = torch.randn(2, 3, 8)
+    assert not dual.has_kernels(x, before=layer)
+    assert torch.equal(dual.linear_gelu(layer, x), dual.gelu(layer(x)))
 
 
 @pytest.mark.parametrize("capability", (80, 90))

@@ -625,16 +625,47 @@ def test_reasons_are_one_line(folder):
     touch(folder / "cut.png", (folder / "whole.png").read_bytes()[:900])
     touch(folder / "empty.png", b"")
     touch(folder / "text\n.png", b"hello")
+    os.mkdir("folder.png")
     for file, reason in (
         ("cut.png", "truncated"),
         ("empty.png", "the file is empty"),
         ("text\n.png", "it is none of JPEG, PNG, WebP, BMP and TIFF"),
-        ("gone.png", "FileNotFoundError"),
+        ("folder.png", "IsADirectoryError"),
     ):
         with pytest.raises(images.ImageError, match=reason) as caught:
             images.read_whole(file)
         assert "\n" not in str(caught.value)
         assert images.try_square(file, 8) == (None, str(caught.value))
+    for read in (images.read_whole, lambda file: images.try_square(file, 8)):
+        with pytest.raises(FileNotFoundError, match="gone.png"):  # it was there when it was listed
+            read("gone.png")
+
+
+def test_faults_of_networks_are_passing_ones():
+    """Those of a network's disk that is gone, too. A damaged file can cause EINVAL, by a seek."""
+    for number in (errno.ENOTCONN, errno.EHOSTDOWN, errno.ENODEV, errno.EREMOTEIO, errno.ENOENT):
+        assert images.is_passing(OSError(number, ""))
+    assert not images.is_passing(OSError(errno.EINVAL, ""))
+    assert not images.is_passing(OSError("image file is truncated"))
+
+
+@linux
+@pytest.mark.parametrize("name", ["scandir", "stat"])
+def test_a_disk_that_fails_while_files_are_listed(folder, monkeypatch, name):
+    """Else a folder of good images would be left out."""
+    write_picture(folder / "other.png")
+    write_picture(folder / "src" / "a" / "0.png")
+    os.symlink(folder / "other.png", folder / "src" / "a" / "1.png")
+    real = getattr(os, name)
+
+    def fail(path, **options):
+        if str(path).endswith(("src/a", "1.png")):
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), path)
+        return real(path, **options)
+
+    with monkeypatch.context() as disk, pytest.raises(OSError, match="not connected"):
+        disk.setattr(images.os, name, fail)
+        images.find_images("src")
 
 
 PASSING_FAULTS = [

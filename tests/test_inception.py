@@ -256,9 +256,9 @@ def test_as_a_whole():
     for block in BLOCKS:
         x = net.get_submodule(block)(x)
     assert x.shape == (1, 2048, 8, 8)
-    features, logits = net(images, logits=True)
+    features = net(images)
     close(features, x.sum((2, 3)) / 64, 1e-5)
-    close(logits, features @ net.fc.weight.T, 1e-5)
+    close(net.logits_of(features), features @ net.fc.weight.T, 1e-5)
 
 
 def test_refuses_what_are_no_images():
@@ -395,17 +395,18 @@ def gpu_settings():
 @pytest.mark.parametrize("resize", ["tf1", "torch"])
 def test_inception_on_a_gpu_is_the_cpus(resize):
     net, images = seeded_inception(), random_images(4, 3, 64, 80)
-    expected = net(images, resize, logits=True)
+    expected = net(images, resize)
+    logits = net.logits_of(expected)
     before = gpu_settings()
     for on_gpu in (copy.deepcopy(net).cuda(), copy.deepcopy(net).fold().cuda()):
-        got = on_gpu(images.cuda(), resize, logits=True)
-        close(got[0].cpu(), expected[0], 1e-5)
-        close(got[1].cpu(), expected[1], 1e-5)
+        got = on_gpu(images.cuda(), resize)
+        close(got.cpu(), expected, 1e-5)
+        close(on_gpu.logits_of(got).cpu(), logits, 1e-5)
     assert gpu_settings() == before
     moments = Moments(2048)
     moments.add(on_gpu(images.cuda(), resize))
-    moments.add(expected[0].cuda())
-    moments.add(expected[0].cuda())
+    moments.add(expected.cuda())
+    moments.add(expected.cuda())
     assert moments.scatter.is_cuda
     mean, _ = moments.mean_and_covariance()
-    assert np.allclose(mean, expected[0].double().mean(0), atol=1e-4)
+    assert np.allclose(mean, expected.double().mean(0), atol=1e-4)

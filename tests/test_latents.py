@@ -22,6 +22,7 @@ from helpers import (
     make_checkpoint,
     run_script,
     tiny_vae,
+    torchrun,
     write_picture,
 )
 from PIL import Image
@@ -245,15 +246,20 @@ def test_imagenet_of_a_zip(folder, source, capsys):
     assert complain("check", "top", "--src", "top.zip", "--vae", source / "vae") is None
 
 
-def test_imagenet_with_a_class_that_cannot_be_read(folder, source):
+def test_imagenet_with_a_class_that_cannot_be_read(folder, source, capsys):
     """It is named; and when its files are mended the same command goes on."""
-    for name in ("cats", "dogs"):
-        for i in range(3):
-            write_picture(folder / "src" / name / f"{i}.png", colour=(80 * i, 9, 9))
-            if name == "dogs":
-                (folder / "src" / name / f"{i}.png").write_bytes(b"")
+    (folder / "src" / "dogs").mkdir(parents=True)
+    for i in range(3):
+        write_picture(folder / "src" / "cats" / f"{i}.png", colour=(80 * i, 9, 9))
+    for i in range(12):
+        (folder / "src" / "dogs" / f"{i}.png").write_bytes(b"")
+        (folder / "src" / "dogs" / f"{i}.txt").write_bytes(b"")
     command = ("imagenet", "src", "--size", 32, "--name", "a", "--vae", source / "vae")
     assert "no image of class 'dogs'" in complain(*command, "--batch", 2)
+    said = capsys.readouterr().err
+    assert "left out: 12\n    dogs/0.txt: its name is not that of an image\n" in said
+    assert all(f"    dogs/{i}.png: the file is empty\n" in said for i in range(12))
+    assert "left_out.txt" not in said  # there is none
     assert os.listdir("data") == ["a.partial"]
     assert "interrupted" in complain("digits", "--name", "a")  # which must not remove it
     write_picture(folder / "src" / "dogs" / "1.png")
@@ -281,6 +287,9 @@ def test_what_an_interrupted_run_does_not_go_on_with(folder, source):
     os.truncate("data/a.partial/train_images.npy", 200)
     said = encode(rows)
     assert "cannot write data/a: mmap length" in said and "delete data/a.partial" in said
+    os.truncate("data/a.partial/train_images.npy", 0)
+    said = encode(rows)
+    assert "cannot write data/a: No data left" in said and "delete data/a.partial" in said
     for content in ("[]", "{", "3"):
         (folder / "data" / "a.partial" / "plan.json").write_text(content)
         assert "plan.json is damaged: delete data/a.partial" in encode(rows)
@@ -317,6 +326,31 @@ def test_imagenet_goes_on_after_a_fault_of_the_disk(folder, source, monkeypatch)
     gc.collect()  # the error, and with it the lock
     assert complain(*command) is None
     assert dataset.load_dataset("data/a")[0]["count"]["train"] == 4
+
+
+def test_imagenet_of_files_that_were_mended(folder, source):
+    """Where none could be read, all are read again."""
+    write_picture(folder / "src" / "0.png")
+    whole = (folder / "src" / "0.png").read_bytes()
+    (folder / "src" / "0.png").write_bytes(b"")
+    command = ("imagenet", "src", "--size", 32, "--name", "a", "--vae", source / "vae")
+    assert "none of the 1 images" in complain(*command)
+    (folder / "src" / "0.png").write_bytes(whole)
+    assert complain(*command) is None
+    assert dataset.load_dataset("data/a")[0]["count"]["train"] == 1
+
+
+def test_two_ranks_remark_once(folder, source):
+    """On images of another format than their names say, of both ranks together."""
+    (folder / "src").mkdir()
+    for i in range(4):
+        Image.new("RGB", (20, 14), (60 * i, 9, 9)).save(f"src/{i}.jpg", "PNG")
+    (folder / "src" / "4.jpg").write_bytes(b"")
+    command = ("imagenet", "src", "--size=32", "--name=a", f"--vae={source}/vae", "--batch=1")
+    said = torchrun("prepare.py", *command).stderr.decode()
+    assert said.count("of another format than the name says") == 1
+    assert "4 of another format" in said and "0.jpg is PNG" in said
+    assert said.count("left out: 1\n") == 1 and said.count("4.jpg: the file is empty") == 1
 
 
 @pytest.mark.parametrize("end", ["\n", "\r"])
@@ -493,7 +527,7 @@ def test_check_takes_what_folder_makes_of_unused_labels(folder, capsys):
 def test_check_of_sequences(folder, capsys):
     """Their moments are printed, and nothing is drawn."""
     writer = dataset.Writer("data/a", (2, 50), {"train": 8, "test": 0}, np.float32)
-    for i, sequence in enumerate(np.random.default_rng(0).standard_normal((8, 2, 50))):
+    for i, sequence in enumerate(np.random.default_rng(0).standard_normal((8, 2, 50), np.float32)):
         writer.set(i, sequence, 0)
     writer.finish("a", [], mean=[0.0, 0.0], std=[1.0, 1.0])
     assert complain("check", "a") is None

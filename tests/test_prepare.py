@@ -17,7 +17,9 @@ import pytest
 from helpers import HERE, run_script, torchrun, until, write_picture
 from PIL import Image
 
+import claims
 import dataset
+import header as header_json
 import labels as image_labels
 import shapes
 
@@ -259,13 +261,17 @@ def test_class_names_that_are_no_text(folder, capsys):
     assert "2 classes: a b, caf\\udce9" in capsys.readouterr().out
 
 
-def test_a_class_that_cannot_be_read(folder):
-    """It must not stay as an empty class; and nothing is left behind."""
+def test_a_class_that_cannot_be_read(folder, capsys):
+    """It must not stay as an empty class; the reasons are all printed; and nothing is left."""
     write_pictures(folder / "src" / "cats", 2)
     (folder / "src" / "dogs").mkdir()
-    (folder / "src" / "dogs" / "0.png").write_bytes(b"")
+    for i in range(12):
+        (folder / "src" / "dogs" / f"{i:02}.png").write_bytes(b"")
     assert "no image of class 'dogs'" in complain("folder", "src", "--size", 8)
-    (folder / "src" / "dogs" / "0.png").unlink()
+    said = capsys.readouterr().err
+    assert "    dogs/11.png: the file is empty\n" in said and "left_out.txt" not in said
+    for i in range(12):
+        (folder / "src" / "dogs" / f"{i:02}.png").unlink()
     assert "src/dogs looks like a class" in complain("folder", "src", "--size", 8)
     (folder / "flat").mkdir()
     (folder / "flat" / "0.png").write_bytes(b"")
@@ -430,15 +436,16 @@ def test_a_killed_run_leaves_nothing_that_stays(folder):
 
 @linux
 def test_two_ranks(folder):
-    """Under torchrun one rank works, and the others say why they do not; nothing is damaged."""
+    """Under torchrun no rank works, and each says why; nothing is damaged."""
     write_pictures(folder / "red", 60)
     arguments = ("folder", "red", "--name", "a", "--size", 8)
     with pytest.raises(subprocess.CalledProcessError) as failed:
         torchrun("prepare.py", *arguments)
     said = failed.value.stderr.decode()
-    assert said.count("prepare.py: folder takes one process: run it without torchrun") == 1
-    if not os.path.exists("data/a"):
-        assert complain(*arguments) is None
+    # torchrun may end one rank before it has said it.
+    assert said.count("prepare.py: folder takes one process: run it without torchrun") in (1, 2)
+    assert not os.path.exists("data")
+    assert complain(*arguments) is None
     assert dataset.load_dataset("data/a")[0]["count"] == {"train": 54, "test": 6}
     assert os.listdir("data") == ["a"]
 
@@ -455,6 +462,17 @@ def test_a_part_of_what_torchrun_sets(folder, monkeypatch, variables, complaint)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert complaint in complain("digits")
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_every_rank_is_refused(folder, monkeypatch, rank):
+    """If the first one worked, torchrun would end it because the others have failed."""
+    ranks = dict(WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, MASTER_ADDR="here", MASTER_PORT="1")
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    said = complain("digits")
+    assert said == "prepare.py: digits takes one process: run it without torchrun"
     assert os.listdir() == []
 
 
@@ -492,12 +510,13 @@ def test_files_of_others_stay(folder):
     writer = dataset.Writer("data/b", (1, 8, 8), {"train": 1, "test": 0})
     os.rename("data/a.replaced", "data/b.replaced")  # while it was at work
     (folder / "data" / "b.partial" / "notes.txt").write_text("x")
-    dataset.remove_partial("data/b", writer.lock)
+    claims.remove_partial("data/b", writer.lock)
     assert os.listdir("data/b.partial") == os.listdir("data/b.replaced") == ["notes.txt"]
     os.remove("data/b.partial/notes.txt")
     os.rename("data/b.replaced", "aside")
     writer = dataset.Writer("data/b", (1, 8, 8), {"train": 1, "test": 0})
     os.rename("aside", "data/b.replaced")
+    writer.set(0, BLACK, 0)
     writer.finish("b", [])
     assert os.listdir("data/b.replaced") == ["notes.txt"]
 
@@ -514,6 +533,7 @@ def test_a_removal_that_was_cut_off(folder):
 def test_one_writer_a_dataset(folder):
     writer = dataset.Writer("data/digits", (1, 8, 8), {"train": 2, "test": 0})
     writer.set(0, np.ones((1, 8, 8), np.uint8), 0)
+    writer.set(1, BLACK, 0)
     assert f"process {os.getpid()}" in complain("digits") and not os.path.exists("data/digits")
     writer.finish("digits", ["0"])
     assert dataset.load_dataset("data/digits")[1]["train_images"][0].all()
@@ -555,10 +575,13 @@ def test_a_dataset_is_replaced_only_by_a_whole_one(folder, monkeypatch):
     assert np.allclose(colours("folder"), RED) and os.listdir("data") == ["folder"]
 
     os.rename("data/folder", "data/folder.replaced")  # as a kill between two renamings leaves it
-    assert "is there already" in complain("folder", "red", "--size", 8)
+    said = complain("folder", "red", "--size", 8)
+    assert "data/folder is there already: an interrupted --overwrite had set it aside" in said
+    assert "another run" not in said
     assert np.allclose(colours("folder"), RED) and os.listdir("data") == ["folder"]
 
     writer = dataset.Writer("data/late", (3, 8, 8), {"train": 1, "test": 0})
+    writer.set(0, np.zeros((3, 8, 8), np.uint8), 0)
     os.rename("data/folder", "data/late")  # while it was at work
     with pytest.raises(dataset.DataError, match="is there already"):
         writer.finish("late", [])
@@ -808,6 +831,60 @@ def test_one_more_dataset(folder):
     assert header["class_names"] == ["0", "45", "90", "135"]
 
 
+BLACK = np.zeros((1, 8, 8), np.uint8)
+
+
+def write_one():
+    """data/one: two images of one class."""
+    with dataset.Writer("data/one", (1, 8, 8), {"train": 2, "test": 0}) as writer:
+        writer.set(0, BLACK, 0)
+        writer.set(1, BLACK, 0)
+        writer.finish("one", ["0"])
+
+
+@pytest.mark.parametrize(
+    "image, label, complaint",
+    [
+        (BLACK[0], 0, r"takes images uint8 \(1, 8, 8\), and image 1 is uint8 \(8, 8\)"),
+        (BLACK[:, :1], 0, r"image 1 is uint8 \(1, 1, 8\)"),
+        (BLACK / 255, 0, r"image 1 is float64 \(1, 8, 8\)"),
+        (BLACK, 0.5, "label of image 1 is 0.5, no whole number"),
+        (BLACK, 1, "train labels go from 0 to 1, and those of 1 classes from 0 to 0"),
+        (BLACK, -1, "train labels go from -1 to 0"),
+        (None, 0, "1 of 2 images were not set, such as image 1"),
+    ],
+)
+def test_a_writer_refuses_what_is_no_dataset(folder, image, label, complaint):
+    """And leaves nothing behind."""
+    with (
+        pytest.raises(dataset.DataError, match=complaint),
+        dataset.Writer("data/one", (1, 8, 8), {"train": 2, "test": 0}) as writer,
+    ):
+        writer.set(0, BLACK, 0)
+        if image is not None:
+            writer.set(1, image, label)
+        writer.finish("one", ["0"])
+    assert os.listdir("data") == []
+
+
+def test_a_writer_has_no_other_images_than_its_own(folder):
+    for i in (-1, 2):
+        with (
+            pytest.raises(dataset.DataError, match=f"data/one has 2 images, and no image {i}"),
+            dataset.Writer("data/one", (1, 8, 8), {"train": 1, "test": 1}) as writer,
+        ):
+            writer.set(i, BLACK, 0)
+
+
+def test_a_writer_must_be_finished(folder):
+    with (
+        pytest.raises(dataset.DataError, match="data/one was not made: .* without `finish`"),
+        dataset.Writer("data/one", (1, 8, 8), {"train": 1, "test": 0}) as writer,
+    ):
+        writer.set(0, BLACK, 0)
+    assert os.listdir("data") == []
+
+
 @pytest.mark.parametrize(
     "key, value",
     [
@@ -817,6 +894,7 @@ def test_one_more_dataset(folder):
         ("mean", None),
         ("mean", ["a"]),
         ("mean", [math.nan]),
+        ("mean", [-math.inf]),
         ("shape", [0, 8, 8]),
         ("class_counts", ["x"]),
         ("class_counts", [-1]),
@@ -827,7 +905,7 @@ def test_one_more_dataset(folder):
     ],
 )
 def test_headers_that_cannot_be(folder, key, value):
-    dataset.Writer("data/one", (1, 8, 8), {"train": 2, "test": 0}).finish("one", ["0"])
+    write_one()
     with open("data/one/header.json") as f:
         header = json.load(f) | {key: value}
     with open("data/one/header.json", "w") as f:
@@ -838,7 +916,7 @@ def test_headers_that_cannot_be(folder, key, value):
 
 @pytest.mark.parametrize("name", ["train_images", "train_labels"])
 def test_arrays_of_another_format(folder, name):
-    dataset.Writer("data/one", (1, 8, 8), {"train": 2, "test": 0}).finish("one", ["0"])
+    write_one()
     file = f"data/one/{name}.npy"
     with open(file, "wb") as f:
         np.savez(f, a=np.zeros(3))
@@ -849,9 +927,9 @@ def test_arrays_of_another_format(folder, name):
         dataset.load_dataset("data/one")
 
 
-@pytest.mark.parametrize("key", ["format", *dataset.CHECKS])
+@pytest.mark.parametrize("key", ["format", *header_json.CHECKS])
 def test_headers_without_a_key(folder, key):
-    dataset.Writer("data/one", (1, 8, 8), {"train": 2, "test": 0}).finish("one", ["0"])
+    write_one()
     with open("data/one/header.json") as f:
         header = json.load(f)
     del header[key]

@@ -1,0 +1,223 @@
+"""
+Whose data/NAME is: a dataset is written aside, by one process, and takes its name when it is whole.
+
+    lock = claim("data/mine")                   # the name is this process's own
+    ...                                         # Writer of dataset.py fills data/mine.partial
+    take_name("data/mine", lock)                # it becomes data/mine
+    clean_up_after(error, "data/mine", lock)    # where something went wrong instead: it is removed
+
+data/NAME             a whole dataset, or nothing
+data/NAME.partial     being written. The file `lock` in it is held by the process that writes. At
+                      the end it becomes data/NAME
+data/NAME.replaced    the old data/NAME, only while --overwrite puts the new one in its place
+
+Files that prepare.py does not write are never removed.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+
+from files import PARTIAL, hold, is_still_at, sync_folder
+from header import DataError, load_header
+
+LEFT_OUT = "left_out.txt"
+
+# All that prepare.py writes in NAME.partial or NAME. Nothing else is ever removed from the former.
+OURS = {
+    "lock",
+    "header.json",
+    "train_images.npy",
+    "train_labels.npy",
+    "test_images.npy",
+    "test_labels.npy",
+    "scratch.npy",
+    "done.npy",
+    "plan.json",
+    "train_files.txt",
+    LEFT_OUT,
+    "check.png",
+}
+
+
+# ---- claiming ------------------------------------------------------------------------------------
+
+
+def claim(path, overwrite=False, keep=False, seconds=0):
+    """Make the name of a dataset this process's own, before anything is written.
+
+    overwrite: a dataset of this name may be there; it stays until take_name. keep: what a killed
+    run has left in path.partial stays, too, for the caller to go on with. seconds: to wait for
+    another process that writes there.
+
+    Returns the lock, for Writer. Raises DataError where something is refused, and OSError where
+    another process still holds path.partial.
+    """
+    partial = path + ".partial"
+    # 1. Refuse a name that is taken, and files of others where ours would go.
+    refuse_existing(path, overwrite)
+    refuse_strangers(partial)
+    refuse_replaced(path)
+
+    # 2. Lock path.partial.
+    lock = hold(partial, seconds)
+    leftovers = set(os.listdir(partial)) - {"lock"}
+
+    # 3. Finish or undo a replacement that a kill has cut in two.
+    came_back = put_back(path)
+
+    # 4. Look again: `path` may have come back, or another run may have made it before step 2.
+    if os.path.exists(path) and not overwrite:
+        if leftovers:
+            lock.close()
+        else:
+            remove_partial(path, lock)  # hold has made it
+        reason = "another run made it"
+        if came_back:
+            reason = "an interrupted --overwrite had set it aside, and it was put back"
+        raise DataError(f"{path} is there already: {reason}")
+
+    # 5. Remove what a killed run has left in path.partial; but the work of hours is not removed.
+    if not keep:
+        if "plan.json" in leftovers:
+            raise DataError(
+                f"{partial} is of an imagenet run that was interrupted: "
+                "give that command again, or delete it"
+            )
+        remove_files(path)
+    return lock
+
+
+def is_ours(name):
+    """Whether prepare.py writes a file of this name in NAME.partial or NAME."""
+    return name.removesuffix(PARTIAL) in OURS
+
+
+def refuse_strangers(partial):
+    """Raise DataError where NAME.partial holds what prepare.py has not written."""
+    try:
+        names = os.listdir(partial)
+    except FileNotFoundError:
+        return
+    strangers = [name for name in sorted(names) if not is_ours(name)]
+    if "header.json" in names and "lock" not in names:
+        strangers.append("header.json")  # somebody's dataset that is called so
+    if strangers:
+        raise DataError(
+            f"{os.path.join(partial, strangers[0])} is not of an interrupted run: "
+            f"move it away, since {partial} is needed"
+        )
+
+
+def refuse_existing(path, overwrite):
+    """Raise DataError where `path` is there and must not be replaced."""
+    if not os.path.lexists(path):
+        return
+    if not os.path.exists(os.path.join(path, "header.json")):
+        raise DataError(
+            f"{path} exists and is not a dataset of prepare.py: "
+            "move it away, or choose another --name"
+        )
+    if not overwrite:
+        raise DataError(f"{path} is there already: --overwrite replaces it")
+
+
+def put_back(path):
+    """Finish or undo a replacement that a kill has cut in two: see take_name and refuse_replaced.
+
+    Returns whether the old dataset came back.
+    """
+    replaced = path + ".replaced"
+    if not os.path.exists(replaced):
+        return False
+    if not os.path.exists(path):
+        os.rename(replaced, path)
+        return True
+    try:
+        shutil.rmtree(replaced)
+    except OSError as error:
+        raise DataError(f"cannot remove {replaced}, delete it: {error.strerror}") from None
+    return False
+
+
+def refuse_replaced(path):
+    """Raise DataError where path.replaced is there and no dataset, which may not be touched."""
+    replaced = path + ".replaced"
+    if not os.path.lexists(replaced):
+        return
+    # Of a removal that was cut off some of our files are left.
+    if os.path.exists(path) and all(is_ours(name) for name in os.listdir(replaced)):
+        return
+    try:
+        load_header(replaced)
+    except DataError:
+        raise DataError(
+            f"{replaced} is not a dataset of prepare.py: move it away, since its name is needed"
+        ) from None
+
+
+# ---- giving up, or taking the name ---------------------------------------------------------------
+
+
+def remove_files(path):
+    """Remove the files that prepare.py has written in path.partial, all but the lock."""
+    partial = path + ".partial"
+    for name in os.listdir(partial):
+        if name != "lock" and is_ours(name):
+            os.remove(os.path.join(partial, name))
+
+
+def clean_up_after(error, path, lock):
+    """After an error: remove path.partial, if `lock` still holds it.
+
+    The caller then raises the error again. An OSError that names no file is raised here, as a
+    DataError that names the path.
+    """
+    if not lock.closed and is_still_at(lock, os.path.join(path + ".partial", "lock")):
+        remove_partial(path, lock)
+    if isinstance(error, OSError) and error.strerror and not error.filename:
+        raise DataError(f"cannot write {path}: {error.strerror}") from None
+
+
+def remove_partial(path, lock):
+    """Remove path.partial, whose lock the caller holds. If others have put files there, those and
+    the folder stay."""
+    if os.name != "posix":
+        lock.close()  # Windows does not remove an open file
+    remove_files(path)
+    os.remove(os.path.join(path + ".partial", "lock"))
+    with contextlib.suppress(OSError):
+        os.rmdir(path + ".partial")
+    lock.close()
+
+
+def take_name(path, lock, overwrite=False):
+    """NAME.partial becomes NAME.
+
+    The lock is held until then, so that no other run comes between; its file goes last. A dataset
+    that is replaced waits in NAME.replaced, and comes back where the new one cannot be renamed.
+    Raises DataError where NAME is taken, and OSError.
+    """
+    refuse_existing(path, overwrite)
+    if os.name != "posix":
+        lock.close()  # Windows does not rename a folder with an open file
+    replaced = path + ".replaced"
+    is_replacement = os.path.exists(path)
+    if is_replacement:
+        os.rename(path, replaced)
+    try:
+        os.rename(path + ".partial", path)
+    except OSError:
+        if is_replacement:
+            os.rename(replaced, path)
+        raise
+    os.remove(os.path.join(path, "lock"))
+    lock.close()
+    if is_replacement:
+        try:
+            shutil.rmtree(replaced)
+        except OSError as error:  # the new one is whole all the same
+            print(f"cannot remove {replaced}: {error.strerror}", file=sys.stderr)
+    if os.name == "posix":
+        sync_folder(os.path.dirname(path) or ".")
