@@ -142,8 +142,8 @@ class Term(NamedTuple):
     loss: Tensor  # (B,), of which the mean is minimized
     error: Tensor  # (B,), what the log shows: the loss before any weighting
     time: Tensor  # (B,) in [0, 1]; the log has the mean error of each quarter of it
-    # early: backward goes through it before the next term is computed, which saves memory. Never the
-    # last term: its backward must reach every trained weight, since it sends the gradients.
+    # Backward goes through it before the next term is computed, which saves memory. Never the last
+    # term: its backward must reach every trained weight, since it sends the gradients.
     early: bool = False
 
 
