@@ -81,6 +81,12 @@ def ranks_of_torchrun():
     return rank, ranks, local_rank
 
 
+def without_torchrun():
+    """The environment of a process that is started by one rank, and is none itself."""
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return {name: value for name, value in os.environ.items() if name not in ranks}
+
+
 def whole_number(name, default):
     text = os.environ.get(name, str(default))
     try:

@@ -60,6 +60,7 @@ from device import (
     join_ranks,
     ranks_agree,
     ranks_of_torchrun,
+    without_torchrun,
 )
 from files import HERE, CheckpointError, UserError, hold
 from latents import SD_VAE
@@ -205,7 +206,8 @@ compiled = compile and can_compile
 # ---- data ----------------------------------------------------------------------------------------
 data_path = os.path.join("data", dataset)
 if rank == 0 and dataset in ("digits", "shapes") and not os.path.exists(data_path):
-    made = subprocess.run([sys.executable, os.path.join(HERE, "prepare.py"), dataset])
+    command = [sys.executable, os.path.join(HERE, "prepare.py"), dataset]
+    made = subprocess.run(command, env=without_torchrun())
     if made.returncode:
         fail(f"python prepare.py {dataset} failed")
 if distributed:
