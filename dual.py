@@ -63,6 +63,7 @@ def value_of(x):
 
 def tangent_of(x):
     """The tangent of a Dual; None of a tensor."""
+    x = total(x)
     return x.tangent if isinstance(x, Dual) else None
 
 
@@ -162,10 +163,12 @@ def attend(q, k, v, mask=None):
     dtype = value_of(v).dtype
     q = linear_map(lambda x: x.to(dtype), q)
     k = linear_map(lambda x: x.to(dtype), k)
-    if not isinstance(v, Dual):
+    if not any(isinstance(x, Dual) for x in (q, k, v)):
         return attention(q, k, v, mask)
-    o, do = attention_jvp(q.value, k.value, v.value, q.tangent, k.tangent, v.tangent, mask)
-    return Dual(o, do)
+    # A tensor among Duals is a constant: its tangent is None, and costs nothing.
+    values = [value_of(x) for x in (q, k, v)]
+    tangents = [tangent_of(x) for x in (q, k, v)]
+    return Dual(*attention_jvp(*values, *tangents, mask))
 
 
 def modulate(x, shift, scale):
@@ -202,6 +205,9 @@ class Residual:
 
     def __sub__(self, other):
         return total(self) - total(other)
+
+    def __rsub__(self, other):
+        return total(other) - total(self)
 
     def __mul__(self, other):
         return total(self) * total(other)
@@ -286,6 +292,7 @@ def norm_modulate(x, shift, scale, norm=rms_norm):
 
 def linear_gelu(layer, x):
     """gelu(linear(layer, x))."""
+    x = total(x)
     if not has_kernels(x, before=layer):
         return gelu(linear(layer, x))
     u = linear_constant_bias(layer, x)
@@ -297,6 +304,7 @@ def linear_qkv(layer, x, heads, q_weight=None, k_weight=None):
 
     Without weights there are no norms.
     """
+    x = total(x)
     d = layer.out_features // (3 * heads)
     has_norm = q_weight is not None
     if has_norm and q_weight.shape == k_weight.shape == (d,) and has_kernels(x, before=layer):

@@ -1,8 +1,8 @@
 """What a block does between its products, in Triton kernels that read and write each tensor once.
 
-This file needs torch and triton only. There is no second derivative in backward: for that, set
-FUSED = False. dual.py calls it where it can run, and has the same rules as
-plain formulas: they are the reference, and the path of every other device.
+This file needs torch and triton only. dual.py calls these kernels where they can run. It has the
+same rules as plain formulas, which are the reference and the path of every other device. The
+kernels' backward cannot be differentiated again; for that, set FUSED = False.
 
     x, low, dx, h, dh = add_norm(x, dx, y, dy, gate, dgate, shift, dshift, scale, dscale)
     a, da = gelu(u, du)
@@ -238,6 +238,7 @@ if triton is not None:
         """One program: ROWS tokens of an image. X and DX are x' and dx'; GX and GDX their
         gradients, or None for zero; GXO and GDXO those of x and dx.
 
+        X is x' without its low part, an error of one rounding in the gradient alone.
         SUMS (programs, 3 or 6, D): sums for shift, scale, gate, dshift, dscale, dgate.
         """
         DUAL: tl.constexpr = GDH is not None

@@ -185,6 +185,20 @@ def test_a_sum_that_broadcasts():
     assert (found.tangent == x.tangent.float()).all()
 
 
+def test_attention_to_constants():
+    """Queries that move, keys and values that do not, as in cross-attention to captions."""
+    q, k, v = randn(2, 2, 3, 8), randn(2, 2, 5, 8, seed=1), randn(2, 2, 5, 8, seed=2)
+    dq = randn(2, 2, 3, 8, seed=3)
+
+    def reference(q):
+        return (q @ k.mT / 8**0.5).softmax(-1) @ v
+
+    value, tangent = torch.func.jvp(reference, (q,), (dq,))
+    found = dual.attend(Dual(q, dq), k, v)
+    close(found.value, value, 1e-14)
+    close(found.tangent, tangent, 1e-14)
+
+
 def test_linear_refuses_other_layers():
     """Of a layer that is more than W x + b, the weight alone would give a wrong tangent."""
 

@@ -233,7 +233,11 @@ def test_a_residual_is_its_sum():
     wanted = x + low + gate * y
     assert torch.equal(found.value, wanted.value) and torch.equal(found.tangent, wanted.tangent)
     residual = dual.Residual(x, low, gate, y)
-    for rule in (dual.silu, dual.gelu, dual.rms_norm, lambda x: x + 1, lambda x: 2 * x - low):
+    layer = torch.nn.Linear(8, 24)
+    rules = [dual.silu, dual.gelu, dual.rms_norm, lambda x: x + 1, lambda x: 2 * x - low]
+    rules += [lambda x: 1 - x, lambda x: dual.linear_gelu(layer, x)]
+    rules += [lambda x: dual.linear_qkv(layer, x, 2)[2]]
+    for rule in rules:
         assert torch.equal(rule(residual).tangent, rule(wanted).tangent)
 
 
