@@ -239,15 +239,11 @@ class Graph:
 
     A graph runs without the host's time between kernels, which is most of a small network's step.
     Making one runs the function `warm_ups` times; then it is recorded, which computes nothing.
-<<<<<<< HEAD
-    Inputs and outputs keep their places in memory: the next call overwrites them.
-
-    twin: a Graph whose memory this one shares. Use one's outputs before you call the other.
-=======
     Inputs and outputs keep their places in memory: clone an output that must outlive the next call.
     warm_ups=0 is for a function that must not run more often than it is called, like an optimizer's
     step. Call it once by hand before.
->>>>>>> main
+
+    twin: a Graph whose memory this one shares. Use one's outputs before you call the other.
     """
 
     def __init__(self, function, inputs=(), warm_ups=3, twin=None):
