@@ -1,7 +1,7 @@
 """
 The emoji of npm packages: pictures of 64x64 with a category each, for `prepare.py emoji`.
 
-    npm pack emoji-datasource-twitter@16.0.0 emoji-datasource-google@16.0.0       # two archives of some 70 MB
+    npm pack emoji-datasource-twitter@16.0.0 emoji-datasource-google@16.0.0   # some 140 MB
     python prepare.py emoji emoji-datasource-*.tgz --size 32
 
 emoji-datasource-twitter draws them as Twitter does (CC BY 4.0), emoji-datasource-google as Google
