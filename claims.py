@@ -44,6 +44,11 @@ OURS = {
 # ---- claiming ------------------------------------------------------------------------------------
 
 
+def unfinished(path):
+    """Where the dataset `path` is written until it is whole."""
+    return path + ".partial"
+
+
 def claim(path, overwrite=False, keep=False, seconds=0):
     """Make the name of a dataset this process's own, before anything is written.
 
@@ -54,7 +59,7 @@ def claim(path, overwrite=False, keep=False, seconds=0):
     Returns the lock, for Writer. Raises DataError where something is refused, and OSError where
     another process still holds path.partial.
     """
-    partial = path + ".partial"
+    partial = unfinished(path)
     # 1. Refuse a name that is taken, and files of others where ours would go.
     refuse_existing(path, overwrite)
     refuse_strangers(partial)
@@ -162,7 +167,7 @@ def refuse_replaced(path):
 
 def remove_files(path):
     """Remove the files that prepare.py has written in path.partial, all but the lock."""
-    partial = path + ".partial"
+    partial = unfinished(path)
     for name in os.listdir(partial):
         if name != "lock" and is_ours(name):
             os.remove(os.path.join(partial, name))
@@ -174,7 +179,7 @@ def clean_up_after(error, path, lock):
     The caller then raises the error again. An OSError that names no file is raised here, as a
     DataError that names the path.
     """
-    if not lock.closed and is_still_at(lock, os.path.join(path + ".partial", "lock")):
+    if not lock.closed and is_still_at(lock, os.path.join(unfinished(path), "lock")):
         remove_partial(path, lock)
     if isinstance(error, OSError) and error.strerror and not error.filename:
         raise DataError(f"cannot write {path}: {error.strerror}") from None
@@ -186,9 +191,9 @@ def remove_partial(path, lock):
     if os.name != "posix":
         lock.close()  # Windows does not remove an open file
     remove_files(path)
-    os.remove(os.path.join(path + ".partial", "lock"))
+    os.remove(os.path.join(unfinished(path), "lock"))
     with contextlib.suppress(OSError):
-        os.rmdir(path + ".partial")
+        os.rmdir(unfinished(path))
     lock.close()
 
 
@@ -207,7 +212,7 @@ def take_name(path, lock, overwrite=False):
     if is_replacement:
         os.rename(path, replaced)
     try:
-        os.rename(path + ".partial", path)
+        os.rename(unfinished(path), path)
     except OSError:
         if is_replacement:
             os.rename(replaced, path)

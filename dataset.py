@@ -24,9 +24,9 @@ import zipfile
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from claims import LEFT_OUT, claim, clean_up_after, take_name
+from claims import LEFT_OUT, claim, clean_up_after, take_name, unfinished
 from files import written
-from header import FORMAT, SPLITS, DataError, describe, load_header
+from header import FORMAT, SPLITS, DataError, describe, load_header, refuse_wrong_values
 from images import printable
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -121,6 +121,23 @@ def write_left_out(folder, left_out):
             f.write(f"{printable(name)}\t{printable(reason)}\n")
 
 
+def checked_form(path, shape, count, dtype):
+    """Shape, count and dtype of a Writer, as a tuple, a dict and a numpy dtype.
+
+    Raises DataError where load_dataset would refuse them.
+    """
+    try:
+        shape = tuple(operator.index(side) for side in shape)
+        count = {split: operator.index(number) for split, number in count.items()}
+        dtype = np.dtype(dtype)
+    except (TypeError, ValueError, SyntaxError, AttributeError) as error:
+        raise DataError(f"{path}: its shape, count or dtype cannot be: {error}") from None
+    if set(count) != set(SPLITS):
+        raise DataError(f"{path}: count must be of {' and '.join(SPLITS)}, not {count}")
+    refuse_wrong_values(path, dict(shape=list(shape), dtype=str(dtype), count=count))
+    return shape, count, dtype
+
+
 class Writer:
     """Arrays of a known size, written in NAME.partial, which becomes NAME when they are whole.
 
@@ -135,10 +152,8 @@ class Writer:
         Raises DataError and OSError; ValueError or EOFError where begun arrays are not whole.
         """
         self.path = path
-        self.partial = path + ".partial"
-        self.shape = shape
-        self.count = count
-        self.dtype = np.dtype(dtype)
+        self.partial = unfinished(path)
+        self.shape, self.count, self.dtype = checked_form(path, shape, count, dtype)
         self.overwrite = overwrite
         self.arrays = {}
         self.is_finished = False
@@ -146,13 +161,14 @@ class Writer:
         if lock is None:
             self.lock = claim(path, overwrite, keep=begun)
         try:
-            total = sum(count.values())
+            total = sum(self.count.values())
             if not begun:
-                need_room(path, total, shape, dtype)
+                need_room(path, total, self.shape, self.dtype)
             self.is_set = np.zeros(total, bool)  # which images were set
-            for split, rows in count.items():
+            for split, rows in self.count.items():
                 images, labels = f"{split}_images", f"{split}_labels"
-                self.arrays[images] = self.open_array(images, (rows, *shape), dtype, begun)
+                images_shape = (rows, *self.shape)
+                self.arrays[images] = self.open_array(images, images_shape, self.dtype, begun)
                 self.arrays[labels] = self.open_array(labels, (rows,), np.int64, begun)
         except BaseException as error:
             # A `with` statement has not begun yet, so nobody else would clean up. Where the caller
@@ -193,9 +209,9 @@ class Writer:
         if not 0 <= i < len(self.is_set):
             raise DataError(f"{self.path} has {len(self.is_set)} images, and no image {i}")
         image = np.asarray(image)
-        if image.shape != tuple(self.shape) or image.dtype != self.dtype:
+        if image.shape != self.shape or image.dtype != self.dtype:
             raise DataError(
-                f"{self.path} takes images {self.dtype} {tuple(self.shape)}, "
+                f"{self.path} takes images {self.dtype} {self.shape}, "
                 f"and image {i} is {image.dtype} {image.shape}"
             )
         try:
@@ -216,7 +232,8 @@ class Writer:
         """Write the header, rename NAME.partial to NAME, and say what it holds.
 
         about: more of the header. It may replace what is set here, as latents do. Raises DataError
-        where an image was not set, or a label is of no class, and OSError.
+        where an image was not set, a label is of no class, or load_dataset would refuse the whole;
+        and OSError.
         """
         class_names = [printable(class_name) for class_name in class_names]
         num_classes = len(class_names)
@@ -239,9 +256,14 @@ class Writer:
             std=[127.5] * channels,
         )
         header.update(about)
+        try:
+            content = json.dumps(header, indent=1)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{self.path}: its header cannot be JSON: {error}") from None
         self.close_arrays()
         with written(os.path.join(self.partial, "header.json")) as f:
-            f.write(json.dumps(header, indent=1).encode())
+            f.write(content.encode())
+        load_dataset(self.partial)  # raises before the new one can replace one that is right
         take_name(self.path, self.lock, self.overwrite)
         self.is_finished = True
         print(describe(self.path, header))

@@ -1,7 +1,7 @@
 """
 The emoji of npm packages: pictures of 64x64 with a category each, for `prepare.py emoji`.
 
-    npm pack emoji-datasource-twitter emoji-datasource-google       # two archives of some 70 MB
+    npm pack emoji-datasource-twitter@16.0.0 emoji-datasource-google@16.0.0   # some 140 MB
     python prepare.py emoji emoji-datasource-*.tgz --size 32
 
 emoji-datasource-twitter draws them as Twitter does (CC BY 4.0), emoji-datasource-google as Google
@@ -14,6 +14,7 @@ one `group`, so that a split by groups never holds out a picture whose twin is t
 
 import io
 import json
+import lzma
 import os
 import tarfile
 import zlib
@@ -48,7 +49,7 @@ def read_package(file):
     """A package's archive -> a Package, its emoji in the order of emoji.json. Raises DataError."""
     try:
         members = read_members(file)
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+    except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"cannot read {printable(file)}: {error}") from None
     try:
         about = json.loads(members["package.json"])
@@ -83,14 +84,25 @@ def read_members(file):
             is_wanted = is_picture or name in ("package.json", "emoji.json")
             if is_wanted and member.isfile() and member.size < MOST_BYTES:
                 members[name] = archive.extractfile(member).read()
+        # tarfile stops at a damaged header. Only at the file's end does gzip compare its checksum.
+        while archive.fileobj.read(2**20):
+            pass
     return members
 
 
 def pictures_of(entry):
-    """(file name, group, category) of an entry of emoji.json and of its skin tones."""
+    """(file name, group, category) of an entry of emoji.json and of its skin tones.
+
+    Raises KeyError, AttributeError and TypeError where the entry is not of this form.
+    """
     names = [entry["image"]]
     names += [tone["image"] for tone in entry.get("skin_variations", {}).values()]
-    return [(name, entry["unified"], entry["category"]) for name in names]
+    group = entry["unified"]
+    category = entry["category"]
+    for text in (*names, group, category):
+        if not isinstance(text, str):
+            raise TypeError("names, groups and categories are text")
+    return [(name, group, category) for name in names]
 
 
 def to_pixels(emoji, size):

@@ -8,9 +8,10 @@ How good are images? FID, Inception Score, precision and recall, of Inception's 
 
 Images: a folder or .zip of image files, at any depth (images.py says which), or an .npz or .npy of
 uint8 (N, H, W, 3 or 1). Statistics: an .npz of mu and sigma, as --save-stats and pytorch-fid write
-it, or a .pkl of {"fid": {"mu", "sigma"}}, of which arrays are made and nothing else. ADM's
-reference batches are both: FID takes their mu and sigma, precision and recall their images. With
---size images are cut as prepare.py imagenet does.
+it, or a .pkl of {"fid": {"mu", "sigma"}}, read without running the pickle. ADM's reference batches
+hold images and statistics. As REFERENCE, FID uses their statistics, and precision and recall use
+their images. As SAMPLES, only their images count. With --size images are cut as prepare.py imagenet
+does.
 
 In this file: the features of many images; the scores; the command. frechet.py has the distance,
 statistics_files.py the files of statistics, imageset.py the images, inception.py the network.
@@ -62,7 +63,8 @@ def features_of(images, net, resize="tf1", batch=128, keep=True, state=None):
         begin = load_state(file, about, moments, kept)  # moments and kept are filled in place
     saved = time.monotonic()
     starts = tqdm(range(begin, last, batch), desc=images.path, unit="batch", disable=rank > 0)
-    # Threads read images while a GPU computes.
+    # CUDA runs `net` asynchronously: while it computes, the loop is already reading the next batch,
+    # on several threads.
     with ThreadPoolExecutor(images.threads) as pool:
         for start in starts:
             end = min(start + batch, last)
@@ -123,7 +125,10 @@ def made_with(net, resize="tf1"):
 
 
 def read_reference(path, net, resize="tf1"):
-    """(mu, sigma) of a file, which features of net(images, resize) compare with. FidError."""
+    """(mu, sigma) of a file, which features of net(images, resize) compare with.
+
+    For sample.py and report.py. Raises FidError.
+    """
     mu, sigma, notes = read_statistics(path)
     dim = net.fc.in_features
     if len(mu) != dim:

@@ -42,10 +42,14 @@ def right_shape(header):
 
 
 def right_dtype(header):
-    try:
-        return np.dtype(header["dtype"]).kind in "uif"
-    except TypeError:
+    """Whether it names whole or floating-point numbers in this machine's byte order."""
+    if not isinstance(header["dtype"], str):  # numpy makes a dtype of None, too
         return False
+    try:
+        dtype = np.dtype(header["dtype"])
+    except (TypeError, ValueError, SyntaxError):  # the last one is of ","
+        return False
+    return dtype.kind in "uif" and dtype.isnative
 
 
 def right_count(header):
@@ -71,6 +75,21 @@ def right_std(header):
     return is_numbers(header["std"], header["shape"][0], least=1e-30)
 
 
+def right_kind(header):
+    return isinstance(header["kind"], str)
+
+
+def right_class_names(header):
+    names = header["class_names"]
+    if not isinstance(names, list) or len(names) not in (0, header["num_classes"]):
+        return False
+    return all(isinstance(name, str) for name in names)
+
+
+def right_skipped(header):
+    return is_numbers([header["skipped"]], 1, least=0, kinds=(int,))
+
+
 # What a header holds at least, and how each value is checked, in this order.
 CHECKS = {
     "name": None,
@@ -81,6 +100,13 @@ CHECKS = {
     "class_counts": right_class_counts,  # of the train split
     "mean": right_mean,  # one a channel
     "std": right_std,
+}
+
+# What it may hold besides, and is checked where it does.
+OPTIONAL_CHECKS = {
+    "kind": right_kind,  # "images" or "latents"; a word for what the data are
+    "class_names": right_class_names,  # one a class, or none
+    "skipped": right_skipped,  # how many images could not be read
 }
 
 
@@ -101,10 +127,15 @@ def load_header(path):
     missing = [key for key in CHECKS if key not in header]
     if missing:
         raise DataError(f"{file} is not a {FORMAT} header: no {', '.join(missing)}")
-    for key, is_right in CHECKS.items():
-        if is_right and not is_right(header):
-            raise DataError(f"{file}: {key} {header[key]!r} does not belong to {FORMAT} data")
+    refuse_wrong_values(file, header)
     return header
+
+
+def refuse_wrong_values(where, header):
+    """Raise DataError for the first value that cannot be. Keys that are missing are passed over."""
+    for key, is_right in {**CHECKS, **OPTIONAL_CHECKS}.items():
+        if is_right and key in header and not is_right(header):
+            raise DataError(f"{where}: {key} {header[key]!r} does not belong to {FORMAT} data")
 
 
 # ---- in words ------------------------------------------------------------------------------------
@@ -115,9 +146,18 @@ def describe(path, header):
     count = header["count"]
     shape = "x".join(map(str, header["shape"]))
     return (
-        f"{path}: {count['train']} training and {count['test']} held-out {header['kind']}, "
-        f"{shape}, {describe_classes(header['class_names'])}"
+        f"{path}: {count['train']} training and {count['test']} held-out {kind_of_data(header)}, "
+        f"{shape}, {describe_classes(names_of_classes(header))}"
     )
+
+
+def kind_of_data(header):
+    return header.get("kind", "images")
+
+
+def names_of_classes(header):
+    """The names of the classes; their numbers where the header has no names."""
+    return header.get("class_names") or [str(label) for label in range(header["num_classes"])]
 
 
 def describe_classes(names, most=8):
@@ -131,7 +171,7 @@ def describe_gaps(class_counts, most=5):
     """ "2 of the 4 classes have no image: 1, 2", or "" where each class has one.
 
     Such gaps are no mistake: a dataset.json may leave labels unused. train.py and sample.py draw
-    labels as often as they are there, and so never these.
+    labels by their frequency, so an empty class is never drawn.
     """
     empty = [str(label) for label, count in enumerate(class_counts) if count == 0]
     if not empty:

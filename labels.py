@@ -225,9 +225,9 @@ def choose_held_out(labels, share, rng):
     """Which images are held out: a bool (N,).
 
     This is the largest remainder method. Each class (labels: (N,)) gives floor(share * its size).
-    The images missing to floor(share * N) come one each from the classes with the largest
-    remainders; ties are drawn at random. A class always keeps one image to train on, so the total
-    may be less. The last images of a class go.
+    If the total is then below floor(share * N), the classes with the largest remainders give one
+    more image each; ties are drawn at random. A class always keeps one image to train on, so the
+    total may be less. The last images of a class go.
     """
     total = int(round(len(labels) * share, 6))  # 0.29 * 100 is a little below 29
     classes, sizes = np.unique(labels, return_counts=True)

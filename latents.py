@@ -26,11 +26,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from claims import LEFT_OUT, claim, clean_up_after, remove_files
+from claims import LEFT_OUT, claim, clean_up_after, remove_files, unfinished
 from dataset import Writer, load_dataset, write_left_out
 from device import from_all_ranks, from_rank_0, join_ranks, ranks_of_torchrun
-from files import written
-from header import DataError, describe_classes, describe_gaps
+from files import UserError, written
+from header import DataError, describe_classes, describe_gaps, kind_of_data, names_of_classes
 from images import (
     ImageError,
     Remarks,
@@ -55,6 +55,19 @@ TO_DO = 0
 ENCODED = 1
 UNREADABLE = 2
 
+# How a message calls each value of a plan that differs.
+WORDS_OF_PLAN = {
+    "image_size": "another --size",
+    "batch": "another batch size",
+    "vae": "another VAE",
+    "vae_crc32": "other weights of the VAE",
+    "class_names": "other class names",
+    "files_crc32": "another list of files",
+    "labels_crc32": "another set of labels",
+    "measure": "another setting of --measure",
+}
+SHOWN_OF_PLAN = ("image_size", "batch", "vae")  # both values are shown
+
 
 def encode_images(src, path, name, size, vae_files, vae_name, batch=0, measure=False):
     """Encode the images of `src` into the folder of data `path`, on all ranks of torchrun.
@@ -70,7 +83,7 @@ def encode_images(src, path, name, size, vae_files, vae_name, batch=0, measure=F
     if os.path.exists(path):
         raise DataError(f"{path} is there already: move it away to make it again")
     if batch < 0:
-        raise DataError(f"--batch must be at least 1, not {batch}")
+        raise DataError(f"--batch must be at least 1, or 0 for the default, not {batch}")
     device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     vae = load_vae(vae_files, device)
     if size < 1 or size % vae.shrinks:
@@ -115,7 +128,7 @@ def refuse_line_ends(src, labelled):
 
 
 def make_plan(labelled, size, batch, vae_name, vae_crc32, measure):
-    """What must be the same for a run to go on where another was interrupted."""
+    """The settings that a resumed run must share with the interrupted one."""
     names = "\n".join(labelled.names)
     labels = np.array(labelled.labels, np.int64)
     return dict(
@@ -137,12 +150,10 @@ def begin(path, plan, labelled, shape):
     """
     lock = claim(path, keep=True, seconds=10)
     begun = read_plan(path)
-    # A plan from before an option was there lacks its key, and may go on with any value of it.
-    differing = [key for key in plan if begun and key in begun and begun[key] != plan[key]]
+    differing = differences(begun, plan) if begun else []
     if differing:
         raise DataError(
-            f"{path}.partial was begun with another {' and another '.join(differing)}: "
-            "delete it to start over"
+            f"{unfinished(path)} was begun with {' and '.join(differing)}: delete it to start over"
         )
     channels, height, width = shape
     stored_shape = (2 * channels, height, width)
@@ -152,16 +163,17 @@ def begin(path, plan, labelled, shape):
             return Writer(path, stored_shape, count, np.float16, begun=True, lock=lock)
         except (ValueError, EOFError) as error:  # numpy's, about an array that is not whole
             raise DataError(
-                f"cannot write {path}: {error}; delete {path}.partial to start over"
+                f"cannot write {path}: {error}; delete {unfinished(path)} to start over"
             ) from None
     try:
         remove_files(path)
         writer = Writer(path, stored_shape, count, np.float16, lock=lock)
         writer.arrays["train_labels"][:] = labelled.labels
         writer.arrays["train_labels"].flush()
-        with written(f"{path}.partial/done.npy") as f:
+        with written(os.path.join(unfinished(path), "done.npy")) as f:
             np.save(f, np.full(count["train"], TO_DO, np.uint8))
-        with written(f"{path}.partial/plan.json") as f:  # last: where it is, all the others are
+        # The plan comes last: where it is, all the others are.
+        with written(os.path.join(unfinished(path), "plan.json")) as f:
             f.write(json.dumps(plan).encode())
     except (DataError, OSError) as error:
         clean_up_after(error, path, lock)
@@ -171,7 +183,7 @@ def begin(path, plan, labelled, shape):
 
 def read_plan(path):
     """The plan of the run that was interrupted, or None where none was. Raises DataError."""
-    file = f"{path}.partial/plan.json"
+    file = os.path.join(unfinished(path), "plan.json")
     try:
         with open(file) as f:
             plan = json.load(f)
@@ -180,14 +192,27 @@ def read_plan(path):
     except ValueError:
         plan = None
     if not isinstance(plan, dict):
-        raise DataError(f"{file} is damaged: delete {path}.partial to start over")
+        raise DataError(f"{file} is damaged: delete {unfinished(path)} to start over")
     return plan
+
+
+def differences(begun, plan):
+    """What a plan that was begun does not share with this one, as a list of text."""
+    differing = []
+    for key, words in WORDS_OF_PLAN.items():
+        # A plan from before an option was there lacks its key, and may go on with any value of it.
+        if key not in begun or begun[key] == plan[key]:
+            continue
+        if key in SHOWN_OF_PLAN:
+            words += f" ({begun[key]}, not {plan[key]})"
+        differing.append(words)
+    return differing
 
 
 def encode_rows(path, plan, labelled, vae, rank, ranks):
     """Encode this rank's share of the rows that are not done yet."""
-    stored = np.load(os.path.join(path + ".partial", "train_images.npy"), mmap_mode="r+")
-    done = np.load(os.path.join(path + ".partial", "done.npy"), mmap_mode="r+")
+    stored = np.load(os.path.join(unfinished(path), "train_images.npy"), mmap_mode="r+")
+    done = np.load(os.path.join(unfinished(path), "done.npy"), mmap_mode="r+")
     batches = batches_to_do(done, plan["batch"], rank, ranks)
     loader = DataLoader(
         labelled.files,
@@ -363,7 +388,8 @@ def check_dataset(path, src=None, vae_files=None, seed=0):
     """Print what a folder of data holds, and draw eight of its images into path/check.png.
 
     Data that are no images, such as sequences (C, L), are not drawn. src: where the images were
-    that became latents, which are then drawn above them. Raises DataError where something is wrong.
+    that became latents, which are then drawn above them. Raises one DataError that names all that
+    is wrong, a picture that cannot be drawn included.
     """
     header, data = load_dataset(path)
     stored = data["train_images"]
@@ -375,7 +401,12 @@ def check_dataset(path, src=None, vae_files=None, seed=0):
     wrong += check_values(header, np.float32(stored[np.sort(rows)]))
 
     if len(header["shape"]) == 3:
-        draw_examples(path, header, stored, rows[:8], src, vae_files)
+        try:
+            draw_examples(path, header, stored, rows[:8], src, vae_files)
+        except BrokenPipeError:  # nobody reads what is printed, which is not the picture's fault
+            raise
+        except (UserError, OSError) as error:
+            wrong.append(f"no picture: {error}")
     if wrong:
         raise DataError(f"{path}: {'; '.join(wrong)}")
 
@@ -408,12 +439,11 @@ def check_counts(path, header, labels):
     """Say how many images and classes there are. Returns what is wrong, as a list of text."""
     num_classes = header["num_classes"]
     counts = np.bincount(labels, minlength=num_classes)[:num_classes]
-    names = header.get("class_names") or [str(label) for label in range(num_classes)]
-    about = describe_classes(names)
+    about = describe_classes(names_of_classes(header))
     if num_classes:
         about = about.replace(":", f" of {counts.min()} to {counts.max()}:", 1)
     shape = "x".join(map(str, header["shape"]))
-    print(f"{path}: {len(labels)} {header.get('kind', 'images')}, {shape}, {about}")
+    print(f"{path}: {len(labels)} {kind_of_data(header)}, {shape}, {about}")
     gaps = describe_gaps(counts)
     if gaps:
         print(gaps)

@@ -41,7 +41,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cifar10 import read_cifar10
-from claims import LEFT_OUT, claim, clean_up_after
+from claims import LEFT_OUT, claim, clean_up_after, unfinished
 from dataset import Writer, need_room, new_memory_map, write_left_out
 from emoji import read_package, to_pixels
 from files import HERE
@@ -89,7 +89,10 @@ def seed(text):
 
 with_seed = argument("--seed", type=seed, default=0, help="of all that is drawn at random")
 with_held_out = argument(
-    "--held-out", type=float, default=0.1, help="the share of each class that is held out"
+    "--held-out",
+    type=float,
+    default=0.1,
+    help="the share of the images that is held out, about the same of each class",
 )
 
 
@@ -101,12 +104,14 @@ def check_held_out(share):
 def data_path(name):
     """data/NAME. Raises DataError where no dataset can have this name."""
     if name != os.path.basename(name) or name in ("", ".", ".."):
-        raise DataError(f"--name names a folder in data/, which {name!r} does not")
-    if name != printable(name):
-        raise DataError(f"--name must have no line ends and no control characters, not {name!r}")
-    if name.lower().endswith((".partial", ".replaced")):
-        raise DataError(f"--name must not end in .partial or .replaced, as {name!r} does")
-    return os.path.join("data", name)
+        wanted = "it must be a plain folder name"
+    elif name != printable(name):
+        wanted = "it must have no line ends and no control characters"
+    elif name.lower().endswith((".partial", ".replaced")):
+        wanted = "it must not end in .partial or .replaced"
+    else:
+        return os.path.join("data", name)
+    raise DataError(f"{name!r} cannot be a dataset's name: {wanted}")
 
 
 # ---- digits and shapes ---------------------------------------------------------------------------
@@ -186,7 +191,9 @@ def folder(args):
 
 
 def write_folder(args, labelled, lock):
-    """Read the images, split them, and write both parts. It takes the room of both twice.
+    """Read the images, split them, and write both parts.
+
+    This needs twice the disk space of the finished dataset: step 1 keeps all images in scratch.npy.
 
     1. Read all images into scratch.npy, in a shuffled order. How many can be read is known only
        then, and must be known before the parts are made.
@@ -197,7 +204,7 @@ def write_folder(args, labelled, lock):
     channels = 1 if args.gray else 3
     shape = (channels, args.size, args.size)
     total = len(labelled.files)
-    scratch = os.path.join(args.path + ".partial", "scratch.npy")
+    scratch = os.path.join(unfinished(args.path), "scratch.npy")
     need_room(args.path, 2 * total, shape)
     images = new_memory_map(scratch, (total, *shape), np.uint8)
     rng = np.random.default_rng(args.seed)
@@ -206,7 +213,7 @@ def write_folder(args, labelled, lock):
     refuse_empty_classes(args.src, labelled, labels, unreadable)
     left_out = unreadable + labelled.left_out
     tell_left_out(left_out, os.path.join(args.path, LEFT_OUT))
-    write_left_out(args.path + ".partial", left_out)
+    write_left_out(unfinished(args.path), left_out)
 
     held_out = choose_held_out(labels, args.held_out, rng)
     if args.held_out and not held_out.any():
@@ -307,7 +314,7 @@ def emoji(args):
             label = classes.index(category_of[picture.group])
             writer.set(place, to_pixels(picture, args.size), label)
         tell_left_out(left_out, os.path.join(args.path, LEFT_OUT))
-        write_left_out(args.path + ".partial", left_out)
+        write_left_out(unfinished(args.path), left_out)
         how = f"--size {args.size} --held-out {args.held_out} --seed {args.seed}"
         writer.finish(
             args.name,

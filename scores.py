@@ -117,14 +117,16 @@ def nearest_neighbours(a, b, leave_out=None, device="cpu", rows=4096):
     """For each image of a (N, ...) the distance (N,) and the index (N,) of the nearest one of b.
 
     b: (M, ...), which may be mapped from a file; it is read `rows` images at a time.
-    leave_out: (N,) int64 tensor, the index in b that a[i] may not have. Distances are float64, by
-    matrix products: exact for whole-number pixels. Both results are on the CPU.
+    leave_out: (N,) int64, an array or a tensor: the index in b that a[i] may not have. Distances
+    are float64, by matrix products: exact for whole-number pixels. Both results are on the CPU.
     """
     if torch.device(device).type == "mps":  # Apple's GPUs have no float64
         device = "cpu"
     a = flat(a).to(device)
     best = a.new_full((len(a),), torch.inf)
     index = torch.zeros(len(a), dtype=torch.long, device=device)
+    if leave_out is not None:
+        leave_out = as_tensor(leave_out).cpu()
     for first in range(0, len(b), rows):
         part = flat(b[first : first + rows]).to(device)
         distances = torch.cdist(a, part, compute_mode="use_mm_for_euclid_dist")  # (N, rows)

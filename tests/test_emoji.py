@@ -1,7 +1,9 @@
 """emoji.py and `prepare.py emoji`, on small archives that are made here."""
 
+import gzip
 import io
 import json
+import lzma
 import os
 import tarfile
 
@@ -138,6 +140,10 @@ def test_prepare_emoji_is_a_function_of_the_seed(folder):
         ({"package.json": "{}"}, "is not an archive of emoji-datasource-VENDOR"),
         ({"emoji.json": "[1, 2]"}, "is not an archive of emoji-datasource-VENDOR"),
         ({"emoji.json": "[" * 100_000}, "is not an archive of emoji-datasource-VENDOR"),
+        (
+            {"emoji.json": '[{"image": "0000.png", "unified": ["1"], "category": "A"}]'},
+            "is not an archive of emoji-datasource-VENDOR",
+        ),
         ({"emoji.json": "[]"}, "no pictures in img/twitter/64"),
         ({"img/twitter/64/0000.png": b"no picture"}, "img/twitter/64/0000.png"),
     ],
@@ -145,6 +151,25 @@ def test_prepare_emoji_is_a_function_of_the_seed(folder):
 def test_prepare_emoji_refuses(folder, changes, words):
     write_package("a.tgz", "twitter", **changes)
     assert words in run_script("prepare.py", "emoji", "a.tgz")
+    assert not os.path.exists("data/emoji")
+
+
+def test_prepare_emoji_refuses_damaged_archives(folder):
+    """A broken header in the middle, where tarfile stops without a word; and a damaged .xz."""
+    write_package("whole.tgz", "twitter")
+    with gzip.open("whole.tgz") as f:
+        content = f.read()
+    stored = gzip.compress(content, 0)
+    name = b"package/img/twitter/64/0012.png"
+    assert stored.count(name) == 1
+    with open("a.tgz", "wb") as f:
+        f.write(stored.replace(name, name[:-1] + b"x"))
+    packed = bytearray(lzma.compress(content))
+    packed[len(packed) // 2] ^= 255
+    with open("a.tar.xz", "wb") as f:
+        f.write(packed)
+    assert "cannot read a.tgz: CRC check failed" in run_script("prepare.py", "emoji", "a.tgz")
+    assert "cannot read a.tar.xz" in run_script("prepare.py", "emoji", "a.tar.xz")
     assert not os.path.exists("data/emoji")
 
 

@@ -282,7 +282,7 @@ def test_what_an_interrupted_run_does_not_go_on_with(folder, source):
     assert "none of the 4 images" in encode(rows)  # so it stays as it was begun
     assert "none of the 4 images" in encode(rows)
     rows[0][1] = 1
-    assert "begun with another labels_crc32: delete it" in encode(rows)
+    assert "begun with another set of labels: delete it" in encode(rows)
     rows[0][1] = 0
     os.truncate("data/a.partial/train_images.npy", 200)
     said = encode(rows)
@@ -295,6 +295,21 @@ def test_what_an_interrupted_run_does_not_go_on_with(folder, source):
         assert "plan.json is damaged: delete data/a.partial" in encode(rows)
 
 
+def test_a_message_says_how_plans_differ():
+    labelled = types.SimpleNamespace(names=["a.png", "b.png"], labels=[0, 1], classes=["a", "b"])
+    plan = latents.make_plan(labelled, 256, 64, "mine", "0a0b0c0d", False)
+    assert set(latents.WORDS_OF_PLAN) == set(plan)
+    assert latents.differences(plan, plan) == []
+    assert latents.differences({}, plan) == []
+    other = latents.make_plan(labelled, 512, 16, "other", "01020304", False)
+    assert latents.differences(other, plan) == [
+        "another --size (512, not 256)",
+        "another batch size (16, not 64)",
+        "another VAE (other, not mine)",
+        "other weights of the VAE",
+    ]
+
+
 def test_a_plan_from_before_measure_was_an_option(folder, source):
     write_picture(folder / "src" / "0.png")
     (folder / "src" / "0.png").write_bytes(b"")
@@ -303,7 +318,7 @@ def test_a_plan_from_before_measure_was_an_option(folder, source):
     file = folder / "data" / "a.partial" / "plan.json"
     plan = json.loads(file.read_text())
     assert plan["measure"] is False
-    assert "begun with another measure" in complain(*command, "--measure")
+    assert "begun with another setting of --measure: delete it" in complain(*command, "--measure")
     del plan["measure"]
     file.write_text(json.dumps(plan))
     assert "none of the 1 images" in complain(*command, "--measure")
@@ -443,6 +458,9 @@ def test_check_of_latents(folder, source, capsys):
     assert "channel 3 has mean" in check("a") and "channel 0" not in check("a")
     rewrite(class_counts=[49, 50, 50, 50])
     assert "class_counts are not those" in check("a")
+    assert "no picture" not in check("a")
+    said = complain("check", "a", "--vae", "gone")  # what was found before is told all the same
+    assert "class_counts are not those" in said and "no picture: cannot load the VAE gone" in said
     rewrite(vae_crc32="00000000")
     assert "other weights" in check("a")
     rewrite()

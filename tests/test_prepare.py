@@ -1,6 +1,7 @@
 """prepare.py and dataset.py: what becomes of raw images, whose a name is, and what is refused."""
 
 import errno
+import gzip
 import io
 import json
 import math
@@ -125,7 +126,9 @@ def test_folder(folder, capsys):
 def test_what_folder_refuses(folder):
     write_pictures(folder / "flat", 1)
     assert "no folder" in complain("folder", "nowhere", "--size", 8)
-    assert "names a folder" in complain("digits", "--name", "../photos")
+    for name in "../photos", ".":
+        said = complain("digits", "--name", name)
+        assert said.endswith(f"{name!r} cannot be a dataset's name: it must be a plain folder name")
     assert "name must have a value" in complain("folder", "flat", "--size", 16, "--name=--")
     for letter in "\n", "\r", "\x1b", "\u2028", "\udce9":
         assert "no control characters" in complain("digits", "--name", f"a{letter}b")
@@ -766,6 +769,13 @@ def test_archives_that_cannot_be(folder):
         g.write(f.read()[:3000])
     assert "cut.tar.gz" in complain("cifar10", "cut.tar.gz")
     assert "gone.tar.gz" in complain("cifar10", "gone.tar.gz")
+    with gzip.open("c.tar.gz") as f:
+        stored = gzip.compress(f.read(), 0)
+    image = records()["data_batch_2"][1, 1:].tobytes()
+    assert stored.count(image) == 1
+    with open("damaged.tar.gz", "wb") as f:
+        f.write(stored.replace(image, image[::-1]))
+    assert "cannot read damaged.tar.gz: CRC check failed" in complain("cifar10", "damaged.tar.gz")
     assert not os.path.exists("data")
 
 
@@ -867,6 +877,57 @@ def test_a_writer_refuses_what_is_no_dataset(folder, image, label, complaint):
     assert os.listdir("data") == []
 
 
+@pytest.mark.parametrize(
+    "shape, count, dtype, complaint",
+    [
+        ((1, 8, 8), {"train": 2}, np.uint8, "count must be of train and test"),
+        ((1, 8, 8), {"train": 2, "test": 0, "val": 1}, np.uint8, "count must be of train and test"),
+        ((1, 8, 8), {"train": 2.5, "test": 0}, np.uint8, "its shape, count or dtype cannot be"),
+        ((1, 8, 8), {"train": 2, "test": -1}, np.uint8, "count {.*} does not belong"),
+        ((1, 8, 8), {"train": 2, "test": 0}, bool, "dtype 'bool' does not belong"),
+        ((1, 8, 8), {"train": 2, "test": 0}, ">f4", "dtype '>f4' does not belong"),
+        ((1, 8, 8), {"train": 2, "test": 0}, ",", "its shape, count or dtype cannot be"),
+        ((5,), {"train": 2, "test": 0}, np.uint8, r"shape \[5\] does not belong"),
+    ],
+)
+def test_a_writer_begins_nothing_that_cannot_be_read(folder, shape, count, dtype, complaint):
+    with pytest.raises(dataset.DataError, match=f"data/one: {complaint}"):
+        dataset.Writer("data/one", shape, count, dtype)
+    assert not os.path.exists("data")
+
+
+@pytest.mark.parametrize(
+    "about, complaint",
+    [
+        (dict(std=[0]), r"header.json: std \[0\] does not belong"),
+        (dict(mean=np.zeros(1)), "its header cannot be JSON"),
+        (dict(vae="mine"), r"its header says uint8 \(2, 2, 8, 8\)"),
+    ],
+)
+def test_a_dataset_is_not_replaced_by_one_that_cannot_be_read(folder, about, complaint):
+    write_one()
+    size, count = (1, 8, 8), {"train": 2, "test": 0}
+    with (
+        pytest.raises(dataset.DataError, match=complaint),
+        dataset.Writer("data/one", size, count, overwrite=True) as writer,
+    ):
+        writer.set(0, BLACK, 0)
+        writer.set(1, BLACK, 0)
+        writer.finish("one", ["0"], **about)
+    assert os.listdir("data") == ["one"]
+    assert dataset.load_dataset("data/one")[0]["std"] == [127.5]
+
+
+def test_a_writer_takes_whole_numbers_of_numpy(folder):
+    size = np.array([1, 8, 8])
+    count = dict(zip(("train", "test"), np.array([1, 0])))
+    with dataset.Writer("data/one", size, count) as writer:
+        writer.set(0, BLACK, np.int64(0))
+        writer.finish("one", ["0"])
+    header, _ = dataset.load_dataset("data/one")
+    assert header["shape"] == [1, 8, 8] and header["count"] == {"train": 1, "test": 0}
+
+
 def test_a_writer_has_no_other_images_than_its_own(folder):
     for i in (-1, 2):
         with (
@@ -901,6 +962,14 @@ def test_a_writer_must_be_finished(folder):
         ("shape", [8]),
         ("dtype", "object"),
         ("dtype", 3),
+        ("dtype", ","),
+        ("dtype", {}),
+        ("dtype", None),
+        ("dtype", ">f4"),
+        ("kind", None),
+        ("class_names", [3]),
+        ("class_names", ["a", "b"]),
+        ("skipped", "1"),
         ("num_classes", "1"),
     ],
 )
@@ -937,3 +1006,15 @@ def test_headers_without_a_key(folder, key):
         json.dump(header, f)
     with pytest.raises(dataset.DataError, match="is not a tvm-data-1 header"):
         dataset.load_dataset("data/one")
+
+
+def test_headers_with_no_more_than_they_must_have(folder):
+    write_one()
+    with open("data/one/header.json") as f:
+        header = json.load(f)
+    header = {key: header[key] for key in ("format", *header_json.CHECKS)}
+    with open("data/one/header.json", "w") as f:
+        json.dump(header, f)
+    assert dataset.load_dataset("data/one")[0] == header
+    said = header_json.describe("data/one", header)
+    assert said == "data/one: 2 training and 0 held-out images, 1x8x8, 1 class: 0"

@@ -49,7 +49,9 @@ def test_nearest_ratio(points):
     assert scores.nearest_ratio(b, b, a) == 1
     mixed = torch.cat([b[300:], a[300:]])
     assert abs(scores.nearest_ratio(a[:300], b[:300], mixed) - 1) < 0.15
-    assert scores.nearest_ratio(a, b, a, leave_out=torch.arange(600)) > 0.8
+    of_tensor = scores.nearest_ratio(a, b, a, leave_out=torch.arange(600))
+    assert of_tensor > 0.8
+    assert scores.nearest_ratio(a, b, a, leave_out=np.arange(600)) == of_tensor
 
 
 def test_label_accuracy(points):
