@@ -233,7 +233,11 @@ def torchrun(script, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["--", os.path.join(HERE, script), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, check=True, capture_output=True, timeout=100, env=environment)
+    done = subprocess.run(command, capture_output=True, timeout=100, env=environment)
+    if done.returncode:
+        print(done.stderr.decode())
+    done.check_returncode()
+    return done
 
 
 def train_here(folder, arguments, script="train.py", environment=None):
