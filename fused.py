@@ -151,6 +151,16 @@ if triton is not None:
         """x as it is read back from P."""
         return x.to(P.dtype.element_ty).to(tl.float32)
 
+    @triton.jit
+    def place(T, ROWS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
+        """This program's image and first token, and the columns of the two chunks of a row."""
+        blocks = (T + ROWS - 1) // ROWS
+        b = (tl.program_id(0) // blocks).to(tl.int64)
+        start = (tl.program_id(0) % blocks) * ROWS
+        c1 = tl.arange(0, FIRST)
+        c2 = FIRST + tl.arange(0, SECOND)
+        return b, start, c1, c2
+
     # fmt: off
     @triton.jit
     def add_norm_forward_kernel(
@@ -166,11 +176,7 @@ if triton is not None:
         """
         DUAL: tl.constexpr = DX is not None
         ADD: tl.constexpr = Y is not None
-        blocks = (T + ROWS - 1) // ROWS
-        b = (tl.program_id(0) // blocks).to(tl.int64)
-        start = (tl.program_id(0) % blocks) * ROWS
-        c1 = tl.arange(0, FIRST)
-        c2 = FIRST + tl.arange(0, SECOND)
+        b, start, c1, c2 = place(T, ROWS, FIRST, SECOND)
         shift1, shift2 = load(SHIFT, b * shift_stride, c1, c2, D)
         scale1, scale2 = load(SCALE, b * scale_stride, c1, c2, D)
         if ADD:
@@ -243,11 +249,7 @@ if triton is not None:
         """
         DUAL: tl.constexpr = GDH is not None
         ADD: tl.constexpr = Y is not None
-        blocks = (T + ROWS - 1) // ROWS
-        b = (tl.program_id(0) // blocks).to(tl.int64)
-        start = (tl.program_id(0) % blocks) * ROWS
-        c1 = tl.arange(0, FIRST)
-        c2 = FIRST + tl.arange(0, SECOND)
+        b, start, c1, c2 = place(T, ROWS, FIRST, SECOND)
         scale1, scale2 = load(SCALE, b * scale_stride, c1, c2, D)
         shift_sum1 = tl.zeros([FIRST], tl.float32)
         shift_sum2 = tl.zeros([SECOND], tl.float32)

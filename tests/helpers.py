@@ -12,6 +12,7 @@ import gc
 import json
 import math
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -239,6 +240,32 @@ def torchrun(script, *arguments, ranks=2):
         print(done.stderr.decode())
     done.check_returncode()
     return done
+
+
+def compiled_for_gpu(kernel, signature, constants, aligned, capability, options):
+    """A Triton kernel, compiled for a GPU of this capability, which need not be here.
+
+    signature: {argument: type}. constants: {argument: value}. aligned: the arguments that are
+    multiples of 16.
+    """
+    compiler = pytest.importorskip("triton.compiler")
+    backend = pytest.importorskip("triton.backends.compiler")
+    places = list(enumerate(kernel.arg_names))
+    fixed = {(i,): constants[name] for i, name in places if name in constants}
+    multiples = {(i,): [["tt.divisibility", 16]] for i, name in places if name in aligned}
+    source = compiler.ASTSource(kernel, signature, fixed, multiples)
+    target = backend.GPUTarget("cuda", capability, 32)
+    return compiler.compile(source, target=target, options=options)
+
+
+def stack_of(made, folder):
+    """Bytes a thread that a compiled kernel keeps in memory, from its machine code."""
+    triton = pytest.importorskip("triton")
+    tool = os.path.join(triton.__path__[0], "backends", "nvidia", "bin", "cuobjdump")
+    path = folder / "kernel.cubin"
+    path.write_bytes(made.asm["cubin"])
+    said = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True)
+    return int(re.search(r"STACK:(\d+)", said.stdout)[1])
 
 
 def train_here(folder, arguments, script="train.py", environment=None):

@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import HERE, close, gpu, plain_attention, randn, rel
+from helpers import HERE, close, compiled_for_gpu, gpu, plain_attention, randn, rel, stack_of
 from torch.autograd import forward_ad as fwAD
 from torch.utils.checkpoint import checkpoint
 
@@ -1238,8 +1238,7 @@ KILOBYTES = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # shared memo
 
 def compiled(name, D, tile, capability, dtype="bf16"):
     """A kernel, compiled for a GPU of this compute capability."""
-    compiler = pytest.importorskip("triton.compiler")
-    backend = pytest.importorskip("triton.backends.compiler")
+    pytest.importorskip("triton")
     kernels = dict(forward=A.forward_kernel, row=A.row_kernel, dq=A.row_kernel, dtq=A.row_kernel)
     kernel = kernels.get(name, A.column_kernel)
     absent = {
@@ -1277,23 +1276,14 @@ def compiled(name, D, tile, capability, dtype="bf16"):
             signature[n] = ("i32",) * 3
         else:
             signature[n] = kinds.get(n, "*" + dtype)
-    places = list(enumerate(kernel.arg_names))
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in places if signature[n][0] == "*"}
-    fixed = {(i,): constants[n] for i, n in places if n in constants}
-    source = compiler.ASTSource(kernel, signature, fixed, aligned)
+    aligned = [n for n in kernel.arg_names if signature[n][0] == "*"]
     options = dict(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
-    target = backend.GPUTarget("cuda", capability, 32)
-    return compiler.compile(source, target=target, options=options)
+    return compiled_for_gpu(kernel, signature, constants, aligned, capability, options)
 
 
 def spilled(made, folder):
     """Registers a thread that the compiler keeps in memory, from the machine code."""
-    triton = pytest.importorskip("triton")
-    tool = os.path.join(triton.__path__[0], "backends", "nvidia", "bin", "cuobjdump")
-    path = folder / "kernel.cubin"
-    path.write_bytes(made.asm["cubin"])
-    said = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True)
-    return int(re.search(r"STACK:(\d+)", said.stdout)[1]) // 4
+    return stack_of(made, folder) // 4
 
 
 def fits(made, capability):

@@ -6,13 +6,12 @@ Functions without "test_" in front run in a process of their own, where the inte
 
 import copy
 import os
-import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import HERE
+from helpers import HERE, compiled_for_gpu, stack_of
 from torch.nn import functional
 
 import dual
@@ -253,10 +252,6 @@ def test_layers_that_must_be_called():
 @pytest.mark.parametrize("capability", (80, 90))
 def test_the_backward_does_not_spill(capability, tmp_path):
     """The largest kernel at XL/2's width, compiled for a GPU, keeps its rows in registers."""
-    compiler = pytest.importorskip("triton.compiler")
-    backend = pytest.importorskip("triton.backends.compiler")
-    import triton
-
     kernel = fused.add_norm_backward_kernel
     tokens, warps, stages = fused.NORM_BACKWARD[True]
     first, second = fused.chunk_widths(1152)
@@ -265,19 +260,9 @@ def test_the_backward_does_not_spill(capability, tmp_path):
     kinds.update(dict.fromkeys(("gate_stride", "scale_stride", "T"), "i32"))
     kinds.update(dict.fromkeys(constants, "constexpr"))
     signature = {name: kinds.get(name, "*bf16") for name in kernel.arg_names}
-    places = list(enumerate(kernel.arg_names))
-    fixed = {(i,): constants[name] for i, name in places if name in constants}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in places
-        if signature[name][0] == "*" or name.endswith("stride")
-    }
-    source = compiler.ASTSource(kernel, signature, fixed, aligned)
-    target = backend.GPUTarget("cuda", capability, 32)
-    made = compiler.compile(source, target=target, options=dict(num_warps=warps))
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(made.asm["cubin"])
-    tool = os.path.join(triton.__path__[0], "backends", "nvidia", "bin", "cuobjdump")
-    said = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True)
-    assert int(re.search(r"STACK:(\d+)", said.stdout)[1]) == 0
+    pointers = [name for name in kernel.arg_names if signature[name][0] == "*"]
+    aligned = [*pointers, *(name for name in kernel.arg_names if name.endswith("stride"))]
+    options = dict(num_warps=warps)
+    made = compiled_for_gpu(kernel, signature, constants, aligned, capability, options)
+    assert stack_of(made, tmp_path) == 0
     assert made.metadata.shared <= 99 * 1024
