@@ -149,10 +149,10 @@ def from_all_ranks(value):
 def data_parallel(module, bfloat16=False, for_graph=False):
     """torch's DistributedDataParallel: a module whose backward takes the mean over the ranks.
 
-    Each .grad is a view of the message that is sent: zero it in place. A backward inside forward(),
-    of an early term, or within parallel.no_sync() only adds to .grad. The backward after forward()
-    sends what all of them have added, message by message, while it still computes. It must reach
-    every weight that is trained.
+    A backward inside forward(), of an early term, or within parallel.no_sync() only adds to .grad.
+    The backward after forward() sends what all of them have added, message by message, while it
+    still computes, and .grad then is a view of the message. It must reach every weight that is
+    trained.
 
     bfloat16, for GPUs: gradients travel as bfloat16, half the bytes. for_graph: forward and
     backward can be recorded by Graph.

@@ -109,7 +109,7 @@ class TrainingStep:
 
     def gradients(self, *inputs):
         """Forward and backward. Returns the loss."""
-        self.optimizer.zero_grad(set_to_none=not self.distributed)
+        self.optimizer.zero_grad()
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             loss, _ = self.parallel(*inputs, backward_part=backward)
         backward(loss)

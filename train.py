@@ -422,9 +422,9 @@ if first_step > 0:
 
 # ---- the loop ------------------------------------------------------------------------------------
 parallel = data_parallel(loss, bfloat16_sums, use_graphs) if distributed else loss
-# Gradients of micro-batches and ranks add up in .grad, which is zeroed before each step. Without
-# either .grad is freed before the forward, which then uses its memory.
-accumulates = distributed or micro_batch < local_batch
+# Gradients of several micro-batches add up in .grad, which is zeroed before each step. With one
+# micro-batch .grad is freed before the forward, which then uses its memory.
+accumulates = micro_batch < local_batch
 if accumulates:
     for p in weights:
         p.grad = torch.zeros_like(p)
@@ -472,7 +472,7 @@ def record_gradients(*inputs):
     warm_ups = DDP_WARM_UPS if distributed else 3
     last = Graph(partial(gradients, reduces=distributed), inputs, warm_ups)
     graphs["last"] = graphs["earlier"] = last
-    if distributed and micro_batch < local_batch:
+    if distributed and accumulates:
         earlier = partial(gradients, reduces=False)
         graphs["earlier"] = Graph(earlier, inputs, warm_ups=0, twin=last)
 
