@@ -53,7 +53,7 @@ MODES = {  # of a step: what TrainingStep is given, and passes that its products
 KERNELS = {  # kinds of GPU kernels by what their names hold; the first kind that fits
     "fused": ("add_norm_", "qk_norm_", "gelu_forward_kernel", "gelu_backward_kernel"),
     "attention": ("forward_kernel", "row_kernel", "column_kernel", "flash", "fmha", "sdpa"),
-    "AdamW": ("Adam",),
+    "AdamW": ("Adam", "adamw_kernel"),
     "EMAs": ("Lerp",),
     "NCCL": ("nccl",),
     "products": ("nvjet", "gemm", "cutlass", "cublas", "xmma", "splitK"),

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import adamw
 from device import DDP_WARM_UPS, Graph, data_parallel
 from dual import column
 from loss import Term, TrainingLoss, backward
@@ -117,6 +118,9 @@ class TrainingStep:
 
     @torch.no_grad()
     def update(self):
+        if self.use_graphs:
+            adamw.step(self.optimizer, self.averages)
+            return
         self.optimizer.step()
         for average, rate in self.averages:
             torch._foreach_lerp_(average, self.weights, 1 - rate)
@@ -137,7 +141,7 @@ class TrainingStep:
                 self.update_graph()
             else:
                 self.update()
-                if self.use_graphs:  # AdamW has made its moments now; recording runs nothing
+                if self.use_graphs:  # its kernels are compiled now; recording runs nothing
                     self.update_graph = Graph(self.update, warm_ups=0)
 
 

@@ -38,6 +38,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import adamw
 from batches import Batches, why_not_train
 from checkpoint import (
     initialize_from,
@@ -450,9 +451,13 @@ def gradients(x0, y, *drawn, reduces):
 def update():
     """AdamW, then the two averages of the weights.
 
-    On a GPU this is recorded after the first step, and Python's numbers stay as they were then.
-    What changes from step to step must be a tensor, like the learning rate.
+    On a GPU one pass over the memory does it, and is recorded after the first step: Python's
+    numbers stay as they were then. What changes from step to step must be a tensor, like the
+    learning rate.
     """
+    if use_graphs:
+        adamw.step(optimizer, [(target_weights, ema_target), (eval_weights, ema_eval)])
+        return
     optimizer.step()
     torch._foreach_lerp_(target_weights, weights, 1 - ema_target)
     torch._foreach_lerp_(eval_weights, weights, 1 - ema_eval)
@@ -529,7 +534,7 @@ for step in progress:
             graphs["update"]()
         else:
             update()
-            if use_graphs:  # AdamW has made its moments now; recording runs nothing
+            if use_graphs:  # its kernels are compiled now; recording runs nothing
                 graphs["update"] = Graph(update, warm_ups=0)
         losses.end_step(norm)
         skipped_in_a_row = 0

@@ -242,6 +242,16 @@ def torchrun(script, *arguments, ranks=2):
     return done
 
 
+def interpreted(module, name):
+    """Run a function of a file of tests in Triton's interpreter, in a process of its own."""
+    path = os.pathsep.join([HERE, os.path.join(HERE, "tests")])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment.update(CUDA_VISIBLE_DEVICES="", PYTHONPATH=path)
+    command = [sys.executable, "-W", "ignore", "-c", f"import {module}; {module}.{name}()"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def compiled_for_gpu(kernel, signature, constants, aligned, capability, options):
     """A Triton kernel, compiled for a GPU of this capability, which need not be here.
 

@@ -5,13 +5,10 @@ Functions without "test_" in front run in a process of their own, where the inte
 """
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import HERE, compiled_for_gpu, stack_of
+from helpers import compiled_for_gpu, interpreted, stack_of
 from torch.nn import functional
 
 import dual
@@ -23,19 +20,9 @@ from model import Block, DiT, DiTConfig
 pytest.importorskip("triton")
 
 
-def interpreted(name):
-    """Run a function of this file in Triton's interpreter."""
-    path = os.pathsep.join([HERE, os.path.dirname(os.path.abspath(__file__))])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment.update(CUDA_VISIBLE_DEVICES="", PYTHONPATH=path)
-    command = [sys.executable, "-W", "ignore", "-c", f"import test_fused as t; t.{name}()"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.mark.parametrize("name", ["kernels_match", "network_matches"])
 def test_in_the_interpreter(name):
-    interpreted(name)
+    interpreted("test_fused", name)
 
 
 def kernels_match():

@@ -1,0 +1,114 @@
+"""adamw.py against its formulas in float64 and against torch.optim.AdamW: interpreter and GPU."""
+
+import copy
+
+import pytest
+import torch
+from helpers import gpu, interpreted, rel
+
+import adamw
+from device import Graph
+
+pytest.importorskip("triton")
+
+SHAPES = [(7, 5), (33,), (64, 40), (1,), (3, 1, 2, 2)]
+LR, BETAS, EPS, WEIGHT_DECAY = 1e-2, (0.9, 0.95), 1e-8, 0.1
+DECAYS = (0.99, 0.999)
+
+
+def make(device="cpu"):
+    """(weights, optimizer, averages), the same ones each time."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator).to(device) for shape in SHAPES]
+    weights = [t.clone().requires_grad_() for t in start]
+    lr = torch.tensor(LR, device=device)
+    capturable = device == "cuda"
+    optimizer = torch.optim.AdamW(
+        weights, lr, BETAS, EPS, WEIGHT_DECAY, capturable=capturable, foreach=capturable
+    )
+    averages = [([t.clone() for t in start], decay) for decay in DECAYS]
+    return weights, optimizer, averages
+
+
+def gradients(n, device="cpu"):
+    generator = torch.Generator().manual_seed(n + 1)
+    return [torch.randn(shape, generator=generator).to(device) for shape in SHAPES]
+
+
+def test_in_the_interpreter():
+    interpreted("test_adamw", "matches_the_formulas")
+
+
+def matches_the_formulas():
+    """20 steps beside the formulas of adamw.py in float64, with a learning rate that changes."""
+    weights, optimizer, averages = make()
+    wide = [p.detach().double() for p in weights]
+    m = [torch.zeros_like(p) for p in wide]
+    v = [torch.zeros_like(p) for p in wide]
+    wide_averages = [copy.deepcopy(wide) for _ in DECAYS]
+    beta1, beta2 = BETAS
+    for n in range(1, 21):
+        lr = LR / n
+        optimizer.param_groups[0]["lr"].fill_(lr)
+        for i, g in enumerate(gradients(n)):
+            weights[i].grad = g
+            g = g.double()
+            m[i] = beta1 * m[i] + (1 - beta1) * g
+            v[i] = beta2 * v[i] + (1 - beta2) * g * g
+            size = (v[i] / (1 - beta2**n)).sqrt() + EPS
+            wide[i] = (1 - lr * WEIGHT_DECAY) * wide[i] - lr / (1 - beta1**n) * m[i] / size
+            for average, decay in zip(wide_averages, DECAYS, strict=True):
+                average[i] = decay * average[i] + (1 - decay) * wide[i]
+        adamw.step(optimizer, averages)
+    for i, p in enumerate(weights):
+        state = optimizer.state[p]
+        assert state["step"].item() == 20
+        assert rel(p, wide[i]) < 1e-6
+        assert rel(state["exp_avg"], m[i]) < 1e-6
+        assert rel(state["exp_avg_sq"], v[i]) < 1e-6
+        for (average, _), wanted in zip(averages, wide_averages, strict=True):
+            assert rel(average[i], wanted[i]) < 1e-6
+
+
+def test_wrong_tensors():
+    weights, optimizer, averages = make()
+    for p, g in zip(weights, gradients(0), strict=True):
+        p.grad = g
+    averages[1][0][2] = averages[1][0][2].T.contiguous().T
+    with pytest.raises(ValueError, match="contiguous and float32"):
+        adamw.step(optimizer, averages)
+    weights[0].grad = None
+    with pytest.raises(ValueError, match="no gradient"):
+        adamw.step(optimizer, averages)
+    assert all(optimizer.state[p]["step"] == 0 for p in weights)
+
+
+@gpu
+def test_gpu_matches_torch():
+    """In a CUDA graph, beside torch.optim.AdamW and torch's averages, and with the same state."""
+    weights, optimizer, averages = make("cuda")
+    for p in weights:
+        p.grad = torch.zeros_like(p)
+    copies, reference, reference_averages = make("cuda")
+    graph = None
+    for n in range(20):
+        optimizer.param_groups[0]["lr"].fill_(LR / (n + 1))
+        reference.param_groups[0]["lr"].fill_(LR / (n + 1))
+        for p, q, g in zip(weights, copies, gradients(n, "cuda"), strict=True):
+            p.grad.copy_(g)
+            q.grad = g
+        if graph:
+            graph()
+        else:
+            adamw.step(optimizer, averages)
+            graph = Graph(lambda: adamw.step(optimizer, averages), warm_ups=0)
+        reference.step()
+        with torch.no_grad():
+            for average, decay in reference_averages:
+                torch._foreach_lerp_(average, copies, 1 - decay)
+    for i, (p, q) in enumerate(zip(weights, copies, strict=True)):
+        assert rel(p, q) < 1e-6
+        for key, t in reference.state[q].items():
+            assert rel(optimizer.state[p][key], t) < 1e-6
+        for (average, _), (wanted, _) in zip(averages, reference_averages, strict=True):
+            assert rel(average[i], wanted[i]) < 1e-6
