@@ -5,7 +5,7 @@ Every speed, measured, on a CUDA GPU.
     python bench.py step [--size=XL/2] [--input_size=32] [--batch=32] [--modes=compiled,...]
     torchrun --nproc_per_node=4 bench.py step --modes=compiled    # several GPUs, --batch on each
     python bench.py trainer [--preset=im256_w2] [--input_size=32] [--batch=64]
-    python bench.py sample [--size=XL/2] [--input_size=32] [--batch=64]
+    python bench.py sample [--size=XL/2] [--input_size=32] [--batch=250]
     python bench.py fid [--batch=128]
     compute-sanitizer --tool memcheck python bench.py sanitize    # or racecheck
 
@@ -53,12 +53,18 @@ MODES = {  # of a step: what TrainingStep is given, and passes that its products
 KERNELS = {  # kinds of GPU kernels by what their names hold; the first kind that fits
     "fused": ("add_norm_", "qk_norm_", "gelu_forward_kernel", "gelu_backward_kernel"),
     "attention": ("forward_kernel", "row_kernel", "column_kernel", "flash", "fmha", "sdpa"),
-    "AdamW": ("Adam", "adamw_kernel"),
-    "EMAs": ("Lerp",),
+    "AdamW": ("Adam", "adamw_kernel", "Lerp"),  # and the averages
     "NCCL": ("nccl",),
     "products": ("nvjet", "gemm", "cutlass", "cublas", "xmma", "splitK"),
 }
 OTHER = "other"
+# Tensors (B, T, D) in bfloat16 that fused.py must read or write in a block, in a compiled step:
+# value and tangent forward and backward, the target network at both points, and the value alone
+# forward and backward. docs/performance.md has the table.
+PASSES_OF_ADD_NORM = 20 + 25.5 + 24 + 12 + 13.5
+PASSES_OF_GELU = 16 + 24 + 0 + 8 + 12  # the target network's is made by the product
+PASSES_OF_QK_NORM = 8 + 16 + 8 + 4 + 8
+BYTES_OF_UPDATE = 44  # a weight: it, its gradient, two moments and two averages, read or written
 
 
 def describe_network(size, input_size):
@@ -76,6 +82,16 @@ def forward_tflop(config, batch):
     products = T * D * D * (4 + 2 * config.mlp_ratio) + 6 * D * D
     attention = 2 * T * T * D
     return 2 * batch * config.depth * (products + attention) * 1e-12
+
+
+def bytes_of_step(config, batch):
+    """{kind of kernel: bytes that it must move} in a compiled step, of those that move most."""
+    tokens = config.grid[0] * config.grid[1]
+    one_pass = 2 * batch * tokens * config.hidden_size
+    passes = PASSES_OF_ADD_NORM + PASSES_OF_GELU + PASSES_OF_QK_NORM
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in DiT(config).parameters() if p.requires_grad)
+    return {"fused": config.depth * passes * one_pass, "AdamW": BYTES_OF_UPDATE * weights}
 
 
 # ---- a training step -----------------------------------------------------------------------------
@@ -118,8 +134,18 @@ def step_table(size, input_size, batch, modes):
             f"{mode:>13} | {ms:6.1f} {ranks * batch / ms * 1e3:6.0f} {tflops:4.0f} "
             f"{tflops / rate:5.0%} {peak / 1e9:7.1f} {start:7.1f} | {each}"
         )
+        if mode == "compiled":
+            show_bytes(config, batch, kinds, show)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def show_bytes(config, batch, kinds, show):
+    memory = memory_rate()
+    show(f"a copy reads and writes {memory / 1e12:.2f} TB/s; what must be moved:")
+    for kind, size in bytes_of_step(config, batch).items():
+        ms = size / memory * 1e3
+        show(f"{kind:>13} | {size / 1e9:.1f} GB, {ms:.1f} ms: {ms / kinds[kind]:.0%} of that rate")
 
 
 def measure_step(config, batch, options):
@@ -167,6 +193,15 @@ def product_rate(n=8192):
 
     a, b = torch.randn(2, n, n, device="cuda", dtype=torch.bfloat16)
     return 2 * n**3 / do_bench(lambda: a @ b, return_mode="median") * 1e-9
+
+
+def memory_rate(size=2**31):
+    """Bytes a second that a copy of so many bytes reads and writes."""
+    from triton.testing import do_bench
+
+    a = torch.empty(size, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    return 2 * size / do_bench(lambda: b.copy_(a), return_mode="median") * 1e3
 
 
 # ---- train.py itself -----------------------------------------------------------------------------
@@ -321,7 +356,7 @@ def parse():
     step.add_argument("--modes", type=lambda text: text.split(","), default=list(MODES))
     trainer = command("trainer", batch=64, network=True)
     trainer.add_argument("--preset", default="im256_w2")
-    sampling = command("sample", batch=64, network=True)
+    sampling = command("sample", batch=250, network=True)
     sampling.add_argument("--size", default="XL/2", choices=SIZES)
     command("fid", batch=128)
     command("sanitize")
