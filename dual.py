@@ -295,28 +295,8 @@ def linear_gelu(layer, x):
     x = total(x)
     if not has_kernels(x, before=layer):
         return gelu(linear(layer, x))
-    if is_constant(x):
-        return product_with_gelu(layer, x)
     u = linear_constant_bias(layer, x)
     return pair(*fused.gelu(value_of(u), tangent_of(u), layer.bias))
-
-
-def is_constant(x):
-    """Whether x is a CUDA tensor of which no derivative is wanted, forward or backward."""
-    return not isinstance(x, Dual) and x.is_cuda and not torch.is_grad_enabled()
-
-
-def product_with_gelu(layer, x):
-    """gelu(W x + b), with GELU and bias at the end of cuBLAS's product: they cost no pass.
-
-    PyTorch's functions for products do not ask for that. This one of its own does, and it has no
-    derivative.
-    """
-    dtype = product_dtype(x)
-    rows = x.reshape(-1, x.size(-1)).to(dtype)
-    bias, weight = layer.bias.to(dtype), layer.weight.to(dtype)
-    y = torch._addmm_activation(bias, rows, weight.T, use_gelu=True)
-    return y.view(*x.shape[:-1], -1)
 
 
 def linear_qkv(layer, x, heads, q_weight=None, k_weight=None):
