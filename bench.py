@@ -62,7 +62,7 @@ OTHER = "other"
 # value and tangent forward and backward, the target network at both points, and the value alone
 # forward and backward. docs/performance.md has the table.
 PASSES_OF_ADD_NORM = 20 + 25.5 + 24 + 12 + 13.5
-PASSES_OF_GELU = 16 + 24 + 0 + 8 + 12  # the target network's is made by the product
+PASSES_OF_GELU = 16 + 24 + 16 + 8 + 12
 PASSES_OF_QK_NORM = 8 + 16 + 8 + 4 + 8
 BYTES_OF_UPDATE = 44  # a weight: it, its gradient, two moments and two averages, read or written
 

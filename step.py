@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import adamw
+import one_pass
 from device import DDP_WARM_UPS, Graph, data_parallel
 from dual import column
 from loss import Term, TrainingLoss, backward
@@ -119,7 +119,7 @@ class TrainingStep:
     @torch.no_grad()
     def update(self):
         if self.use_graphs:
-            adamw.step(self.optimizer, self.averages)
+            one_pass.step(self.optimizer, self.averages)
             return
         self.optimizer.step()
         for average, rate in self.averages:

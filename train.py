@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import adamw
+import one_pass
 from batches import Batches, why_not_train
 from checkpoint import (
     initialize_from,
@@ -456,7 +456,7 @@ def update():
     learning rate.
     """
     if use_graphs:
-        adamw.step(optimizer, [(target_weights, ema_target), (eval_weights, ema_eval)])
+        one_pass.step(optimizer, [(target_weights, ema_target), (eval_weights, ema_eval)])
         return
     optimizer.step()
     torch._foreach_lerp_(target_weights, weights, 1 - ema_target)

@@ -1,4 +1,4 @@
-"""adamw.py against its formulas in float64 and against torch.optim.AdamW: interpreter and GPU."""
+"""one_pass.py beside its formulas in float64 and beside torch.optim.AdamW."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import gpu, interpreted, rel
 
-import adamw
+import one_pass
 from device import Graph
 
 pytest.importorskip("triton")
@@ -36,11 +36,11 @@ def gradients(n, device="cpu"):
 
 
 def test_in_the_interpreter():
-    interpreted("test_adamw", "matches_the_formulas")
+    interpreted("test_one_pass", "matches_the_formulas")
 
 
 def matches_the_formulas():
-    """20 steps beside the formulas of adamw.py in float64, with a learning rate that changes."""
+    """20 steps beside the formulas of one_pass.py in float64, with a learning rate that changes."""
     weights, optimizer, averages = make()
     wide = [p.detach().double() for p in weights]
     m = [torch.zeros_like(p) for p in wide]
@@ -59,7 +59,7 @@ def matches_the_formulas():
             wide[i] = (1 - lr * WEIGHT_DECAY) * wide[i] - lr / (1 - beta1**n) * m[i] / size
             for average, decay in zip(wide_averages, DECAYS, strict=True):
                 average[i] = decay * average[i] + (1 - decay) * wide[i]
-        adamw.step(optimizer, averages)
+        one_pass.step(optimizer, averages)
     for i, p in enumerate(weights):
         state = optimizer.state[p]
         assert state["step"].item() == 20
@@ -76,10 +76,10 @@ def test_wrong_tensors():
         p.grad = g
     averages[1][0][2] = averages[1][0][2].T.contiguous().T
     with pytest.raises(ValueError, match="contiguous and float32"):
-        adamw.step(optimizer, averages)
+        one_pass.step(optimizer, averages)
     weights[0].grad = None
     with pytest.raises(ValueError, match="no gradient"):
-        adamw.step(optimizer, averages)
+        one_pass.step(optimizer, averages)
     assert all(optimizer.state[p]["step"] == 0 for p in weights)
 
 
@@ -100,8 +100,8 @@ def test_gpu_matches_torch():
         if graph:
             graph()
         else:
-            adamw.step(optimizer, averages)
-            graph = Graph(lambda: adamw.step(optimizer, averages), warm_ups=0)
+            one_pass.step(optimizer, averages)
+            graph = Graph(lambda: one_pass.step(optimizer, averages), warm_ups=0)
         reference.step()
         with torch.no_grad():
             for average, decay in reference_averages:
