@@ -45,9 +45,9 @@ The file, in order
 5. Launching, and the operators that torch.compile and autograd see.
 6. The two public functions and their checks.
 
-Saved for the backward: inputs, outputs, two float32 rows, and four more bits of tO than its dtype
-holds (see `low_bits`; a quarter of tO's size for powers of two from 16 on, at most half for other
-head sizes from 8 on).
+Saved for the backward: inputs, outputs, two float32 rows, two numbers a batch of a key mask, and
+four more bits of tO than its dtype holds (see `low_bits`; a quarter of tO's size for powers of two
+from 16 on, at most half for other head sizes from 8 on).
 """
 
 import concurrent.futures
@@ -256,6 +256,7 @@ if triton is not None:
     NO_MASK = tl.constexpr(0)
     KEY_MASK = tl.constexpr(1)  # one row for all queries and heads: (B, 1, 1, Sk)
     DENSE_MASK = tl.constexpr(2)
+    SPAN = tl.constexpr(512)  # keys of a key mask that are looked at together
 
     @triton.jit
     def offset(b, h, row, st):
@@ -558,19 +559,29 @@ if triton is not None:
         return tl.minimum(a, c), tl.maximum(b, d)
 
     @triton.jit
-    def seen_keys(MASK, st, b, Sk):
+    def first_and_last(MASK, st, b, n0, Sk):
+        """Of the SPAN keys from n0 on, one by one: the key's number where a key mask changes its
+        scores, else a large number; and the number after the key's where it is seen, else zero."""
+        j = n0 + tl.arange(0, SPAN)
+        added, seen = key_mask(MASK, st, b, j, Sk)
+        untouched = (seen & (added == 0)) | (j >= Sk)
+        return tl.where(untouched, 2**30, j), tl.where(seen, j + 1, 0)
+
+    @triton.jit
+    def seen_keys(first, last, MASK, st, b, Sk):
         """Of a key mask: how many keys at the beginning it leaves as they are, and how many there
-        are up to the last that is seen."""
-        SPAN: tl.constexpr = 512
-        lane = tl.arange(0, SPAN)
-        first = tl.full((SPAN,), 2**30, tl.int32)
-        last = tl.full((SPAN,), 0, tl.int32)
-        for n0 in range(0, Sk, SPAN):
-            j = n0 + lane
-            added, seen = key_mask(MASK, st, b, j, Sk)
-            first = tl.where(seen & (added == 0), first, tl.minimum(first, j))
-            last = tl.where(seen, j + 1, last)
+        are up to the last that is seen. first, last: `first_and_last` of the first SPAN keys."""
+        for n0 in range(SPAN, Sk, SPAN):
+            next_first, next_last = first_and_last(MASK, st, b, n0, Sk)
+            first = tl.minimum(first, next_first)
+            last = tl.maximum(last, next_last)
         return tl.reduce((first, last), 0, smaller_and_larger)
+
+    @triton.jit
+    def load_seen(SEEN, b):
+        """What the forward kernel found by `seen_keys`."""
+        SEEN += 2 * b
+        return tl.load(SEEN), tl.load(SEEN + 1)
 
     @triton.jit
     def centred(P, tS, centre, sum_P, sum_PC):
@@ -598,15 +609,15 @@ if triton is not None:
 
     # fmt: off
     @triton.jit
-    def forward_kernel(Q, K, V, TQ, TK, TV, MASK, O, TO, LO, LSE, MU,
+    def forward_kernel(Q, K, V, TQ, TK, TV, MASK, O, TO, LO, LSE, MU, SEEN,
                        stq, stk, stv, sttq, sttk, sttv, stmask, sto, H, Sq, Sk, scale,
                        MASKED: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
                        W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
                        FULL: tl.constexpr, TMA: tl.constexpr, SAME: tl.constexpr,
                        FLAT: tl.constexpr, PREC: tl.constexpr):
         # fmt: on
-        """O, TO, its low bits LO, the logsumexp LSE (in base 2) and MU of a block of queries.
-        FULL: the queries fill their blocks."""
+        """O, TO, its low bits LO, the logsumexp LSE (in base 2) and MU of a block of queries; SEEN
+        of a key mask. FULL: the queries fill their blocks."""
         SCORES_MOVE: tl.constexpr = TQ is not None or TK is not None
         HIDES: tl.constexpr = CAUSAL or MASKED != NO_MASK
         # P's own products run while PC is made: 2% faster at a head size of 64, 3% slower at 128.
@@ -622,6 +633,8 @@ if triton is not None:
         hk = h
         if GROUP > 1:
             hk = h // GROUP
+        if MASKED == KEY_MASK:  # loaded first, because the loop's length depends on it
+            first, last = first_and_last(MASK, stmask, b, 0, Sk)
         q = load(Q, b, h, m0, Sq, stq, W, BM, FULL, False)
         if TQ is not None:
             tq = load(TQ, b, h, m0, Sq, sttq, W, BM, FULL, False)
@@ -636,24 +649,29 @@ if triton is not None:
         if CAUSAL:
             end = tl.minimum(Sk, m0 + BM)
         if MASKED == KEY_MASK:
-            free, end = seen_keys(MASK, stmask, b, Sk)  # keys before `free` need no mask
+            # Keys before `free` need no mask. The backward takes both numbers from SEEN.
+            free, end = seen_keys(first, last, MASK, stmask, b, Sk)
+            if SEEN is not None:
+                if m0 == 0 and h == 0:
+                    tl.store(SEEN + 2 * b, free)
+                    tl.store(SEEN + 2 * b + 1, end)
         for n0 in range(0, end, BN):
             k = load(K, b, hk, n0, Sk, stk, W, BN, EVEN, TMA)
             if TK is not None:
                 tk = load(TK, b, hk, n0, Sk, sttk, W, BN, EVEN, TMA)
             S = dot_t(q, k, None, PREC)
+            j = (n0 + tl.arange(0, BN))[None, :]
+            if HIDES:  # before the products of tS, which run while the maximum of S is found
+                if MASKED != KEY_MASK or n0 + BN > free:
+                    i = (m0 + tl.arange(0, BM))[:, None]
+                    S = hide(S, MASK, stmask, b, h, i, j, Sq, Sk, scale, MASKED, CAUSAL)
             tS = None
             if TQ is not None:
                 tS = dot_t(tq, k, tS, PREC)
             if TK is not None:
                 tS = dot_t(q, tk, tS, PREC)
-            j = (n0 + tl.arange(0, BN))[None, :]
             if not EVEN:
                 S = tl.where(j < Sk, S, float("-inf"))
-            if HIDES:
-                if MASKED != KEY_MASK or n0 + BN > free:
-                    i = (m0 + tl.arange(0, BM))[:, None]
-                    S = hide(S, MASK, stmask, b, h, i, j, Sq, Sk, scale, MASKED, CAUSAL)
             m_new = tl.maximum(m, tl.max(S, 1) * scale2)
             shift = m_new
             if MASKED != NO_MASK:
@@ -712,7 +730,8 @@ if triton is not None:
 
     # fmt: off
     @triton.jit
-    def row_kernel(Q, K, V, TQ, TK, TV, MASK, DO, DTO, O, TO, LO, LSE, MU, S1, S2, DQ, DTQ, TK0,
+    def row_kernel(Q, K, V, TQ, TK, TV, MASK, DO, DTO, O, TO, LO, LSE, MU, SEEN, S1, S2, DQ, DTQ,
+                   TK0,
                    stq, stk, stv, sttq, sttk, sttv, stmask, stdo, stdto, sto, H, Sq, Sk, scale,
                    MASKED: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
                    W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
@@ -734,6 +753,8 @@ if triton is not None:
             hk = h // GROUP
         i = m0 + tl.arange(0, BM)
         row = tl.cast(bh, tl.int64) * Sq + i
+        if MASKED == KEY_MASK:
+            free, seen_end = load_seen(SEEN, b)  # keys before `free` need no mask
         o = load(O, b, h, m0, Sq, sto, W, BM, False, False)
         do = load(DO, b, h, m0, Sq, stdo, W, BM, False, False)
         if DTO is not None:
@@ -766,7 +787,7 @@ if triton is not None:
             if CAUSAL:
                 end = tl.minimum(Sk, m0 + BM)
             if MASKED == KEY_MASK:
-                free, end = seen_keys(MASK, stmask, b, Sk)  # keys before `free` need no mask
+                end = seen_end
             for n0 in range(0, end, BN):
                 k = load(K, b, hk, n0, Sk, stk, W, BN, EVEN, TMA)
                 v = load(V, b, hk, n0, Sk, stv, W, BN, EVEN, TMA)
@@ -828,7 +849,7 @@ if triton is not None:
 
     # fmt: off
     @triton.jit
-    def column_kernel(Q, K, V, TQ, TK, TV, MASK, DO, DTO, LSE, MU, S1, S2, DK, DV, DTK, DTV,
+    def column_kernel(Q, K, V, TQ, TK, TV, MASK, DO, DTO, LSE, MU, SEEN, S1, S2, DK, DV, DTK, DTV,
                       stq, stk, stv, sttq, sttk, sttv, stmask, stdo, stdto, sto,
                       H, Sq, Sk, scale,
                       MASKED: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
@@ -849,6 +870,8 @@ if triton is not None:
         bh, b, hk, n0 = block_of(Sk, H, BN, FLAT, False)
         j = (n0 + tl.arange(0, BN))[:, None]
         if MASKED == KEY_MASK:
+            free, seen_end = load_seen(SEEN, b)
+        if ADDS:
             added, seen = key_mask(MASK, stmask, b, j, Sk)
         k = load(K, b, hk, n0, Sk, stk, W, BN, False, False)
         v = load(V, b, hk, n0, Sk, stv, W, BN, False, False)
@@ -869,7 +892,7 @@ if triton is not None:
         if DTV is not None:
             dtv = zeros(BN, W)
         if MASKED == KEY_MASK:
-            if tl.max(seen.to(tl.int32)) == 0:  # nobody sees these keys
+            if n0 >= seen_end:  # nobody sees these keys
                 nothing = zeros(BN, W)
                 if DK is not None:
                     store(DK, nothing, b, hk, n0, Sk, sto, W, BN, False)
@@ -963,15 +986,16 @@ if triton is not None:
         if MASKED == KEY_MASK:
             # In the loop the rows of hidden keys meet no others, so they are hidden here. The mask
             # is loaded again to keep registers free.
-            added, seen = key_mask(MASK, stmask, b, j, Sk)
-            if DV is not None:
-                dv = where(seen, dv)
-            if DK is not None:
-                dk = where(seen, dk)
-            if DTV is not None:
-                dtv = where(seen, dtv)
-            if DTK is not None:
-                dtk = where(seen, dtk)
+            if n0 + BN > free:
+                added, seen = key_mask(MASK, stmask, b, j, Sk)
+                if DV is not None:
+                    dv = where(seen, dv)
+                if DK is not None:
+                    dk = where(seen, dk)
+                if DTV is not None:
+                    dtv = where(seen, dtv)
+                if DTK is not None:
+                    dtk = where(seen, dtk)
         if DV is not None:
             store(DV, dv, b, hk, n0, Sk, sto, W, BN, False)
         if DK is not None:
@@ -1535,15 +1559,19 @@ class Mask(NamedTuple):
     strides: tuple | None
 
 
+def _by_key(mask):
+    """Whether a mask is a key mask, one row for all queries and heads."""
+    return mask.size(1) == 1 and mask.size(2) == 1
+
+
 def _kernel_mask(mask, q, k):
     if mask is None:
         return Mask(None, 0, None)
     B, H, Sq, _ = q.shape
-    by_key = mask.size(1) == 1 and mask.size(2) == 1
+    kind = KEY_MASK if _by_key(mask) else DENSE_MASK
     mask = mask.expand(B, H, Sq, k.size(2))
     if mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
-    kind = KEY_MASK if by_key else DENSE_MASK
     return Mask(mask, kind.value, mask.stride())
 
 
@@ -1558,17 +1586,19 @@ def _forward_now(
     scale: float,
     causal: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> o, to, the low bits of to, logsumexp (base 2) and mu.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> o, to, the low bits of to, logsumexp (base 2), mu, and what `seen_keys` finds in the mask.
 
-    The last two are (B, H, Sq) in float32. The low bits are an empty tensor for float32, and where
-    not `save`. mask: (B or 1, H or 1, Sq or 1, Sk or 1)."""
+    Logsumexp and mu are (B, H, Sq) in float32. The low bits are an empty tensor for float32, and
+    where not `save`. The last is (B, 2) in int32, empty where not `save` and for other masks than
+    key masks. mask: (B or 1, H or 1, Sq or 1, Sk or 1)."""
     q, k, v, tq, tk, tv = (_rows(x) for x in (q, k, v, tq, tk, tv))
-    outputs = _empty_outputs(q, save)
-    o, to, lo, lse, mu = outputs
+    outputs = _empty_outputs(q, mask, save)
+    o, to, lo, lse, mu, seen = outputs
     lo = lo if lo.numel() > 0 else None
+    seen = seen if seen.numel() > 0 else None
     hidden = _kernel_mask(mask, q, k)
-    tensors = (q, k, v, tq, tk, tv, hidden.tensor, o, to, lo, lse, mu)
+    tensors = (q, k, v, tq, tk, tv, hidden.tensor, o, to, lo, lse, mu, seen)
     call = Call(
         name="forward",
         shape=q.shape,
@@ -1606,14 +1636,16 @@ def _low_bits_layout(D):
     return low_words(first) + low_words(second), dtype
 
 
-def _empty_outputs(q, save):
+def _empty_outputs(q, mask, save):
     words, word = _low_bits_layout(int(q.size(3)))
     if not save or q.dtype == torch.float32:
         words = 0
     low_bits_of_to = q.new_empty((*q.shape[:3], words), dtype=word)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     mu = q.new_empty(q.shape[:3], dtype=torch.float32)
-    return _like(q), _like(q), low_bits_of_to, lse, mu
+    key_masks = q.size(0) if save and mask is not None and _by_key(mask) else 0
+    seen = q.new_empty((key_masks, 2), dtype=torch.int32)
+    return _like(q), _like(q), low_bits_of_to, lse, mu, seen
 
 
 _forward = torch.library.custom_op(f"{NAMESPACE}::forward", _forward_now, mutates_args=())
@@ -1621,7 +1653,7 @@ _forward = torch.library.custom_op(f"{NAMESPACE}::forward", _forward_now, mutate
 
 @_forward.register_fake
 def _(q, k, v, tq, tk, tv, mask, scale, causal, save):
-    return _empty_outputs(q, save)
+    return _empty_outputs(q, mask, save)
 
 
 def _backward_now(
@@ -1639,6 +1671,7 @@ def _backward_now(
     lo: Tensor,
     lse: Tensor,
     mu: Tensor,
+    seen: Tensor,
     scale: float,
     causal: bool,
     need: list[bool],
@@ -1657,6 +1690,7 @@ def _backward_now(
     like_q = _order(q)
     o, to = (x if x.stride() == like_q else _like(x).copy_(x) for x in (o, to))
     lo = lo if dto is not None and lo.numel() > 0 else None
+    seen = seen if seen.numel() > 0 else None
     hidden = _kernel_mask(mask, q, k)
     incoming = (do, do if dto is None else dto)
 
@@ -1678,7 +1712,7 @@ def _backward_now(
     def rows(name, dq, dtq):
         """One pass of the row kernel."""
         inputs = (q, k, v, tq, tk, tv, hidden.tensor, do, dto)
-        tensors = (*inputs, o, to, lo, lse, mu, s1, s2, dq, dtq, tk)
+        tensors = (*inputs, o, to, lo, lse, mu, seen, s1, s2, dq, dtq, tk)
         row_call = call._replace(name=name, exists=tuple(x is not None for x in tensors))
         sizes = (q.size(1), q.size(2), k.size(2), scale)
         return _launch(row_kernel, row_call, tensors, (1, 2, 4, 5), sizes)
@@ -1686,7 +1720,7 @@ def _backward_now(
     def columns(name, dk, dv, dtk, dtv):
         """One pass of the column kernel."""
         inputs = (q, k, v, tq, tk, tv, hidden.tensor, do, dto)
-        tensors = (*inputs, lse, mu, s1, s2, dk, dv, dtk, dtv)
+        tensors = (*inputs, lse, mu, seen, s1, s2, dk, dv, dtk, dtv)
         column_call = call._replace(
             name=name,
             shape=k.shape,
@@ -1771,7 +1805,7 @@ _backward = torch.library.custom_op(f"{NAMESPACE}::backward", _backward_now, mut
 
 
 @_backward.register_fake
-def _(do, dto, q, k, v, tq, tk, tv, mask, o, to, lo, lse, mu, scale, causal, need):
+def _(do, dto, q, k, v, tq, tk, tv, mask, o, to, lo, lse, mu, seen, scale, causal, need):
     return _empty_grads(q, k, v, tq, tk, tv, need)
 
 

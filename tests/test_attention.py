@@ -753,6 +753,13 @@ def launches_match_float64():
     assert max(errors(six(2, 2, 5, 17, 24), use=(True, False))) < 2e-6
 
 
+def saved_ends(mask):
+    """For each batch, how many keys at the beginning a key mask leaves as they are, and how many
+    there are up to the last that is seen."""
+    x = six(mask.size(0), 1, 1, mask.size(3), 8)
+    return A._forward_now(*x, mask, 1.0, False, True)[-1].tolist()
+
+
 def masks_match_float64():
     """Every mask, causal and not, with grouped queries, with queries that see no key."""
     A.FUSED = "require"
@@ -794,6 +801,12 @@ def masks_match_float64():
             finite(x, attn_mask=mask)
     just_seen = torch.full((18,), -990000.0)
     assert all((t != 0).any() for t in A.attention_jvp(*x, attn_mask=just_seen))
+    long = torch.ones(4, 1, 1, A.SPAN.value + 2, dtype=torch.bool)  # two spans
+    long[1, ..., -5:] = False  # padding at the end
+    long[2, ..., 7] = False  # a gap
+    long[3] = False
+    Sk = long.size(3)
+    assert saved_ends(long) == [[2**30, Sk], [Sk - 5, Sk - 5], [7, Sk], [0, 0]]
 
 
 def finite(x, **how):
@@ -850,10 +863,10 @@ def low_bits_for_all_widths():
         x = [t.half() for t in six(1, 1, 33, 33, D)]
         x[5] += 8
         d = [t.half() for t in six(1, 1, 33, 33, D, seed=1)[:2]]
-        o, to, lo, lse, mu = forward_of(x, scale)
+        o, to, lo, lse, mu, seen = forward_of(x, scale)
         assert lo.nbytes <= to.nbytes
-        with_low = backward_of(d, x, (o, to, lo, lse, mu), scale)
-        without = backward_of(d, x, (o, to, lo[..., :0], lse, mu), scale)
+        with_low = backward_of(d, x, (o, to, lo, lse, mu, seen), scale)
+        without = backward_of(d, x, (o, to, lo[..., :0], lse, mu, seen), scale)
         want = in_float64(x, d)[1]
         assert max(rel(a, b) for a, b in zip(with_low, want, strict=True)) < 1e-3, D
         assert rel(without[0], want[0]) > 1.5 * rel(with_low[0], want[0]), D
@@ -893,8 +906,8 @@ def kernels_stay_inside():
     """Every tensor of a forward and a backward ends where memory does."""
     like, outputs, empty_like = A._like, A._empty_outputs, torch.empty_like
     A._like = lambda x: guarded(like(x))
-    A._empty_outputs = lambda q, save: tuple(
-        guarded(t) if t.numel() else t for t in outputs(q, save)
+    A._empty_outputs = lambda q, mask, save: tuple(
+        guarded(t) if t.numel() else t for t in outputs(q, mask, save)
     )
     torch.empty_like = lambda t: guarded(empty_like(t))  # the rows s1 and s2
     for dtype in (torch.float32, torch.float16):
@@ -1264,7 +1277,7 @@ def compiled(name, D, tile, capability, dtype="bf16"):
         MASKED=0,
         CAUSAL=False,
         GROUP=1,
-        **dict.fromkeys((*absent, *low, "MASK", "stmask")),
+        **dict.fromkeys((*absent, *low, "MASK", "stmask", "SEEN")),
     )
     kinds = dict(scale="fp32", H="i32", Sq="i32", Sk="i32", LO="*i32")
     kinds.update(dict.fromkeys(("LSE", "MU", "S1", "S2"), "*fp32"))
