@@ -4,6 +4,7 @@ Every speed, measured, on a CUDA GPU.
     python bench.py attention [--quick] [--plot=attention.png]    # beside plain attention
     python bench.py step [--size=XL/2] [--input_size=32] [--batch=32] [--modes=compiled,...]
     torchrun --nproc_per_node=4 bench.py step --modes=compiled    # several GPUs, --batch on each
+    torchrun --nproc_per_node=2 bench.py step --modes=sharded --size=G/2 --batch=8    # weights too
     python bench.py trainer [--preset=im256_w2] [--input_size=32] [--batch=64]
     python bench.py sample [--size=XL/2] [--input_size=32] [--batch=250]
     python bench.py fid [--batch=128]
@@ -49,6 +50,8 @@ MODES = {  # of a step: what TrainingStep is given, and passes that its products
     "checkpointed": (dict(checkpoint=True), 11),
     "detach_jvp": (dict(detach_jvp=True), 9),
     "flow_matching": (dict(flow=True), 3),
+    "sharded": (dict(shard=True), 11),
+    "sharded_checkpointed": (dict(shard=True, checkpoint=True), 11),
 }
 KERNELS = {  # kinds of GPU kernels by what their names hold; the first kind that fits
     "fused": ("add_norm_", "qk_norm_", "gelu_forward_kernel", "gelu_backward_kernel"),
@@ -116,22 +119,25 @@ def step_table(size, input_size, batch, modes):
         f"8192^3 bfloat16 product {rate:.0f} TFLOP/s"
     )
     show(
-        f"{'mode':>13} | {'ms':>6} {'img/s':>6} {'TF/s':>4} {'of it':>5} {'peak GB':>7} "
+        f"{'mode':>20} | {'ms':>6} {'img/s':>6} {'TF/s':>4} {'of it':>5} {'peak GB':>7} "
         f"{'start s':>7} | GPU ms: {', '.join([*KERNELS, OTHER])}"
     )
     for mode in modes:
         options, passes = MODES[mode]
+        if options.get("shard") and not dist.is_initialized():
+            show(f"{mode:>20} | needs torchrun")
+            continue
         try:
             ms, peak, start, kinds = measure_step(config, batch, options)
         except torch.OutOfMemoryError:
             if ranks > 1:  # the others would wait for this one
                 raise
-            show(f"{mode:>13} | out of memory")
+            show(f"{mode:>20} | out of memory")
             continue
         tflops = passes * forward_tflop(config, batch) / ms * 1e3
         each = ", ".join(f"{part:.1f}" for part in kinds.values())
         show(
-            f"{mode:>13} | {ms:6.1f} {ranks * batch / ms * 1e3:6.0f} {tflops:4.0f} "
+            f"{mode:>20} | {ms:6.1f} {ranks * batch / ms * 1e3:6.0f} {tflops:4.0f} "
             f"{tflops / rate:5.0%} {peak / 1e9:7.1f} {start:7.1f} | {each}"
         )
         if mode == "compiled":

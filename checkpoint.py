@@ -80,18 +80,19 @@ def raw_bytes(t):
     return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def load_tensors(path, device="cpu", needs_about=True):
+def load_tensors(path, device="cpu", needs_about=True, keep=torch.clone):
     """What save_tensors wrote -> (tensors, about). A file of another maker may have no checksum.
 
-    needs_about=False takes any safetensors file; `about` is None where it has none.
+    needs_about=False takes any safetensors file; `about` is None where it has none. keep(tensor)
+    is what is kept of each one. It must not use the tensor's memory: that is the file's, which may
+    be replaced.
     Raises CheckpointError, and its kind Damaged where the file is not what was written.
     """
     try:
         check_crc(path)
         with safe_open(path, "pt", device=str(device)) as f:
             about = json.loads((f.metadata() or {}).get("tvm", "null"))
-            # Clones, because the file that they are mapped from may be replaced.
-            tensors = {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118
+            tensors = {name: keep(f.get_tensor(name)) for name in f.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint {path}") from None
     except (SafetensorError, ValueError, RecursionError) as error:
@@ -232,15 +233,16 @@ def save_state(folder, step, tensors, about, keep):
                 os.remove(old_path)
 
 
-def load_newest(folder, device="cpu", quiet=False):
+def load_newest(folder, device="cpu", quiet=False, keep=torch.clone):
     """(path, tensors, about) of the newest whole state; None where there is no state at all.
 
-    Says which states are damaged. Raises CheckpointError where all of them are.
+    keep: as in load_tensors. Says which states are damaged. Raises CheckpointError where all of
+    them are.
     """
     saved = states(folder)
     for path in reversed(saved.values()):
         try:
-            tensors, about = load_tensors(path, device)
+            tensors, about = load_tensors(path, device, keep=keep)
         except Damaged as error:
             if not quiet:
                 print(f"{error}; trying the state before it", file=sys.stderr)

@@ -12,10 +12,11 @@ Residual sums, norms, modulation and GELU have kernels for GPUs in fused.py. The
 them come last.
 """
 
+import dataclasses
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 import fused
@@ -24,15 +25,15 @@ from attention_jvp import attention, attention_jvp
 EPS = fused.EPS  # of every norm
 
 
+@dataclasses.dataclass(eq=False)
 class Dual:
     """A value and its tangent, two tensors of one shape. It has +, - and *.
 
     Any other operation needs a rule below.
     """
 
-    def __init__(self, value, tangent):
-        self.value = value
-        self.tangent = tangent
+    value: Tensor
+    tangent: Tensor
 
     def __add__(self, other):
         if isinstance(other, Dual):
@@ -180,6 +181,7 @@ def modulate(x, shift, scale):
 # what the kernel is tested against.
 
 
+@dataclasses.dataclass(eq=False)
 class Residual:
     """The residual stream with a sum that is not made yet: high + low + gate * branch.
 
@@ -194,11 +196,10 @@ class Residual:
     high and branch (B, T, D) are tensors or Duals, gate is (B, 1, D). All but high may be None.
     """
 
-    def __init__(self, high, low=None, gate=None, branch=None):
-        self.high = high
-        self.low = low
-        self.gate = gate
-        self.branch = branch
+    high: Tensor | Dual
+    low: Tensor | None = None
+    gate: Tensor | Dual | None = None
+    branch: Tensor | Dual | None = None
 
     def __add__(self, other):
         return total(self) + total(other)

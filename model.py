@@ -53,6 +53,7 @@ SIZES = {
     "B/2":  dict(hidden_size=768,  depth=12, num_heads=12, patch_size=2),
     "L/2":  dict(hidden_size=1024, depth=24, num_heads=16, patch_size=2),
     "XL/2": dict(hidden_size=1152, depth=28, num_heads=18, patch_size=2),
+    "G/2":  dict(hidden_size=1728, depth=48, num_heads=27, patch_size=2),
 }
 # fmt: on
 

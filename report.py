@@ -33,6 +33,7 @@ from options import one_line
 from pictures import find_vae, grid, to_images, unlike_pictures
 from sample import guidance_weight, noise_and_labels, sample
 from scores import classify, small_data_scores, train_classifier
+from shard import whole_network
 
 BATCH = 250  # images of one network call
 
@@ -278,9 +279,12 @@ class Report:
 
     def save_samples(self, step):
         """The picture of a step, and where there is a reference its FID. All ranks call this."""
+        network = self.network
+        self.network = whole_network(network)
         self.attempt(f"samples_{step}.png", self.draw_samples, step)
         if self.reference is not None:
             self.log_fid(step)
+        self.network = network
 
     def draw_samples(self, step):
         """Rows: 1, 2 and 4 steps. Columns: the first ten classes."""

@@ -21,6 +21,7 @@ from device import DDP_WARM_UPS, Graph, data_parallel
 from dual import column
 from loss import Term, TrainingLoss, backward
 from model import DiT, compile_blocks
+from shard import shard_loss, shard_weights, whole
 
 BATCHES = 64  # of random data, taken in turn
 
@@ -50,15 +51,17 @@ class TrainingStep:
         config,
         batch,
         compiled=True,
+        shard=False,
         checkpoint=False,
         detach_jvp=False,
         flow=False,
         objective="tvm",
         device="cuda",
     ):
-        """compiled: the blocks, and on a GPU the step as a CUDA graph. checkpoint: every block
-        keeps its input only. detach_jvp: no gradient through dF/ds. flow: FlowMatching above,
-        instead of `objective`, which is one of loss.OBJECTIVES.
+        """compiled: the blocks, and on a GPU the step as a CUDA graph. shard: weights divided over
+        the ranks of torchrun, without a graph. checkpoint: every block keeps its input only.
+        detach_jvp: no gradient through dF/ds. flow: FlowMatching above, instead of `objective`,
+        which is one of loss.OBJECTIVES.
         """
         torch.manual_seed(0)
         torch._dynamo.reset()
@@ -67,10 +70,17 @@ class TrainingStep:
         self.distributed = dist.is_initialized()
         self.ranks = dist.get_world_size() if self.distributed else 1
         self.rank = dist.get_rank() if self.distributed else 0
-        with torch.device(device):
+        self.has_copies = self.distributed and not shard  # of the weights, on each rank
+        with torch.device("meta" if shard else device):
             self.model = DiT(config)
         target = copy.deepcopy(self.model).requires_grad_(False)
         evaluated = copy.deepcopy(self.model).requires_grad_(False)
+        if shard:
+            shard_weights((self.model, target, evaluated), torch.device(device), device == "cuda")
+            for net in (self.model, target, evaluated):
+                net.to_empty(device=device)  # only now is there memory, for this rank's part
+                for p in net.parameters():
+                    torch.nn.init.normal_(p.to_local(), std=0.02)  # these do for a speed
         if checkpoint:
             self.model.checkpoint_blocks = len(self.model.blocks)
         if flow:
@@ -90,7 +100,7 @@ class TrainingStep:
         self.averages = []  # (weights of an EMA, its rate)
         for net, rate in ((target, 0.99), (evaluated, 0.9999)):
             self.averages.append(([net.get_parameter(name) for name in trained], rate))
-        self.use_graphs = compiled and device == "cuda"
+        self.use_graphs = compiled and device == "cuda" and not shard
         lr = torch.tensor(1e-4, device=device) if self.use_graphs else 1e-4
         self.optimizer = torch.optim.AdamW(
             self.weights, lr, (0.9, 0.95), fused=True, capturable=self.use_graphs
@@ -98,7 +108,9 @@ class TrainingStep:
         self.gradients_graph = None
         self.update_graph = None
         self.parallel = self.loss
-        if self.distributed:
+        if shard:
+            self.parallel = shard_loss(self.loss)
+        elif self.has_copies:
             self.parallel = data_parallel(self.loss, for_graph=self.use_graphs)
 
         shape = (config.in_channels, *config.height_and_width)
@@ -135,7 +147,7 @@ class TrainingStep:
             self.gradients_graph = Graph(self.gradients, inputs, warm_ups)
         loss = (self.gradients_graph or self.gradients)(*inputs)
         grads = [p.grad for p in self.weights if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = whole(torch.nn.utils.get_total_norm(grads))
         if torch.stack([norm, loss]).isfinite().all().item():
             if self.update_graph is not None:
                 self.update_graph()

@@ -69,6 +69,7 @@ from loss import GUIDANCE, OBJECTIVES, TIMES, TrainingLoss, backward
 from model import SIZES, DiT, DiTConfig, compile_blocks
 from options import Option, configure, differences, fail, options_of
 from report import Losses, Report, git_commit
+from shard import gather, own_part, shard_loss, shard_weights, whole, whole_network
 
 # ---- constants -----------------------------------------------------------------------------------
 # One line each: the default, what it is, the values that it may have. later=True: a continuation of
@@ -114,6 +115,7 @@ steps          = Option(1900,       "optimizer steps", least=1, later=True)
 batch_size     = Option(64,         "images a step, of all ranks together", least=1)
 micro_batch    = Option(0,          "images at once; 0: batch_size / ranks", least=0, later=True)
 bfloat16_sums  = Option(False,      "gradients travel between ranks as bfloat16", later=True)
+shard          = Option(False,      "each rank keeps a part of all weights (FSDP2)", later=True)
 lr             = Option(2e-3,       "learning rate", least=0)
 warmup         = Option(0,          "steps in which the learning rate rises to lr", least=0)
 beta1          = Option(0.9,        "decay of the first moment", least=0, below=1)
@@ -201,6 +203,9 @@ if local_batch % micro_batch:
     )
 if bfloat16_sums and device.type != "cuda":
     fail("bfloat16_sums is for GPUs")
+if shard and not distributed:
+    fail("shard divides weights over the ranks of torchrun, and this is not started by torchrun")
+has_copies = distributed and not shard  # of the weights, on each rank
 has_bfloat16, can_compile = abilities(device)
 compiled = compile and can_compile
 
@@ -244,7 +249,7 @@ try:
 except ValueError as error:
     fail(error)
 torch.manual_seed(seed)
-model = DiT(model_config).to(device)
+model = DiT(model_config).to("cpu" if shard else device)
 if init_from:
     try:
         left_out = initialize_from(init_from, model, header, init_partly)
@@ -256,12 +261,14 @@ if init_from:
 target = copy.deepcopy(model).requires_grad_(False)  # F*: an EMA of the model, in the loss
 evaluated = copy.deepcopy(model).requires_grad_(False)  # a slower EMA: sampled and kept
 nets = {"model": model, "target": target, "eval": evaluated}
+if shard:
+    shard_weights(nets.values(), device, has_bfloat16, bfloat16_sums)
 model.checkpoint_blocks = checkpoint_blocks
 parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
 weights = list(parameters.values())
 target_weights = [target.get_parameter(key) for key in parameters]
 eval_weights = [evaluated.get_parameter(key) for key in parameters]
-use_graphs = compiled and device.type == "cuda"
+use_graphs = compiled and device.type == "cuda" and not shard
 optimizer = torch.optim.AdamW(
     weights,
     torch.tensor(lr, device=device) if use_graphs else lr,  # a tensor can change under a graph
@@ -324,7 +331,10 @@ about = dict(
 
 
 def save(step):
-    """Everything for a continuation, then the evaluation network for sample.py."""
+    """Save everything for a continuation, then the evaluation network for sample.py.
+
+    All ranks call this. Returns success.
+    """
     state = {}
     for kind, net in nets.items():
         for key, t in net.state_dict().items():
@@ -332,18 +342,23 @@ def save(step):
     for key, p in parameters.items():
         for kind, t in optimizer.state[p].items():
             state[f"optimizer.{key}.{kind}"] = t
+    state = gather(state)
+    return report.attempt(f"the checkpoint of step {step}", write, step, state, errors=OSError)
+
+
+def write(step, state):
     save_state(out, step, state, about, keep)
-    save_evaluated(step)
+    write_evaluated(step, strip_prefix(state, "eval."))
 
 
-def save_evaluated(step):
-    path = os.path.join(out, "ckpt.safetensors")
-    save_tensors(path, evaluated.state_dict(), {**about, "step": step})
+def write_evaluated(step, tensors):
+    save_tensors(os.path.join(out, "ckpt.safetensors"), tensors, {**about, "step": step})
 
 
 def resume():
     """Load the newest whole state, where there is one. Returns the step to go on from."""
-    found = load_newest(out, device, quiet=rank > 0)
+    keep = partial(own_part, mesh=weights[0].device_mesh) if shard else torch.clone
+    found = load_newest(out, device, quiet=rank > 0, keep=keep)
     if not found:
         return 0
     path, state, was = found
@@ -403,6 +418,7 @@ if distributed:
             f"the ranks would go on from different steps, {first_steps}: "
             f"{out} must be one folder that all of them see"
         )
+if has_copies:
     for net in nets.values():
         for t in net.state_dict().values():
             dist.broadcast(t, 0)  # so that they cannot differ
@@ -418,11 +434,17 @@ if first_step > 0:
     # A stop may have come between the state and what follows it: the picture, ckpt.safetensors.
     if report.lacks_samples(first_step, steps):
         report.save_samples(first_step)
-    saved = report.attempt("ckpt.safetensors", save_evaluated, first_step, errors=OSError)
+    tensors = gather(evaluated.state_dict())
+    saved = report.attempt("ckpt.safetensors", write_evaluated, first_step, tensors, errors=OSError)
 
 
 # ---- the loop ------------------------------------------------------------------------------------
-parallel = data_parallel(loss, bfloat16_sums, use_graphs) if distributed else loss
+if shard:
+    parallel = shard_loss(loss)
+elif distributed:
+    parallel = data_parallel(loss, bfloat16_sums, use_graphs)
+else:
+    parallel = loss
 # Gradients of several micro-batches add up in .grad, which is zeroed before each step. With one
 # micro-batch .grad is freed before the forward, which then uses its memory.
 accumulates = micro_batch < local_batch
@@ -440,7 +462,7 @@ def gradients(x0, y, *drawn, reduces):
     if not accumulates:
         optimizer.zero_grad()
     backward_part = partial(backward, share=micro_batch / local_batch)
-    with parallel.no_sync() if distributed and not reduces else nullcontext():
+    with parallel.no_sync() if has_copies and not reduces else nullcontext():
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16):
             rest, terms = parallel(x0, y, *drawn, backward_part=backward_part)
         backward_part(rest)
@@ -518,7 +540,7 @@ for step in progress:
         losses.add(terms)
 
     grads = [p.grad for p in weights if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
+    norm = whole(torch.nn.utils.get_total_norm(grads))
     if grad_clip:
         torch.nn.utils.clip_grads_with_norm_(weights, grad_clip, norm)
     # All ranks must agree on these three numbers: one reduction, and one copy to the host.
@@ -553,16 +575,16 @@ for step in progress:
 
     done = step + 1
     if done % log_every == 0 or done == steps:
-        if distributed and not ranks_agree(weights):
+        if has_copies and not ranks_agree(weights):
             fail(f"the ranks' weights have come apart before step {done}; {last_good(out)}")
         shown = report.log_losses(done, losses, batches, skipped)
         progress.set_postfix_str(shown)
     # No save while steps are being skipped. At the end, a save if the weights are finite.
     is_last = done == steps or stop
-    if is_last and skipped_in_a_row and not all(p.isfinite().all() for p in weights):
+    if is_last and skipped_in_a_row and not all(whole(p).isfinite().all() for p in weights):
         fail(f"the weights at step {done} are not finite; {last_good(out)}")
     if (done % save_every == 0 and not skipped_in_a_row) or is_last:
-        saved = report.attempt(f"the checkpoint of step {done}", save, done, errors=OSError)
+        saved = save(done)
     if stop:
         break
     if done % sample_every == 0 or done == steps:
@@ -570,6 +592,7 @@ for step in progress:
 
 # ---- the end -------------------------------------------------------------------------------------
 stop_request.restore()
+report.network = whole_network(evaluated)  # for the scores
 if distributed:
     dist.barrier()  # where a rank fails torchrun ends the others: not before rank 0 has saved
     graphs.clear()
