@@ -1,15 +1,17 @@
 """
-Who scores the samples of study.py: a small classifier, against fresh images that nobody trained on.
+Who scores the samples of study.py and record.py: a small classifier, which compares them with fresh
+images that nobody trained on.
 
     judge = Judge(protocol, fresh, header, data, device)
     judge.real                      # the scores of other fresh images, in the place of samples
-    line = judge.score_run(run, steps)    # its scores, and more, for the study's log
+    line = judge.score_run(run, steps)    # its scores, and more, for the log
 
 The classifier is trained on the training images. It judges the labels, and its features (256) give
 a Frechet distance; another one is that of pixels, averaged 2 x 2.
 """
 
 import os
+import re
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from safetensors.torch import load_file, save
 from dual import total
 from files import written
 from frechet import frechet_distance
+from loss import EULER
 from model import Block, load_model
 from pictures import grid, to_images
 from sample import noise_and_labels, sample
@@ -36,7 +39,7 @@ BATCH = 1000
 
 class Judge:
     def __init__(self, protocol, fresh, header, data, device):
-        """protocol: of study.py. header, data: of load_dataset.
+        """protocol: of study.py or record.py. header, data: of load_dataset.
 
         fresh: uint8 (2 n, C, H, W), image i of class i % 10. Samples are compared with the first n.
         The others are scored in the place of samples.
@@ -92,21 +95,19 @@ class Judge:
             of_fresh=of_fresh,
         )
 
-    @torch.no_grad()
     def score_run(self, run, steps):
-        """The log's line of a run that train.py has finished. Saves its samples, a row an nfe."""
+        """The log's line of a run that train.py has finished. Saves its samples, a row an nfe.
+
+        Where the run has kept more averages of its weights, ckpt-RATE.safetensors, their scores
+        are in the line, too: averages, {rate: scores}.
+        """
         name = self.protocol.folder_of(run)
-        path = os.path.join("out", name, "ckpt.safetensors")
-        model, about = load_model(path, self.device)
-        scores = {}
-        rows = []
-        for nfe in self.protocol.nfes:
-            images = self.sample(model, about, nfe, len(self.y))  # (N, H, W, C)
-            rows.append(images[:CLASSES])
-            scores[nfe] = self.scores(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), self.y)
+        folder = os.path.join("out", name)
+        model, about = load_model(os.path.join(folder, "ckpt.safetensors"), self.device)
+        scores, pictures = self.score_model(model, about)
         with written(os.path.join(self.protocol.folder, name + ".png")) as f:
-            grid(np.concatenate(rows), CLASSES).save(f, "PNG")
-        return dict(
+            grid(pictures, CLASSES).save(f, "PNG")
+        line = dict(
             run=run,
             steps=steps,
             commit=about["commit"],
@@ -114,10 +115,30 @@ class Judge:
             scores=scores,
             block_rms=self.block_rms(model, about),
         )
+        averages = {}
+        for file in sorted(os.listdir(folder)):
+            found = re.fullmatch(r"ckpt-(.+)\.safetensors", file)
+            if found:
+                average, about = load_model(os.path.join(folder, file), self.device)
+                averages[found[1]], _ = self.score_model(average, about)
+        if averages:
+            line["averages"] = averages
+        return line
+
+    @torch.no_grad()
+    def score_model(self, model, about):
+        """({nfe: scores}, the first sample of each class at each nfe, (rows, H, W, C) uint8)."""
+        scores = {}
+        rows = []
+        for nfe in self.protocol.nfes:
+            images = self.sample(model, about, nfe, len(self.y))  # (N, H, W, C)
+            rows.append(images[:CLASSES])
+            scores[nfe] = self.scores(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), self.y)
+        return scores, np.concatenate(rows)
 
     def sample(self, model, about, nfe, n, first=0):
         """Images (n, H, W, C), uint8, of the judge's noise and classes from `first` on."""
-        euler = about["objective"] == "flow_matching"
+        euler = about["objective"] in EULER
         noise = self.noise[first : first + n]
         classes = self.y[first : first + n]
         images = []
@@ -127,6 +148,7 @@ class Judge:
             images.append(to_images(x0, self.header))
         return np.concatenate(images)
 
+    @torch.no_grad()
     def block_rms(self, model, about):
         """The root mean square of each block's output, in one step of the last batch."""
         rms = []

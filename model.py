@@ -11,6 +11,9 @@ The forward pass is written once, with the operations of dual.py. They take tens
 Semi-Lipschitz control (arXiv 2511.19797, section 4) is: RMS norms without weights instead of layer
 norms, RMS norms on queries and keys, and RMS norms on the modulation vectors.
 
+DiTConfig has switches for what later networks do: mlp, positions, conditioning, smooth, skip. Each
+one's formula and source stand where it is made. Their defaults are the paper's network.
+
 Shapes: B images, T tokens, D = hidden_size, H heads of size d, patches of p x p, C channels.
 """
 
@@ -29,6 +32,7 @@ from dual import (
     add_gated,
     at_least_float32,
     attend,
+    cat,
     detach_tangent,
     layer_norm,
     linear,
@@ -45,6 +49,7 @@ from dual import (
 from files import CheckpointError
 
 FREQUENCIES = 128  # cosines, and as many sines, of a time embedding
+COPIES = 2  # tokens that each condition becomes with conditioning="tokens"
 
 # fmt: off
 SIZES = {
@@ -53,6 +58,12 @@ SIZES = {
     "B/2":  dict(hidden_size=768,  depth=12, num_heads=12, patch_size=2),
     "L/2":  dict(hidden_size=1024, depth=24, num_heads=16, patch_size=2),
     "XL/2": dict(hidden_size=1152, depth=28, num_heads=18, patch_size=2),
+}
+CHOICES = {
+    "time_init":    ("spectral", "normal"),
+    "mlp":          ("gelu", "swiglu"),
+    "positions":    ("added", "rotary", "both"),
+    "conditioning": ("adaln", "tokens"),
 }
 # fmt: on
 
@@ -72,6 +83,11 @@ class DiTConfig:
     qk_norm: bool = True
     mod_norm: bool = True
     time_init: str = "spectral"  # weights of the time MLPs: "spectral" or "normal" (N(0, 0.02))
+    mlp: str = "gelu"  # "swiglu": a gated one with as many parameters
+    positions: str = "added"  # to patches; "rotary": of queries and keys instead; "both"
+    conditioning: str = "adaln"  # "tokens": before the patches, and no modulation
+    smooth: bool = False  # a 3x3 convolution of the pixels that come out
+    skip: bool = False  # a multiple of x, which the condition chooses, is added to F
 
     def __post_init__(self):
         """Raises ValueError for values that no network has."""
@@ -97,13 +113,20 @@ class DiTConfig:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by 4 (2D sine-cosine positions)"
             )
-        for name in ("scaled", "rms_norm", "qk_norm", "mod_norm"):
+        head_size = self.hidden_size // self.num_heads
+        if self.positions in ("rotary", "both") and head_size % 4:
+            raise ValueError(
+                f"a head's size, {head_size}, is not divisible by 4 (2D rotary positions)"
+            )
+        for name in ("scaled", "rms_norm", "qk_norm", "mod_norm", "smooth", "skip"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.num_classes < 0:
             raise ValueError(f"num_classes must be 0 (unlabelled) or more, not {self.num_classes}")
-        if self.time_init not in ("spectral", "normal"):
-            raise ValueError(f'time_init must be "spectral" or "normal", not {self.time_init!r}')
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
     @property
     def height_and_width(self):
@@ -116,6 +139,11 @@ class DiTConfig:
         """Patches from top to bottom, and from left to right."""
         height, width = self.height_and_width
         return height // self.patch_size, width // self.patch_size
+
+    @property
+    def condition_tokens(self):
+        """Tokens of the conditions t, t - s, 1/w and y, which stand before the patches."""
+        return 4 * COPIES if self.conditioning == "tokens" else 0
 
     @classmethod
     def named(cls, size, semi_lipschitz=True, **kwargs):
@@ -217,11 +245,13 @@ class Attention(nn.Module):
         self.q_norm = Scale(D // config.num_heads) if config.qk_norm else None
         self.k_norm = Scale(D // config.num_heads) if config.qk_norm else None
 
-    def forward(self, x, mask=None):  # (B, T, D)
+    def forward(self, x, mask=None, rotation=None):  # (B, T, D)
         weights = (None, None)
         if self.q_norm is not None:
             weights = self.q_norm.weight, self.k_norm.weight
         q, k, v = linear_qkv(self.qkv, x, self.num_heads, *weights)  # (B, T, H, d) each
+        if rotation is not None:
+            q, k = (linear_map(lambda x: rotate(x, rotation), x) for x in (q, k))
         q, k, v = (linear_map(lambda x: x.transpose(1, 2), x) for x in (q, k, v))  # (B, H, T, d)
         x = attend(q, k, v, mask)  # (B, H, T, d)
         x = linear_map(lambda x: rearrange(x, "b h t d -> b t (h d)"), x)  # (B, T, D)
@@ -239,14 +269,41 @@ class MLP(nn.Module):
         return linear(self.fc2, linear_gelu(self.fc1, x))
 
 
+class SwiGLU(nn.Module):
+    """fc2(silu(a) * b), where fc1(x) = [a, b] (arXiv 2002.05202).
+
+    a and b have 2/3 of MLP's inner width, which makes it as large as MLP. The width is a multiple
+    of 32.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.hidden_size
+        inner = 32 * max(1, round(2 / 3 * config.mlp_ratio * D / 32))
+        self.fc1 = nn.Linear(D, 2 * inner)
+        self.fc2 = nn.Linear(inner, D)
+
+    def forward(self, x):
+        a, b = split(lambda x: x.chunk(2, dim=-1), linear(self.fc1, x))
+        return linear(self.fc2, silu(a) * b)
+
+
 class Modulated(nn.Module):
-    """What a block and the final layer share: a norm, and vectors made of the condition."""
+    """What a block and the final layer share: a norm, and vectors made of the condition.
+
+    With conditioning="tokens" the vectors are learned as they are, the same for all conditions.
+    """
 
     def __init__(self, config, vectors):
         super().__init__()
+        self.config = config
         self.norm = rms_norm if config.rms_norm else layer_norm
         self.mod_norm = config.mod_norm
         self.vectors = vectors
+        self.learned = None
+        if config.conditioning == "tokens":
+            self.learned = nn.Parameter(torch.zeros(vectors, 1, config.hidden_size))
+            return
         # Its SiLU is never called: embed() applies it once, for all blocks. It keeps the names.
         self.adaLN_modulation = nn.Sequential(
             nn.SiLU(), nn.Linear(config.hidden_size, vectors * config.hidden_size)
@@ -254,6 +311,11 @@ class Modulated(nn.Module):
 
     def modulation(self, c):
         """c (B, D) -> so many vectors (B, 1, D)."""
+        if self.learned is not None:
+            x = self.learned.expand(len(value_of(c)), -1, -1, -1)
+            if isinstance(c, Dual):  # torch.compile cannot multiply a Dual and a tensor
+                x = Dual(x, torch.zeros_like(x))
+            return split(lambda x: x.unbind(1), x)
         x = linear(self.adaLN_modulation[1], c)
         x = linear_map(lambda x: x.unflatten(1, (self.vectors, 1, -1)), x)  # (B, vectors, 1, D)
         x = rms_norm(x) if self.mod_norm else linear_map(at_least_float32, x)
@@ -264,25 +326,26 @@ class Block(Modulated):
     def __init__(self, config):
         super().__init__(config, vectors=6)
         self.attn = Attention(config)
-        self.mlp = MLP(config)
+        self.mlp = SwiGLU(config) if config.mlp == "swiglu" else MLP(config)
 
-    def forward(self, x, c, mask=None):  # x (B, T, D), c (B, D), mask as in dual.attend
+    def forward(self, x, c, mask=None, rotation=None):
+        """x (B, T, D), c (B, D), mask as in dual.attend, rotation as in rotate -> (B, T, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)  # (B, 1, D) each
         # x = x + gate1 * attn(norm(x) * (1 + scale1) + shift1), and the same with the MLP. Where
         # fused.py has kernels, x is a dual.Residual from here on: a sum that the next norm makes.
         x, h = norm_modulate(x, shift1, scale1, self.norm)
-        x = add_gated(x, gate1, self.attn(h, mask))
+        x = add_gated(x, gate1, self.attn(h, mask, rotation))
         x, h = norm_modulate(x, shift2, scale2, self.norm)
         x = add_gated(x, gate2, self.mlp(h))
-        return x  # (B, T, D)
+        return x
 
-    def forward_detach_jvp(self, x, c, mask=None):
+    def forward_detach_jvp(self, x, c, mask=None, rotation=None):
         """forward, with no gradient through the tangent.
 
         torch.compile plans the backward when it compiles the forward. Detaching inside the block
         spares it what a tangent's backward would need.
         """
-        return detach_tangent(self.forward(x, c, mask))
+        return detach_tangent(self.forward(x, c, mask, rotation))
 
 
 class Final(Modulated):
@@ -293,6 +356,7 @@ class Final(Modulated):
     def forward(self, x, c):
         shift, scale = self.modulation(c)
         _, h = norm_modulate(x, shift, scale, self.norm)
+        h = linear_map(lambda h: h[:, self.config.condition_tokens :], h)  # of patches alone
         return linear(self.linear, h)  # (B, T, p p C)
 
 
@@ -311,6 +375,13 @@ class DiT(nn.Module):
         self.y_embedder = Labels(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = Final(config)
+        C = config.in_channels
+        if config.conditioning == "tokens":
+            self.offsets = nn.Parameter(torch.empty(4, COPIES, config.hidden_size))
+        if config.smooth:
+            self.smooth = nn.Parameter(torch.zeros(C, C, 3, 3))
+        if config.skip:
+            self.skip = nn.Parameter(torch.zeros(C, config.hidden_size))
         # Or what compile_blocks puts here. It is called in the place of a block, so hooks of blocks
         # do not fire.
         self.run_block = Block.forward
@@ -337,14 +408,21 @@ class DiT(nn.Module):
                 nn.init.xavier_normal_(module.weight)
                 module.weight /= spectral_norm(module.weight)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        if self.config.conditioning == "tokens":
+            nn.init.normal_(self.offsets, std=0.02)
+            # The gates start at 1: with weights of spectral norm 1 the branches are small enough.
+            for block in self.blocks:
+                block.learned[2] = 1.0
+                block.learned[5] = 1.0
 
     def forward(self, x, t, s, y, w):
         """F at x (B, C, height, width), from times t to s (B,) in [0, 1].
 
         y (B,) int64: classes, or num_classes for "no class". w (B,): guidance weights.
-        Returns (B, C, height, width), in the parameters' dtype or autocast's. x, t and s may be
-        Duals, and F then is one.
+        Returns (B, C, height, width), in the parameters' dtype or autocast's (with skip at least
+        float32). x, t and s may be Duals, and F then is one.
         """
+        pixels = x
         x, c, *more = self.embed(x, t, s, y, w)
         checkpointed = self.checkpoint_blocks
         if not any(isinstance(a, Dual) for a in (x, c)):
@@ -363,7 +441,16 @@ class DiT(nn.Module):
             else:
                 x = self.run_block(block, x, c, *more)
         x = self.final_layer(x, c)  # (B, T, p p C)
-        return linear_map(self.unpatchify, x)  # (B, C, height, width)
+        F = linear_map(self.unpatchify, x)  # (B, C, height, width)
+        if self.config.smooth:  # F + conv(F), across the borders of patches
+            F = linear_map(lambda F: F + functional.conv2d(F, self.smooth, padding=1), F)
+        if self.config.skip:
+            # F + a x with a = W c, one number a channel. Near t = 1 F is the noise x minus an
+            # image. Without a, all of x must come through the tokens and their norms. For Gaussian
+            # data of mean 0 the exact F is such a multiple of x.
+            a = linear_map(lambda c: functional.linear(c, self.skip)[:, :, None, None], c)
+            F = F + linear_map(at_least_float32, a) * pixels
+        return F
 
     def embed(self, x, t, s, y, w):
         """The tokens (B, T, D), and what every block is given beside them: here c (B, D).
@@ -371,14 +458,40 @@ class DiT(nn.Module):
         This is the place for other conditions. What it returns after c goes to Block.forward as
         it is, for example a mask of padding.
         """
-        c = (
-            self.t_embedder(t)
-            + self.s_embedder(t - s)
-            + self.guidance_embedder(1 / w)
-            + self.y_embedder(y)
-        )
-        x = self.x_embedder(x) + self.pos_embed
-        return x, silu(c)
+        of_t = self.t_embedder(t)
+        of_gap = self.s_embedder(t - s)
+        of_w = self.guidance_embedder(1 / w)
+        of_y = self.y_embedder(y)
+        c = of_t + of_gap + of_w + of_y
+        x = self.x_embedder(x)
+        if self.config.positions == "rotary":
+            x = linear_map(at_least_float32, x)
+        else:
+            x = x + self.pos_embed
+        if self.config.conditioning == "tokens":
+            x = cat([self.condition_tokens(of_t, of_gap, of_w, of_y), x], 1)
+        if self.config.positions == "added":
+            return x, silu(c)
+        return x, silu(c), None, self.rotation()
+
+    def condition_tokens(self, *conditions):
+        """Conditions (B, D) -> tokens (B, n, D), which stand before the patches (arXiv 2512.02012).
+
+        Each condition becomes COPIES tokens, its embedding plus a learned offset. As modulation
+        vectors do, they pass through an RMS norm.
+        """
+        tokens = []
+        for condition, offsets in zip(conditions, self.offsets, strict=True):
+            tokens.append(linear_map(lambda x: x[:, None], condition) + offsets)
+        x = cat(tokens, 1)
+        return rms_norm(x) if self.config.mod_norm else x
+
+    def rotation(self):
+        """The table for rotate."""
+        head_size = self.config.hidden_size // self.config.num_heads
+        others = self.config.condition_tokens
+        table = rotations(*self.config.grid, head_size, others, self.pos_embed.device)
+        return table.to(self.pos_embed.dtype)
 
     def no_condition(self, y):
         """Conditions like y that mean "no class". The loss needs them for guidance and dropout."""
@@ -449,6 +562,36 @@ def positions(rows, columns, dim):
     of_row = features(rows)[:, None].expand(-1, columns, -1)
     both = torch.cat([of_column, of_row], dim=-1)
     return both.reshape(1, rows * columns, dim).float()
+
+
+def rotations(rows, columns, head_size, others, device):
+    """Cosines and sines (2, T, 1, 2, head_size / 4) of 2D rotary positions, for rotate.
+
+    T = others + rows * columns: so many other tokens come first, and are not turned.
+
+    The angles are 100^(-4j / head_size) times the row, then times the column. RoFormer (arXiv
+    2104.09864) has 10000 in place of 100, for texts, which are longer than images are wide. 100 is
+    from arXiv 2403.13298.
+    """
+    wide = widest(device)
+    j = torch.arange(head_size // 4, dtype=wide, device=device)
+    row = torch.arange(rows, dtype=wide, device=device)
+    column = torch.arange(columns, dtype=wide, device=device)
+    places = torch.cartesian_prod(row, column)
+    places = functional.pad(places, (0, 0, others, 0))  # (T, 2)
+    angles = places[:, None, :, None] * 100.0 ** (-4 * j / head_size)  # (T, 1, 2, d / 4)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x, rotation):
+    """Queries or keys x (B, T, H, d), pairs of channels turned by the angles of a table.
+
+    (a, b) -> (a cos - b sin, a sin + b cos). The first half of the channels turns by the row, the
+    second half by the column. Within each half, channel j makes a pair with channel j + d / 4.
+    """
+    cos, sin = rotation  # (T, 1, 2, d / 4) each
+    a, b = x.unflatten(-1, (2, 2, -1)).unbind(-2)  # (B, T, H, 2, d / 4) each
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-2).flatten(-3)
 
 
 # ---- its file ------------------------------------------------------------------------------------

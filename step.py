@@ -20,6 +20,7 @@ from device import DDP_WARM_UPS, Graph, data_parallel
 from dual import column
 from loss import Term, TrainingLoss, backward
 from model import DiT, compile_blocks
+from muon import Muon, matrices_of_blocks
 
 BATCHES = 64  # of random data, taken in turn
 
@@ -42,7 +43,7 @@ class FlowMatching(nn.Module):
 
 
 class TrainingStep:
-    """step(n) makes step n: bfloat16 on a GPU, a check that all is finite, AdamW, two EMAs."""
+    """step(n) makes step n: bfloat16 on a GPU, a check that all is finite, optimizers, two EMAs."""
 
     def __init__(
         self,
@@ -53,11 +54,13 @@ class TrainingStep:
         detach_jvp=False,
         flow=False,
         objective="tvm",
+        muon=False,
         device="cuda",
     ):
         """compiled: the blocks, and on a GPU the step as a CUDA graph. checkpoint: every block
         keeps its input only. detach_jvp: no gradient through dF/ds. flow: FlowMatching above,
-        instead of `objective`, which is one of loss.OBJECTIVES.
+        instead of `objective`, which is one of loss.OBJECTIVES. muon: the blocks' matrices are
+        trained by Muon, instead of AdamW.
         """
         torch.manual_seed(0)
         torch._dynamo.reset()
@@ -91,9 +94,14 @@ class TrainingStep:
             self.averages.append(([net.get_parameter(name) for name in trained], rate))
         self.use_graphs = compiled and device == "cuda"
         lr = torch.tensor(1e-4, device=device) if self.use_graphs else 1e-4
-        self.optimizer = torch.optim.AdamW(
-            self.weights, lr, (0.9, 0.95), fused=True, capturable=self.use_graphs
-        )
+        parameters = dict(zip(trained, self.weights, strict=True))
+        matrices = matrices_of_blocks(parameters) if muon else {}
+        others = [p for name, p in parameters.items() if name not in matrices]
+        self.optimizers = [
+            torch.optim.AdamW(others, lr, (0.9, 0.95), fused=True, capturable=self.use_graphs)
+        ]
+        if muon:
+            self.optimizers.append(Muon(matrices.values(), lr))
         self.gradients_graph = None
         self.update_graph = None
         self.parallel = self.loss
@@ -109,7 +117,8 @@ class TrainingStep:
 
     def gradients(self, *inputs):
         """Forward and backward. Returns the loss."""
-        self.optimizer.zero_grad(set_to_none=not self.distributed)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=not self.distributed)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             loss, _ = self.parallel(*inputs, backward_part=backward)
         backward(loss)
@@ -117,7 +126,8 @@ class TrainingStep:
 
     @torch.no_grad()
     def update(self):
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         for average, rate in self.averages:
             torch._foreach_lerp_(average, self.weights, 1 - rate)
 
@@ -137,7 +147,7 @@ class TrainingStep:
                 self.update_graph()
             else:
                 self.update()
-                if self.use_graphs:  # AdamW has made its moments now; recording runs nothing
+                if self.use_graphs:  # optimizers have made their moments; recording runs nothing
                     self.update_graph = Graph(self.update, warm_ups=0)
 
 

@@ -12,7 +12,7 @@ In this order:
     blocks          masked, checkpointed and compiled ones give what plain ones give
     samplers        times and guidance weights against their distributions
     TVM             exact flows have no loss; other networks, a loop over samples from the paper
-    MeanFlow and flow matching, in the same way
+    MeanFlow, its relatives and flow matching, in the same way
     TrainingLoss    what is random, dropout of labels, options
     seams           data and conditions of any shape
     the rehearsal   from JPEGs to FID on small files, with kills and two ranks
@@ -74,14 +74,42 @@ from inception import InceptionV3
 from loss import (
     OBJECTIVES,
     TrainingLoss,
+    adaptive_weight,
+    alpha_at,
+    alpha_flow_loss,
     backward,
     flow_matching_loss,
+    gap_weight,
+    improved_meanflow_loss,
     meanflow_loss,
     sample_guidance,
     sample_times,
     tvm_loss,
 )
-from model import Block, DiT, DiTConfig, Embedder, compile_blocks, load_model, positions
+from model import (
+    COPIES,
+    Block,
+    DiT,
+    DiTConfig,
+    Embedder,
+    SwiGLU,
+    compile_blocks,
+    load_model,
+    positions,
+    rotate,
+    rotations,
+)
+
+# What the network has beyond the paper's, each switch alone and all of them together.
+SWITCHES = [
+    dict(mlp="swiglu"),
+    dict(positions="rotary"),
+    dict(positions="both"),
+    dict(conditioning="tokens"),
+    dict(smooth=True),
+    dict(skip=True),
+]
+ALL_SWITCHES = dict(mlp="swiglu", positions="rotary", conditioning="tokens", smooth=True, skip=True)
 
 
 def seeded(seed):
@@ -139,6 +167,16 @@ def arithmetic(x):
     return x * x + x * 2 - (1 + x)
 
 
+def gated(x):
+    a, b = dual.split(lambda x: x.chunk(2, dim=-1), x)
+    return dual.silu(a) * b
+
+
+def torch_gated(x):
+    a, b = x.chunk(2, dim=-1)
+    return F.silu(a) * b
+
+
 @pytest.mark.parametrize(
     "ours, reference",
     [
@@ -148,6 +186,7 @@ def arithmetic(x):
         (rms_norm_with_weight, torch_rms_norm_with_weight),
         (dual.layer_norm, torch_layer_norm),
         (arithmetic, arithmetic),
+        (gated, torch_gated),
     ],
 )
 def test_rules(ours, reference):
@@ -327,6 +366,11 @@ def test_patches_go_back_where_they_came_from():
         (dict(num_classes=-1), "num_classes"),
         (dict(input_size=(4, 5)), "input_size 5 is not divisible by patch_size 2"),
         (dict(input_size=(0, 4)), "input_size must be at least 1"),
+        (dict(mlp="relu"), "mlp must be one of gelu, swiglu, not 'relu'"),
+        (dict(positions=[]), "positions must be one of"),
+        (dict(conditioning=""), "conditioning must be one of"),
+        (dict(smooth=1), "smooth must be True or False"),
+        (dict(positions="rotary", hidden_size=36, num_heads=6), "a head's size, 6, is not"),
     ],
 )
 def test_config_refuses(kwargs, word):
@@ -370,6 +414,178 @@ def test_what_is_embedded():
     assert torch.equal(asked["t"], t)
     assert torch.equal(asked["s"], t - s)
     assert torch.equal(asked["guidance"], 1 / w)
+
+
+@pytest.mark.parametrize("inner", [32, 160])
+def test_swiglu(inner):
+    """fc2(silu(a) * b) by hand, and an inner width near 2/3 of the other MLP's."""
+    ratio = inner / 32 * 3 / 2
+    net = SwiGLU(DiTConfig.named("tiny", mlp_ratio=ratio, **TINY)).double()
+    x = randn(2, 3, 32)
+    a = x @ net.fc1.weight[:inner].T + net.fc1.bias[:inner]
+    b = x @ net.fc1.weight[inner:].T + net.fc1.bias[inner:]
+    wanted = (a / (1 + torch.exp(-a)) * b) @ net.fc2.weight.T + net.fc2.bias
+    close(net(x), wanted, 1e-14)
+
+
+@pytest.mark.parametrize("size", ["S/2", "B/2", "XL/2"])
+def test_swiglu_is_as_large(size):
+    """Within 1% of the weights of the MLP that it replaces."""
+    counts = []
+    for mlp in ("gelu", "swiglu"):
+        with torch.device("meta"):
+            net = DiT(DiTConfig.named(size, depth=1, mlp=mlp))
+        counts.append(sum(p.numel() for p in net.blocks[0].mlp.parameters()))
+    assert abs(counts[1] / counts[0] - 1) < 0.01
+
+
+def test_rotary_positions():
+    """Rotations against products of complex numbers. Scores depend on differences of places."""
+    rows, columns, others, d = 3, 4, 2, 8
+    table = rotations(rows, columns, d, others, "cpu")
+    assert table.shape == (2, others + rows * columns, 1, 2, d // 4)
+    x = randn(1, others + rows * columns, 2, d)
+    turned = rotate(x, table)
+    assert torch.equal(turned[:, :others], x[:, :others])
+    assert torch.equal(turned[:, others], x[:, others])  # the patch at (0, 0)
+    for row, col in ((1, 0), (0, 3), (2, 1)):
+        token = others + row * columns + col
+        for half, place in ((0, row), (1, col)):
+            for j in range(d // 4):
+                first = half * d // 2 + j
+                second = first + d // 4
+                z = torch.complex(x[0, token, :, first], x[0, token, :, second])
+                z = z * np.exp(1j * place * 100 ** (-j / (d / 4)))
+                close(turned[0, token, :, first], z.real, 1e-14)
+                close(turned[0, token, :, second], z.imag, 1e-14)
+    q = rotate(randn(1, 1, 1, d).expand(1, rows * columns, 1, d), table[:, others:])
+    k = rotate(randn(1, 1, 1, d, seed=1).expand(1, rows * columns, 1, d), table[:, others:])
+    scores = (q[0, :, 0] @ k[0, :, 0].T).view(rows, columns, rows, columns)
+    close(scores[0, 0, 1, 2], scores[1, 1, 2, 3], 1e-14)
+    assert abs(scores[0, 0, 1, 2] - scores[0, 0, 2, 2]) > 1e-3
+
+
+def test_rotary_positions_tell_patches_apart():
+    """Without positions a network that sees permuted patches gives permuted patches."""
+    x, _, t, s, y, w = random_inputs()
+    moved = x.roll(2, -1)  # by one patch
+    for where in ("added", "rotary", "both"):
+        net = random_model(positions=where)
+        with torch.no_grad():
+            net.pos_embed *= 0  # so that "added" has none
+        change = rel(net(moved, t, s, y, w), net(x, t, s, y, w).roll(2, -1))
+        assert (change < 1e-12) == (where == "added")
+    net = random_model(positions="rotary")
+    before = net(x, t, s, y, w)
+    with torch.no_grad():
+        net.pos_embed += 1
+    assert torch.equal(net(x, t, s, y, w), before)  # which are not added
+
+
+def test_condition_tokens():
+    """Tokens of the conditions alone carry these to the patches, and come first."""
+    net = random_model(conditioning="tokens")
+    inputs = random_inputs()
+    x, _, t, s, y, w = inputs
+    n = net.config.condition_tokens
+    tokens, c = net.embed(x, t, s, y, w)
+    assert tokens.shape == (3, n + 4, 32)
+    close(tokens[:, :n].square().mean(-1), torch.ones(3, n, dtype=F64), 1e-2)
+    of_y = net.y_embedder(y)[:, None] + net.offsets[3]
+    close(tokens[:, n - COPIES : n], torch_rms_norm(of_y), 1e-14)
+    assert torch.equal(net.blocks[0](tokens, c), net.blocks[0](tokens, c + 1))
+    plain = net(x, t, s, y, w)
+    for other in ((x, t / 2, s / 2, y, w), (x, t, s, 3 - y, w), (x, t, s, y, w + 1)):
+        assert rel(net(*other), plain) > 1e-4
+    assert sorted(name for name in net.state_dict() if "adaLN" in name) == []
+
+
+def test_condition_tokens_save_parameters():
+    """About a third. At the start the blocks change the patches a little, and the gates are 1."""
+    counts = []
+    for conditioning in ("adaln", "tokens"):
+        torch.manual_seed(0)
+        net = DiT(DiTConfig.named("S/2", depth=6, conditioning=conditioning, **TINY))
+        counts.append(sum(p.numel() for p in net.blocks.parameters()))
+    assert 0.65 < counts[1] / counts[0] < 0.68
+    x, _, t, s, y, w = random_inputs(dtype=torch.float32)
+    tokens, c = net.embed(x, t, s, y, w)
+    after = tokens
+    for block in net.blocks:
+        assert (block.learned[[2, 5]] == 1).all() and not block.learned[[0, 1, 3, 4]].any()
+        after = block(after, c)
+    assert 0.05 < rel(after, tokens) < 1
+
+
+def test_smooth_and_skip():
+    """By hand: F + conv(F), then + a(c) x. Both add nothing at the start."""
+    net = random_model(smooth=True, skip=True)
+    x, _, t, s, y, w = random_inputs()
+    found = net(x, t, s, y, w)
+    plain_net = random_model()
+    plain_net.load_state_dict(net.state_dict(), strict=False)
+    plain = plain_net(x, t, s, y, w)
+    _, c = net.embed(x, t, s, y, w)
+    a = c @ net.skip.T
+    padded = F.pad(plain, (1, 1, 1, 1))
+    wanted = plain + a[:, :, None, None] * x
+    for i in range(3):
+        for j in range(3):
+            moved = padded[:, :, i : i + 4, j : j + 4]
+            wanted = wanted + torch.einsum("oc,bchw->bohw", net.smooth[:, :, i, j], moved)
+    close(found, wanted, 1e-13)
+    torch.manual_seed(0)
+    start = DiT(DiTConfig.named("tiny", smooth=True, skip=True, **TINY))
+    assert not start.smooth.any()
+    assert not start.skip.any()
+
+
+@pytest.mark.parametrize("switches", [*SWITCHES, ALL_SWITCHES])
+def test_switches_in_bfloat16(switches):
+    """Under autocast what blocks are given is float32, and F and dF are near those in float64."""
+    net = random_model(**switches)
+    x, _, t, s, y, w = random_inputs()
+    exact = net.jvp(x, t, s, y, w, ds=torch.ones_like(s))
+    net = net.float()
+    x, _, t, s, y, w = random_inputs(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net.embed(x, t, s, y, w)[0].dtype == torch.float32
+        found = net.jvp(x, t, s, y, w, ds=torch.ones_like(s))
+    for a, b in zip(found, exact, strict=True):
+        close(a.double(), b, 3e-2)
+
+
+def about_network(net):
+    """What a file says about a network of TINY."""
+    return dict(
+        config=dict(vars(net.config)),
+        guidance=dict(sampler="constant", w=1.0, w_min=1.0, w_max=1.0),
+        data=dict(class_counts=[1, 1, 1], mean=[0.0, 0.0], std=[1.0, 1.0]),
+    )
+
+
+@pytest.mark.parametrize("switches", [*SWITCHES, ALL_SWITCHES])
+def test_switches_go_through_files(switches, folder):
+    """A network comes back from its file."""
+    net = random_model(torch.float32, **switches)
+    save_tensors("new.safetensors", net.state_dict(), about_network(net))
+    loaded, _ = load_model("new.safetensors")
+    assert loaded.config == net.config
+    x, _, t, s, y, w = random_inputs(dtype=torch.float32)
+    assert torch.equal(loaded(x, t, s, y, w), net(x, t, s, y, w))
+
+
+def test_files_from_before_the_switches(folder):
+    """Their configs do not name them: the defaults hold."""
+    net = random_model(torch.float32)
+    about = about_network(net)
+    for name in ALL_SWITCHES:
+        del about["config"][name]
+    save_tensors("old.safetensors", net.state_dict(), about)
+    loaded, _ = load_model("old.safetensors")
+    assert loaded.config == net.config
+    x, _, t, s, y, w = random_inputs(dtype=torch.float32)
+    assert torch.equal(loaded(x, t, s, y, w), net(x, t, s, y, w))
 
 
 def test_initialization_gives_threads_back():
@@ -419,6 +635,9 @@ def test_images_need_not_be_square(folder):
         dict(num_classes=0),
         dict(depth=1, num_heads=4, patch_size=1),
         dict(input_size=(4, 6)),
+        *SWITCHES,
+        ALL_SWITCHES,
+        dict(ALL_SWITCHES, semi_lipschitz=False, positions="both", input_size=(4, 6)),
     ],
 )
 def test_network_derivative(kwargs):
@@ -445,9 +664,10 @@ def test_network_derivative(kwargs):
     close(only_s, (f(x, t, s + h) - f(x, t, s - h)) / (2 * h), 1e-7)
 
 
-def test_gradient_through_the_derivative():
+@pytest.mark.parametrize("kwargs", [{}, *SWITCHES, ALL_SWITCHES])
+def test_gradient_through_the_derivative(kwargs):
     """The gradient of F and dF/ds: reverse over forward against reverse over (reverse twice)."""
-    net = random_model()
+    net = random_model(**kwargs)
     x, R, t, s, y, w = random_inputs()
 
     def some_loss(value, dF):
@@ -563,33 +783,48 @@ class GraphCounter:
         return graph.forward
 
 
-@pytest.mark.parametrize("name, kept", [("meanflow", 0), ("tvm", 0), ("tvm", 1)])
-def test_blocks_compile_once(name, kept):
-    """The trainer's compiled block needs three graphs, and all of them in the first step.
+@pytest.mark.parametrize(
+    "name, kept, graphs",
+    [
+        ("meanflow", 0, 3),
+        ("improved_meanflow", 0, 3),
+        ("alpha_flow", 0, 2),
+        ("tvm", 0, 3),
+        ("tvm", 1, 3),
+    ],
+)
+@pytest.mark.parametrize("switches", [{}, ALL_SWITCHES])
+def test_blocks_compile_once(name, kept, graphs, switches):
+    """The trainer's compiled block needs few graphs, and all of them in the first step.
 
     TVM's are those of its two passes and of the target. MeanFlow's are one without a derivative,
     and two with: the tangent that a block is given is the detached one of a block before, or not.
+    alpha-Flow's are those of its pass and of the passes without gradient.
     """
     torch._dynamo.reset()
-    net = random_model(torch.float32)
+    net = random_model(torch.float32, **switches)
     counter = GraphCounter()
-    block = Block.forward_detach_jvp if name == "meanflow" else Block.forward
+    detaches = name in ("meanflow", "improved_meanflow")
+    block = Block.forward_detach_jvp if detaches else Block.forward
     net.checkpoint_blocks = kept
     net.run_block = torch.compile(block, fullgraph=True, dynamic=False, backend=counter)
     target = copy.deepcopy(net).requires_grad_(False)
-    times = dict(sampler="two", p_equal=0.75) if name == "meanflow" else {}
+    times = dict(sampler="two", p_equal=0.75) if detaches else {}
     objective = TrainingLoss(net, target, guidance=dict(w=2.0), objective=name, times=times)
+    assert objective.detaches_jvp == detaches
     seen = []
     for step in range(3):
         x0 = randn(8, 2, 4, 4, dtype=torch.float32)
         loss, _ = objective(x0, torch.arange(8) % 3, *objective.draw(x0, step))
         loss.backward()
         seen.append(len(counter.graphs))
-    assert seen == [3, 3, 3]
+    assert seen == [graphs] * 3
 
 
-@pytest.mark.parametrize("dynamic, most", [(False, 12), (True, 3)])
-def test_blocks_compile_for_many_batch_sizes(dynamic, most, monkeypatch):
+@pytest.mark.parametrize(
+    "dynamic, most, switches", [(False, 12, {}), (True, 3, {}), (True, 3, ALL_SWITCHES)]
+)
+def test_blocks_compile_for_many_batch_sizes(dynamic, most, switches, monkeypatch):
     """Twelve batch sizes in one process work, although Dynamo by itself gives up after eight.
 
     With dynamic=True few programs serve all of them: for 1, for the first size and for the others.
@@ -602,7 +837,7 @@ def test_blocks_compile_for_many_batch_sizes(dynamic, most, monkeypatch):
         return torch_compile(function, backend=counter, **options)
 
     monkeypatch.setattr(torch, "compile", compile_with_counter)
-    net = random_model(depth=1).requires_grad_(False)
+    net = random_model(depth=1, **switches).requires_grad_(False)
     compiled = copy.deepcopy(net)
     with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
         compile_blocks(compiled, dynamic=dynamic)  # raises the limits
@@ -882,7 +1117,35 @@ def test_detach_jvp_cuts_the_derivative_alone():
         close(a, b, 1e-12)
 
 
-# ---- MeanFlow and flow matching ------------------------------------------------------------------
+def test_weights_of_errors():
+    """gap_weight and adaptive_weight against their formulas, and in the terms of TVM.
+
+    They are constants to autograd: the gradient of each sample is multiplied as its loss is.
+    """
+    gaps = torch.tensor([0, 0.75, 1], dtype=F64)
+    by_hand = torch.tensor([1, 1 / (1.375 * 1.25), math.sqrt(2) / 3], dtype=F64)
+    close(gap_weight(gaps), by_hand, 1e-14)
+    close(adaptive_weight(torch.tensor([0, 0.009], dtype=F64), 2), torch.tensor([1e6, 1e4]), 1e-12)
+    net = random_model()
+    target = random_model(seed=1)
+    x0, noise, t, s, y, w = random_inputs(B=4)
+    s[2] = t[2]
+    inputs = (net, target, x0, y, noise, t, s, s.flip(0), w)
+    plain = by_name(tvm_loss(*inputs))
+    weighted = by_name(tvm_loss(*inputs, terminal_weight="gap", adaptive_p=0.7))
+    for name in ("terminal", "fm"):
+        error = plain[name].error.detach()
+        weights = (error + 1e-3) ** -0.7
+        if name == "terminal":
+            weights = weights / (1 + (t - s) / 2) / torch.sqrt(1 + (t - s) ** 2)
+        assert torch.equal(weighted[name].error, plain[name].error)
+        close(weighted[name].loss, weights * error, 1e-12)
+        expected = gradients((weights * plain[name].loss).sum(), net)
+        for a, b in zip(gradients(weighted[name].loss.sum(), net), expected, strict=True):
+            assert nearly_equal(a, b, 1e-10, 1e-13)
+
+
+# ---- MeanFlow, its relatives and flow matching ---------------------------------------------------
 
 
 def meanflow(*arguments):
@@ -988,6 +1251,156 @@ def test_meanflow_against_a_naive_one(scaled):
         close(dF, (after - before) / (2 * h), 1e-7)
 
 
+def improved_meanflow(*arguments):
+    """The one term of improved_meanflow_loss."""
+    (term,) = improved_meanflow_loss(*arguments)
+    assert term.name == "improved_meanflow"
+    return term
+
+
+def alpha_flow(*arguments):
+    """The one term of alpha_flow_loss."""
+    (term,) = alpha_flow_loss(*arguments)
+    assert term.name == "alpha_flow"
+    return term
+
+
+@pytest.mark.parametrize("w", [1.0, 2.0])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_improved_meanflow_on_gaussian_data(scaled, w):
+    """The exact mean velocity makes V the marginal velocity u, so V - v_g is w (u - v)."""
+    n = 500
+    flow = GaussianFlow(0.7, 0.5, scaled)
+    y = torch.zeros(n, dtype=torch.long)
+    guidance = torch.full((n,), w, dtype=F64)
+    drop = torch.arange(n) % 5 == 0
+    k = w if scaled else 1
+    t, s, _ = (a.double() for a in sample_times(n, sampler="two", generator=seeded(0)))
+    x0 = 0.7 + 0.5 * randn(n, 2, 3, 3)
+    noise = randn(n, 2, 3, 3, seed=1)
+    x_t = (1 - column(t, x0)) * x0 + column(t, x0) * noise
+    u = k * flow(x_t, t, t, y, guidance)
+    term = improved_meanflow(flow, x0, y, noise, t, s, guidance, drop)
+    error = (noise - x0 - u).square().mean((1, 2, 3)) * torch.where(drop, 1.0, w**2)
+    close(term.error, error, 1e-10)
+    close(term.loss, error / (error + 1e-3), 1e-10)
+    assert torch.equal(term.time, t)
+
+
+def naive_improved_meanflow(net, x0, y, x1, t, s, w, drop, c=1e-3, power=1.0):
+    """(B,) straight from the paper, one sample after the other.
+
+    The derivative is taken by PyTorch's forward mode.
+    """
+    losses = []
+    for i in range(len(x0)):
+        k = w[i] if net.config.scaled else 1.0
+        y_i = y[i : i + 1]
+
+        def u(z, t, r, y=y_i, w=w[i], k=k):
+            return k * net(z, t.view(1), r.view(1), y, w.view(1))
+
+        v = x1[i : i + 1] - x0[i : i + 1]
+        z = (1 - t[i]) * x0[i : i + 1] + t[i] * x1[i : i + 1]
+        if not drop[i]:
+            v = w[i] * v + (1 - w[i]) * u(z, t[i], t[i], net.no_condition(y_i)).detach()
+        tangents = (u(z, t[i], t[i]).detach(), torch.ones_like(t[i]), torch.zeros_like(s[i]))
+        mean_velocity, derivative = torch.func.jvp(u, (z, t[i], s[i]), tangents)
+        V = mean_velocity + (t[i] - s[i]) * derivative.detach()
+        error = ((V - v) ** 2).mean()
+        losses.append(error / (error.detach() + c) ** power)
+    return torch.stack(losses)
+
+
+def naive_alpha_flow(net, x0, y, x1, t, s, r, w, drop, c=1e-3, power=1.0):
+    """(B,) straight from the paper, one sample after the other."""
+    losses = []
+    for i in range(len(x0)):
+        k = w[i] if net.config.scaled else 1.0
+        y_i = y[i : i + 1]
+
+        def u(z, t, r, y=y_i, w=w[i], k=k):
+            return k * net(z, t.view(1), r.view(1), y, w.view(1))
+
+        v = x1[i : i + 1] - x0[i : i + 1]
+        z = (1 - t[i]) * x0[i : i + 1] + t[i] * x1[i : i + 1]
+        if not drop[i]:
+            v = w[i] * v + (1 - w[i]) * u(z, t[i], t[i], net.no_condition(y_i)).detach()
+        alpha = 1.0 if t[i] == s[i] else (t[i] - r[i]) / (t[i] - s[i])
+        z_r = z - (t[i] - r[i]) * v
+        mean_velocity = alpha * v + (1 - alpha) * u(z_r, r[i], s[i]).detach()
+        error = ((u(z, t[i], s[i]) - mean_velocity) ** 2).mean()
+        losses.append(error / (error.detach() + c) ** power)
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_relatives_of_meanflow_against_naive_ones(scaled):
+    """Loss and gradients in float64, and V's derivative against finite differences."""
+    net = random_model(scaled=scaled)
+    x0, noise, t, s, y, w = random_inputs(B=5)
+    s[2] = t[2]
+    y[3] = 3  # "no class"
+    w[4] = 1.0
+    drop = y == 3
+    inputs = (net, x0, y, noise, t, s)
+    r = t + 0.2 * (s - t)
+    others = (w, drop, 0.01, 0.7)
+    for ours, naive in (
+        (improved_meanflow(*inputs, *others).loss, naive_improved_meanflow(*inputs, *others)),
+        (alpha_flow(*inputs, r, *others).loss, naive_alpha_flow(*inputs, r, *others)),
+    ):
+        close(ours, naive, 1e-12)
+        for a, b in zip(gradients(ours.sum(), net), gradients(naive.sum(), net), strict=True):
+            assert nearly_equal(a, b, 1e-10, 1e-13)
+
+    with torch.no_grad():
+        h = 1e-6
+        k = column(w, x0) if scaled else 1
+        x_t = x0 + column(t, x0) * (noise - x0)
+        u = k * net(x_t, t, t, y, w)
+        after = net(x_t + h * u, t + h, s, y, w)
+        before = net(x_t - h * u, t - h, s, y, w)
+        V = k * (net(x_t, t, s, y, w) + column(t - s, x0) * (after - before) / (2 * h))
+        error = (V - velocity_to_match(net, x_t, noise - x0, t, y, w, drop)).square()
+    close(improved_meanflow(*inputs, *others).error, error.mean((1, 2, 3)), 1e-7)
+
+
+def velocity_to_match(net, x_t, v, t, y, w, drop):
+    """v_g = w v + (1-w) u without a class; v where the class is dropped."""
+    k = column(w, v) if net.config.scaled else 1
+    u_none = k * net(x_t, t, t, net.no_condition(y), w)
+    w_or_1 = column(torch.where(drop, 1.0, w), v)
+    return w_or_1 * v + (1 - w_or_1) * u_none
+
+
+def test_alpha_flow_between_flow_matching_and_meanflow():
+    """With alpha = 1 the mean velocity is matched to v_g. The residual over alpha becomes
+    MeanFlow's as alpha goes to 0: their difference is of the order of alpha.
+    """
+    net = random_model()
+    x0, noise, t, s, y, w = random_inputs(B=5)
+    drop = y == 3
+    inputs = (net, x0, y, noise, t, s)
+    with torch.no_grad():
+        of_meanflow = meanflow(*inputs, w, drop, 0.0).error
+        differences = []
+        for alpha in (1e-3, 1e-4):
+            error = alpha_flow(*inputs, t + alpha * (s - t), w, drop).error
+            differences.append(rel(error / alpha**2, of_meanflow))
+        assert differences[1] < 1e-3
+        assert abs(differences[0] / differences[1] - 10) < 0.1
+
+        x_t = x0 + column(t, x0) * (noise - x0)
+        v_g = velocity_to_match(net, x_t, noise - x0, t, y, w, drop)
+        error = (column(w, x0) * net(x_t, t, s, y, w) - v_g).square().mean((1, 2, 3))
+        close(alpha_flow(*inputs, s, w, drop).error, error, 1e-12)
+    assert abs(alpha_at(0.0, 0.05) - 1) < 1e-5
+    assert alpha_at(0.5, 0.05) == 0.5
+    assert abs(alpha_at(0.6, 0.05) - 1 / (1 + math.exp(2.5))) < 1e-12
+    assert alpha_at(1.0, 0.05) == 0.05
+
+
 def test_flow_matching_is_the_fm_term():
     """Flow matching is TVM's second term alone, and is sampled by Euler steps."""
     net = random_model()
@@ -1037,6 +1450,9 @@ def test_other_objectives_train(folder):
     complaint = run_script("train.py", "--objective=meanflow", "--guidance=inverse", "--w_max=2")
     assert 'meanflow takes guidance "constant"' in complaint
     assert "kappa" in run_script("train.py", "--objective=meanflow", "--kappa=1")
+    assert "alpha_min" in run_script("train.py", "--objective=alpha_flow", "--alpha_min=0.0")
+    assert "are for tvm" in run_script("train.py", "--objective=meanflow", "--adaptive_p=1")
+    assert "p_equal_end must be" in run_script("train.py", "--p_equal_end=1.5")
 
 
 # ---- TrainingLoss --------------------------------------------------------------------------------
@@ -1065,8 +1481,8 @@ def test_objective_is_a_function_of_seed_and_place(kind):
         drawn = objective.draw(half, 5, first, 8)
         _, terms = objective(half, y[first : first + 4], *drawn)
         halves.append(terms)
-    names = {"tvm": ["terminal", "fm"], "meanflow": ["meanflow"], "flow_matching": ["fm"]}
-    assert list(whole) == names[kind]
+    names = {"tvm": ["terminal", "fm"], "flow_matching": ["fm"]}
+    assert list(whole) == names.get(kind, [kind])
     for name, term in whole.items():
         assert term.name == name
         for field in ("loss", "error", "time"):
@@ -1078,7 +1494,7 @@ def test_objective_is_a_function_of_seed_and_place(kind):
         other_times = objective.draw(x0, 6)[1:4]
         assert all((term.time != time).any() for time in other_times)
     close(loss, sum(term.loss for term in whole.values()).mean(), 1e-6)
-    if kind != "meanflow":  # which weighs the errors
+    if kind in ("tvm", "flow_matching"):  # the others weigh the errors
         close(loss, sum(term.error for term in whole.values()).mean(), 1e-6)
 
     want = gradients(loss, objective.model)
@@ -1122,19 +1538,54 @@ def test_label_dropout(kind):
     assert (net.y[~dropped] == y[~dropped]).all()
 
 
-def test_meanflow_asks_dropped_labels_at_w():
+@pytest.mark.parametrize("kind", ["meanflow", "improved_meanflow", "alpha_flow"])
+def test_meanflow_asks_dropped_labels_at_w(kind):
     """MeanFlow drops labels, too, but the network is always given the one w."""
     n = 4000
     net = Recorder()
-    objective = TrainingLoss(net, None, guidance=dict(w=2.0), objective="meanflow")
+    objective = TrainingLoss(net, None, guidance=dict(w=2.0), objective=kind)
     x0 = torch.zeros(n, 1, 2, 2)
     objective(x0, torch.arange(n) % 3, *objective.draw(x0, 0))
     assert abs((net.y == 3).double().mean() - 0.1) < 4 * math.sqrt(0.09 / n)
     assert (net.w == 2).all()
 
 
+def test_share_of_equal_times_that_falls():
+    """p_equal moves to p_equal_end with progress. Nothing else that is drawn changes."""
+    n = 4000
+    x0 = torch.zeros(n, 1, 1, 1)
+    moving = TrainingLoss(None, None, dict(p_equal=0.8), p_equal_end=0.2)
+    for progress, share in ((0.0, 0.8), (0.5, 0.5), (1.0, 0.2)):
+        constant = TrainingLoss(None, None, dict(p_equal=moving.p_equal_at(progress)))
+        drawn = moving.draw(x0, 7, progress=progress)
+        expected = constant.draw(x0, 7, progress=progress)
+        assert all(torch.equal(a, b) for a, b in zip(drawn, expected, strict=True))
+        equal = (drawn[1] == drawn[2]).double().mean().item()
+        assert abs(equal - share) < 4 * math.sqrt(share * (1 - share) / n)
+
+
+def test_times_of_alpha_flow():
+    """The third time is a share alpha of the way from t to s. t and s are as ever."""
+    x0 = torch.zeros(100, 1, 1, 1)
+    times = dict(sampler="two", p_equal=0.3)
+    objective = TrainingLoss(None, None, times, objective="alpha_flow")
+    _, t, s, r, _, _ = objective.draw(x0, 7, progress=0.6)
+    _, plain_t, plain_s, _, _, _ = TrainingLoss(None, None, times).draw(x0, 7)
+    assert torch.equal(t, plain_t)
+    assert torch.equal(s, plain_s)
+    close(t - r, (t - s) / (1 + math.exp(2.5)), 1e-5)
+
+
 @pytest.mark.parametrize(
-    "objective, option", [("meanflow", dict(kappa=0.1)), ("tvm", dict(detach_jvp=True))]
+    "objective, option",
+    [
+        ("meanflow", dict(kappa=0.1)),
+        ("alpha_flow", dict(alpha_min=0.2)),
+        ("tvm", dict(detach_jvp=True)),
+        ("tvm", dict(terminal_weight="gap")),
+        ("tvm", dict(adaptive_p=1.0)),
+        ("tvm", dict(p_equal_end=0.9)),
+    ],
 )
 def test_options_reach_the_objective(objective, option):
     """The gradient changes with each of them."""
@@ -1147,7 +1598,7 @@ def test_options_reach_the_objective(objective, option):
         times = dict(sampler="two")
         module = TrainingLoss(net, target, times, dict(w=2.0), objective=objective, **options)
         net.zero_grad()
-        loss, _ = module(x0, y, *module.draw(x0, 5))
+        loss, _ = module(x0, y, *module.draw(x0, 5, progress=0.9))
         loss.backward()
         found.append(net.blocks[0].mlp.fc1.weight.grad.clone())
     assert (found[0] - found[1]).norm() > 1e-3 * found[0].norm()
@@ -1223,6 +1674,10 @@ def test_objectives_of_any_shape(shape, condition_shape, kind):
     w_fm[drop] = 1
     if kind == "meanflow":
         naive = {"meanflow": naive_meanflow(net, x0, asked, noise, t, s, w, drop, 0.5, 1e-3, 1.0)}
+    elif kind == "improved_meanflow":
+        naive = {kind: naive_improved_meanflow(net, x0, asked, noise, t, s, w, drop)}
+    elif kind == "alpha_flow":
+        naive = {kind: naive_alpha_flow(net, x0, asked, noise, t, s, s_fm, w, drop)}
     else:
         naive = naive_loss(net, target, x0, asked, noise, t, s, s_fm, w_fm)
     if kind == "flow_matching":
@@ -1431,13 +1886,13 @@ def in_bfloat16(enabled=True):
     return torch.autocast("cuda", torch.bfloat16, enabled=enabled)
 
 
-def step_gradients(device, dtype, half=False, compiled=False):
+def step_gradients(device, dtype, half=False, compiled=False, **switches):
     """{name: float64} of the loss and of all gradients of one training step.
 
     compiled: as train.py makes them, which means that each term goes backward before the next,
     the blocks are compiled, and all of it is a CUDA graph.
     """
-    net = random_model(depth=3, hidden_size=64).to(device, dtype)
+    net = random_model(depth=3, hidden_size=64, **switches).to(device, dtype)
     target = copy.deepcopy(net)
     module = TrainingLoss(net, target)
     x0, noise, t, s, y, w = (a.to(device) for a in random_inputs(6, dtype=dtype))
@@ -1481,6 +1936,17 @@ def test_gpu_gradients_in_float32(compiled, kernels, monkeypatch):
     monkeypatch.setattr(fused, "FUSED", kernels)
     reference = step_gradients("cpu", F64)
     found = step_gradients("cuda", torch.float32, compiled=compiled)
+    for name in reference:
+        close(found[name], reference[name], 1e-4)
+
+
+@gpu
+@pytest.mark.parametrize("switches", [*SWITCHES, ALL_SWITCHES])
+def test_gpu_gradients_of_switches(switches, monkeypatch):
+    """The same in float32 for each switch, compiled and with the kernels."""
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")  # its default is TF32
+    reference = step_gradients("cpu", F64, **switches)
+    found = step_gradients("cuda", torch.float32, compiled=True, **switches)
     for name in reference:
         close(found[name], reference[name], 1e-4)
 

@@ -11,6 +11,7 @@ The presets im256_* and im512_* are DiT-XL/2 on ImageNet latents (docs/imagenet.
 
 Edit the constants in place; a flag such as --lr=1e-3 overrides one. Output, in out/NAME/:
     ckpt.safetensors        the evaluation network, with everything that sample.py needs
+    ckpt-RATE.safetensors   the same with another EMA, for each rate of ema_also
     state_STEP.safetensors  weights, both EMAs, optimizer: the same command again goes on from here
     log.jsonl               constants and commit, then losses and scores
     samples_STEP.png        rows: 1, 2, 4 steps; columns: classes
@@ -64,8 +65,9 @@ from device import (
 )
 from files import HERE, CheckpointError, UserError, hold
 from latents import SD_VAE
-from loss import GUIDANCE, OBJECTIVES, TIMES, TrainingLoss, backward
+from loss import GUIDANCE, OBJECTIVES, TERMINAL_WEIGHTS, TIMES, TrainingLoss, backward
 from model import SIZES, DiT, DiTConfig, compile_blocks
+from muon import Muon, matrices_of_blocks
 from options import Option, configure, differences, fail, options_of
 from report import Losses, Report, git_commit
 
@@ -92,29 +94,40 @@ patch_size     = Option(2,          "pixels on the side of a token", least=1)
 semi_lipschitz = Option(True,       "False: LayerNorm, no QK norm, plain modulation")
 checkpoint_blocks = Option(0,       "blocks computed again in backward", least=0, later=True)
 time_init      = Option("spectral", "of the time MLPs", choices=("spectral", "normal"))
+mlp            = Option("gelu",     "swiglu: gated, as large", choices=("gelu", "swiglu"))
+positions      = Option("added",    "of patches", choices=("added", "rotary", "both"))
+conditioning   = Option("adaln",    "tokens: before the patches", choices=("adaln", "tokens"))
+smooth         = Option(False,      "a 3x3 convolution of the pixels of F")
+skip           = Option(False,      "a multiple of x, chosen by the condition, is added to F")
 scaled         = Option(True,       "displacement (s-t) w F instead of (s-t) F")
 # objective
 objective      = Option("tvm",      "what is trained: loss.py has the formulas", choices=OBJECTIVES)
 kappa          = Option(0.5,        "MeanFlow only: share of the class velocity in its target")
+alpha_min      = Option(0.05,       "alpha-Flow only: its alpha falls from 1 to this")
+terminal_weight = Option("one",     "TVM only: gap: less for long gaps", choices=TERMINAL_WEIGHTS)
+adaptive_p     = Option(0.0,        "TVM only: p of 1/(error + 1e-3)^p; 0: no weight", least=0)
 times          = Option("gap*",     "how times are drawn: loss.py has the formulas", choices=TIMES)
 mu             = Option(-0.8,       "logit-normal of the gap, or of t (trunc, clamp: try 1)")
 sigma          = Option(1.0,        "its deviation")
 mu_s           = Option(-0.4,       "logit-normal of s")
 sigma_s        = Option(1.0,        "its deviation")
 p_equal        = Option(0.0,        "the probability of t = s")
+p_equal_end    = Option(-1.0,       "where it goes by the last step, linearly; -1: it stays")
 guidance       = Option("constant", "how w is drawn; constant: w itself", choices=GUIDANCE)
 w              = Option(1.25,       "guidance weight, where it is constant; 1: none")
 w_min          = Option(1.0,        "the smallest weight, where it is drawn")
 w_max          = Option(1.0,        "the largest weight, where it is drawn")
 label_dropout  = Option(0.1,        "share of samples that lose their label", least=0, below=1)
 detach_jvp     = Option(False,      "no gradient through dF/ds: faster, biased")
-# optimization (AdamW)
+# optimization (AdamW, and Muon on request)
 steps          = Option(1900,       "optimizer steps", least=1, later=True)
 batch_size     = Option(64,         "images a step, of all ranks together", least=1)
 micro_batch    = Option(0,          "images at once; 0: batch_size / ranks", least=0, later=True)
 bfloat16_sums  = Option(False,      "gradients travel between ranks as bfloat16", later=True)
 lr             = Option(2e-3,       "learning rate", least=0)
+muon_lr        = Option(0.0,        "Muon's, for the blocks' matrices; 0: AdamW's too", least=0)
 warmup         = Option(0,          "steps in which the learning rate rises to lr", least=0)
+decay          = Option(0.0,        "share of the steps, the last, in which it falls to 0", least=0)
 beta1          = Option(0.9,        "decay of the first moment", least=0, below=1)
 beta2          = Option(0.95,       "decay of the second moment", least=0, below=1)
 eps            = Option(1e-8,       "AdamW's epsilon", least=0)
@@ -122,6 +135,7 @@ weight_decay   = Option(0.0,        "decoupled", least=0)
 grad_clip      = Option(0.0,        "largest gradient norm; 0: no clipping", least=0)
 ema_target     = Option(0.99,       "decay of F*, the loss's target network", least=0, below=1)
 ema_eval       = Option(0.995,      "decay of the network that is sampled", least=0, below=1)
+ema_also       = Option("",         "more such decays, saved beside it: 0.99,0.998")
 # reports
 log_every      = Option(50,         "steps from line to line of the log", least=1, later=True)
 sample_every   = Option(500,        "steps from picture to picture", least=1, later=True)
@@ -198,6 +212,8 @@ if local_batch % micro_batch:
     fail(
         f"a rank's share of the batch, {local_batch}, is not divisible by micro_batch {micro_batch}"
     )
+if decay > 1:
+    fail(f"decay must be at most 1, not {decay:g}")
 if bfloat16_sums and device.type != "cuda":
     fail("bfloat16_sums is for GPUs")
 has_bfloat16, can_compile = abilities(device)
@@ -236,6 +252,11 @@ try:
         patch_size=patch_size,
         scaled=scaled,
         time_init=time_init,
+        mlp=mlp,
+        positions=positions,
+        conditioning=conditioning,
+        smooth=smooth,
+        skip=skip,
         rms_norm=semi_lipschitz,
         qk_norm=semi_lipschitz,
         mod_norm=semi_lipschitz,
@@ -255,14 +276,28 @@ if init_from:
 target = copy.deepcopy(model).requires_grad_(False)  # F*: an EMA of the model, in the loss
 evaluated = copy.deepcopy(model).requires_grad_(False)  # a slower EMA: sampled and kept
 nets = {"model": model, "target": target, "eval": evaluated}
+more_rates = {}  # of the EMAs of ema_also, by their names in nets
+for text in ema_also.split(",") if ema_also else []:
+    try:
+        rate = float(text)
+    except ValueError:
+        fail(f"ema_also takes numbers with commas between them, not {ema_also!r}")
+    if not 0 <= rate < 1:
+        fail(f"ema_also takes numbers of at least 0 and below 1, not {rate}")
+    more_rates[f"eval-{rate}"] = rate
+    nets[f"eval-{rate}"] = copy.deepcopy(evaluated)
 model.checkpoint_blocks = checkpoint_blocks
 parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
 weights = list(parameters.values())
 target_weights = [target.get_parameter(key) for key in parameters]
 eval_weights = [evaluated.get_parameter(key) for key in parameters]
+more_weights = {}  # of the EMAs of ema_also
+for kind in more_rates:
+    more_weights[kind] = [nets[kind].get_parameter(key) for key in parameters]
 use_graphs = compiled and device.type == "cuda"
-optimizer = torch.optim.AdamW(
-    weights,
+matrices = matrices_of_blocks(parameters) if muon_lr else {}  # Muon's; the others are AdamW's
+adamw = torch.optim.AdamW(
+    [p for key, p in parameters.items() if key not in matrices],
     torch.tensor(lr, device=device) if use_graphs else lr,  # a tensor can change under a graph
     (beta1, beta2),
     eps,
@@ -270,6 +305,11 @@ optimizer = torch.optim.AdamW(
     fused=device.type != "mps",
     capturable=use_graphs,
 )
+optimizers = [(adamw, lr)]  # with their learning rates
+if muon_lr:
+    muon_rate = torch.tensor(muon_lr, device=device) if use_graphs else muon_lr
+    muon = Muon(matrices.values(), muon_rate, weight_decay=weight_decay)
+    optimizers.append((muon, muon_lr))
 times_config = dict(sampler=times, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, p_equal=p_equal)
 guidance_config = dict(sampler=guidance, w=w, w_min=w_min, w_max=w_max)
 try:
@@ -282,10 +322,15 @@ try:
         detach_jvp=detach_jvp,
         objective=objective,
         kappa=kappa,
+        alpha_min=alpha_min,
+        terminal_weight=terminal_weight,
+        adaptive_p=adaptive_p,
+        p_equal_end=p_equal_end,
     )
 except ValueError as error:
     fail(error)
-if objective == "meanflow" and (times, p_equal, scaled) != ("two", 0.75, False) and rank == 0:
+is_meanflow = objective in ("meanflow", "improved_meanflow")
+if is_meanflow and (times, p_equal, scaled) != ("two", 0.75, False) and rank == 0:
     print(
         "warning: MeanFlow's own constants are --times=two --p_equal=0.75 --scaled=False, not "
         f"--times={times} --p_equal={p_equal:g} --scaled={scaled}",
@@ -295,19 +340,25 @@ if compiled:
     compile_blocks(model, target, detach_jvp=loss.detaches_jvp)
 
 
-def learning_rate(step):
-    """Of a step, the first being 0. For a schedule, change this function."""
+def learning_rate(step, peak):
+    """Of a step, the first being 0. For another schedule, change this function."""
+    rate = peak
     if step < warmup:
-        return lr * (step + 1) / warmup
-    return lr
+        rate = rate * (step + 1) / warmup
+    left = steps - step
+    if left < decay * steps:
+        rate = rate * left / (decay * steps)
+    return rate
 
 
-def set_learning_rate(value):
-    for group in optimizer.param_groups:
-        if torch.is_tensor(group["lr"]):
-            group["lr"].fill_(value)
-        else:
-            group["lr"] = value
+def set_learning_rates(step):
+    for optimizer, peak in optimizers:
+        value = learning_rate(step, peak)
+        for group in optimizer.param_groups:
+            if torch.is_tensor(group["lr"]):
+                group["lr"].fill_(value)
+            else:
+                group["lr"] = value
 
 
 # ---- saving and resuming -------------------------------------------------------------------------
@@ -329,6 +380,7 @@ def save(step):
         for key, t in net.state_dict().items():
             state[f"{kind}.{key}"] = t
     for key, p in parameters.items():
+        optimizer = muon if key in matrices else adamw
         for kind, t in optimizer.state[p].items():
             state[f"optimizer.{key}.{kind}"] = t
     save_state(out, step, state, about, keep)
@@ -338,6 +390,10 @@ def save(step):
 def save_evaluated(step):
     path = os.path.join(out, "ckpt.safetensors")
     save_tensors(path, evaluated.state_dict(), {**about, "step": step})
+    for kind, rate in more_rates.items():
+        path = os.path.join(out, f"ckpt-{rate}.safetensors")
+        of_rate = {**about, "train": {**config, "ema_eval": rate}, "step": step}
+        save_tensors(path, nets[kind].state_dict(), of_rate)
 
 
 def resume():
@@ -359,6 +415,8 @@ def resume():
         )
     if new and rank == 0:
         print(f"{path} is from before these constants, which have today's value: {', '.join(new)}")
+    if (was["train"].get("muon_lr", 0) > 0) != (muon_lr > 0):
+        fail(f"{path} has moments of other optimizers: muon_lr cannot change from or to 0")
     if was["data"] != header:
         fail(
             f"{path} was trained on other data than {data_path} holds now: "
@@ -373,6 +431,7 @@ def resume():
                 f"of it: --init_from={path} --init_partly=True --name=ANOTHER"
             )
     for key, p in parameters.items():
+        optimizer = muon if key in matrices else adamw
         optimizer.state[p] = strip_prefix(state, f"optimizer.{key}.")
     return was["step"]
 
@@ -437,7 +496,8 @@ def gradients(x0, y, *drawn, reduces):
     the terms of the loss.
     """
     if not accumulates:
-        optimizer.zero_grad()
+        for optimizer, _ in optimizers:
+            optimizer.zero_grad()
     backward_part = partial(backward, share=micro_batch / local_batch)
     with parallel.no_sync() if distributed and not reduces else nullcontext():
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16):
@@ -448,14 +508,17 @@ def gradients(x0, y, *drawn, reduces):
 
 @torch.no_grad()
 def update():
-    """AdamW, then the two averages of the weights.
+    """The optimizers, then the averages of the weights.
 
     On a GPU this is recorded after the first step, and Python's numbers stay as they were then.
     What changes from step to step must be a tensor, like the learning rate.
     """
-    optimizer.step()
+    for optimizer, _ in optimizers:
+        optimizer.step()
     torch._foreach_lerp_(target_weights, weights, 1 - ema_target)
     torch._foreach_lerp_(eval_weights, weights, 1 - ema_eval)
+    for kind, rate in more_rates.items():
+        torch._foreach_lerp_(more_weights[kind], weights, 1 - rate)
 
 
 graphs = {}  # CUDA graphs of the functions above
@@ -500,11 +563,13 @@ for step in progress:
         x0 = images[first : first + micro_batch].to(device, non_blocking=True)
         y = labels[first : first + micro_batch].to(device, non_blocking=True)
         x0 = (x0 - mean) / std  # (B, C, H, W)
-        drawn = loss.draw(x0, step_seed, rank * local_batch + first, batch_size)
+        first_row = rank * local_batch + first
+        drawn = loss.draw(x0, step_seed, first_row, batch_size, progress=step / steps)
         if use_graphs and not graphs:
             record_gradients(x0, y, *drawn)
         if first == 0 and accumulates:
-            optimizer.zero_grad(set_to_none=False)  # after record_gradients, which has run them
+            for optimizer, _ in optimizers:  # after record_gradients, which has run them
+                optimizer.zero_grad(set_to_none=False)
         is_last = first + micro_batch == local_batch
         if use_graphs:
             terms = graphs["last" if is_last else "earlier"](x0, y, *drawn)
@@ -524,12 +589,12 @@ for step in progress:
     stop = share_that_asks > 0
 
     if math.isfinite(norm) and math.isfinite(total):
-        set_learning_rate(learning_rate(step))
+        set_learning_rates(step)
         if "update" in graphs:
             graphs["update"]()
         else:
             update()
-            if use_graphs:  # AdamW has made its moments now; recording runs nothing
+            if use_graphs:  # the optimizers have made their moments now; recording runs nothing
                 graphs["update"] = Graph(update, warm_ups=0)
         losses.end_step(norm)
         skipped_in_a_row = 0
@@ -582,7 +647,9 @@ if stop or stop_request.asked():
 if rank == 0:
     report.log_scores(steps)
     report.save_curve()
+    saved_networks = ["ckpt.safetensors"]
+    saved_networks += [f"ckpt-{rate}.safetensors" for rate in more_rates.values()]
     print(
-        f"{out}: ckpt.safetensors, samples_{steps}.png, curve.png, log.jsonl. "
+        f"{out}: {', '.join(saved_networks)}, samples_{steps}.png, curve.png, log.jsonl. "
         f"More images: python sample.py {out}/ckpt.safetensors"
     )

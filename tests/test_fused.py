@@ -33,7 +33,7 @@ def interpreted(name):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("name", ["kernels_match", "network_matches"])
+@pytest.mark.parametrize("name", ["kernels_match", "network_matches", "other_network_matches"])
 def test_in_the_interpreter(name):
     interpreted(name)
 
@@ -180,9 +180,18 @@ def odd_residuals_match():
 
 
 def network_matches():
+    network_with_switches_matches()
+
+
+def other_network_matches():
+    network_with_switches_matches(mlp="swiglu", positions="rotary", conditioning="tokens")
+
+
+def network_with_switches_matches(**switches):
     """Loss and gradients: the formulas in float64, the kernels checkpointed, compiled, detached."""
     torch.manual_seed(0)
-    config = DiTConfig(input_size=(4, 2), hidden_size=48, depth=2, num_heads=2, num_classes=10)
+    size = dict(input_size=(4, 2), hidden_size=48, depth=2, num_heads=2, num_classes=10)
+    config = DiTConfig(**size, **switches)
     network = DiT(config)
     for p in network.parameters():
         if p.requires_grad and not p.any():

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,7 @@ import files
 import model as m
 from loss import TrainingLoss
 from model import DiT, DiTConfig
+from muon import Muon
 
 TINY_NETWORK = SMALL[:3]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="stops, kills and limits as Linux does")
@@ -240,9 +242,11 @@ def test_constants_reach_their_places(folder, monkeypatch):
     flags = (*TINY_NETWORK, "--batch_size=600", "--micro_batch=300", "--score_images=2")
     flags += ("--detach_jvp=True", "--kappa=0.25", "--label_dropout=0.3", "--lr=0.001")
     flags += ("--beta1=0.8", "--beta2=0.7", "--eps=1e-6", "--weight_decay=0.5")
+    flags += ("--terminal_weight=gap", "--adaptive_p=0.5", "--p_equal_end=0.5", "--alpha_min=0.2")
     assert run_script("train.py", "--steps=2", *flags) is None
     assert optimizers[0] == (1e-3, (0.8, 0.7), 1e-6, 0.5)
     expected = dict(label_dropout=0.3, detach_jvp=True, objective="tvm", kappa=0.25)
+    expected.update(terminal_weight="gap", adaptive_p=0.5, p_equal_end=0.5, alpha_min=0.2)
     assert expected.items() <= objectives[0].items()
     # The average is no function of the weights to autograd, which would keep all steps in memory.
     assert not any(p.requires_grad for p in targets[0].parameters())
@@ -273,6 +277,89 @@ def test_warmup(folder, monkeypatch):
     rates.clear()
     assert train("--name=without", "--steps=2", "--lr=0.008") is None
     assert rates == [0.008, 0.008]
+
+
+def test_decay(folder, monkeypatch):
+    """In the last `decay` of the steps both optimizers' rates fall, in equal steps, towards 0."""
+    rates = {torch.optim.AdamW: [], Muon: []}
+
+    def spied(optimizer):
+        class Spy(optimizer):
+            def step(self):
+                rates[optimizer].extend(group["lr"] for group in self.param_groups)
+                return super().step()
+
+        return Spy
+
+    monkeypatch.setattr(torch.optim, "AdamW", spied(torch.optim.AdamW))
+    monkeypatch.setattr("muon.Muon", spied(Muon))
+    flags = ("--lr=0.008", "--muon_lr=0.08", "--score_images=2")
+    assert train("--steps=8", "--warmup=2", "--decay=0.5", *flags) is None
+    shares = [1 / 2, 1, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4]
+    adamw, muon = rates.values()
+    assert adamw == pytest.approx([0.008 * share for share in shares], rel=1e-12)
+    assert muon == pytest.approx([0.08 * share for share in shares], rel=1e-12)
+    adamw.clear()
+    assert train("--steps=4", "--decay=1", "--name=whole", *flags) is None
+    assert adamw == pytest.approx([0.008, 0.006, 0.004, 0.002], rel=1e-12)
+
+
+def run_in_two(name, *flags):
+    """A run of four steps, and one that goes on from the second step's state: the same end."""
+    flags = (*flags, "--steps=4", "--save_every=2", "--score_images=2")
+    assert train(f"--name={name}", *flags) is None
+    os.makedirs(f"out/{name}-cut")
+    shutil.copy(f"out/{name}/state_2.safetensors", f"out/{name}-cut")
+    assert train(f"--name={name}-cut", *flags) is None
+    assert log_lines(f"{name}-cut")[0]["step"] == 2
+    ends = [ckpt.load_newest(f"out/{folder}") for folder in (name, f"{name}-cut")]
+    (_, one, _), (_, other, _) = ends
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    return one
+
+
+def test_muon_goes_on(folder):
+    """Bit by bit. The blocks' matrices have a momentum, all other weights AdamW's moments."""
+    kept = weights(run_in_two("muon", "--muon_lr=0.01"), "optimizer")
+    momenta = [key for key in kept if key.endswith(".momentum_buffer")]
+    assert len(momenta) == 5
+    for key in momenta:
+        assert key.startswith("blocks.0.")
+        assert key.replace("momentum_buffer", "exp_avg") not in kept
+    assert "blocks.0.attn.qkv.bias.exp_avg" in kept
+    without = train("--name=muon", "--steps=6", "--change=muon_lr")
+    assert "muon_lr cannot change from or to 0" in without
+
+
+def test_what_changes_with_progress_goes_on(folder):
+    """Learning rate, p_equal and alpha are functions of the step alone."""
+    run_in_two("tvm", "--decay=0.75", "--p_equal=0.8", "--p_equal_end=0.1")
+    alpha_flow = ("--objective=alpha_flow", "--times=two", "--scaled=False", "--p_equal=0.25")
+    run_in_two("alpha", *alpha_flow, "--alpha_min=0.1")
+    assert loss_lines("alpha")[0]["loss"] == loss_lines("alpha")[0]["alpha_flow"]
+
+
+def test_several_averages(folder):
+    """Each has its rate in its closed form, goes on, and is a checkpoint that says its rate."""
+    end = run_in_two("averages", "--ema_also=0.9,0.5")
+    run = ("--name=one", "--steps=1", "--score_images=2", "--ema_also=0.9,0.5")
+    assert train(*run) is None
+    one = state("one")
+    for rate in (0.9, 0.5):
+        net, about = m.load_model(f"out/averages/ckpt-{rate}.safetensors")
+        assert about["step"] == 4
+        assert about["train"]["ema_eval"] == rate
+        average = weights(end, f"eval-{rate}")
+        assert all(torch.equal(value, average[key]) for key, value in net.state_dict().items())
+        for key, value in weights(one, f"eval-{rate}").items():
+            # ema_eval, 0.995, was at the same start: what each has moved is 1 - its rate.
+            model, slow = one[f"model.{key}"].double(), one[f"eval.{key}"].double()
+            start = (slow - 0.005 * model) / 0.995
+            assert (value.double() - (rate * start + (1 - rate) * model)).abs().max() < 1e-6, key
+    assert run_script("sample.py", "out/averages/ckpt-0.9.safetensors", "--n", 4) is None
+    plain = m.load_model("out/averages/ckpt.safetensors")[1]
+    assert plain["train"]["ema_eval"] == 0.995
 
 
 def test_meanflow_with_other_constants_warns(folder, capsys):
@@ -323,6 +410,10 @@ def test_train_refuses(folder):
     assert "data/digits holds pixels" in train("--vae=x")
     assert "vae_files is for latents" in train("--vae_files=x")
     assert "which are both 1" in train("--guidance=uniform")
+    assert "decay must be at most 1" in train("--decay=1.5")
+    assert "ema_also takes numbers" in train("--ema_also=0.9,x")
+    assert "below 1, not 1" in train("--ema_also=1")
+    assert "terminal_weight must be one of" in train("--terminal_weight=x")
     assert "bfloat16_sums is for GPUs" in train("--bfloat16_sums=True", "--device=cpu")
     assert not os.path.exists("out")
 
