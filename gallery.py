@@ -48,7 +48,13 @@ from sample import (
 )
 from scores import nearest_neighbours
 
-TITLES = {"tvm": "TVM", "meanflow": "MeanFlow", "flow_matching": "flow matching"}
+TITLES = {
+    "tvm": "TVM",
+    "meanflow": "MeanFlow",
+    "improved_meanflow": "improved MeanFlow",
+    "alpha_flow": "alpha-Flow",
+    "flow_matching": "flow matching",
+}
 MOST_COLUMNS = 10  # where --classes does not name them
 MOST_ROWS = 50  # of each network
 WIDTH = 960  # pixels of all columns, at most

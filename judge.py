@@ -1,9 +1,10 @@
 """
-Who scores the samples of study.py: a small classifier, against fresh images that nobody trained on.
+Who scores the samples of study.py and record.py: a small classifier, which compares them with fresh
+images that nobody trained on.
 
     judge = Judge(protocol, fresh, header, data, device)
     judge.real                      # the scores of other fresh images, in the place of samples
-    line = judge.score_run(run, steps)    # its scores, and more, for the study's log
+    line = judge.score_run(run, steps)    # its scores, and more, for the log
 
 The classifier is trained on the training images. It judges the labels, and its features (256) give
 a Frechet distance; another one is that of pixels, averaged 2 x 2.
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save
 from dual import total
 from files import written
 from frechet import frechet_distance
+from loss import EULER
 from model import Block, load_model
 from pictures import grid, to_images
 from sample import noise_and_labels, sample
@@ -36,7 +38,7 @@ BATCH = 1000
 
 class Judge:
     def __init__(self, protocol, fresh, header, data, device):
-        """protocol: of study.py. header, data: of load_dataset.
+        """protocol: of study.py or record.py. header, data: of load_dataset.
 
         fresh: uint8 (2 n, C, H, W), image i of class i % 10. Samples are compared with the first n.
         The others are scored in the place of samples.
@@ -117,7 +119,7 @@ class Judge:
 
     def sample(self, model, about, nfe, n, first=0):
         """Images (n, H, W, C), uint8, of the judge's noise and classes from `first` on."""
-        euler = about["objective"] == "flow_matching"
+        euler = about["objective"] in EULER
         noise = self.noise[first : first + n]
         classes = self.y[first : first + n]
         images = []
@@ -127,6 +129,7 @@ class Judge:
             images.append(to_images(x0, self.header))
         return np.concatenate(images)
 
+    @torch.no_grad()
     def block_rms(self, model, about):
         """The root mean square of each block's output, in one step of the last batch."""
         rms = []

@@ -19,13 +19,15 @@ Gradients flow through df/ds, and so through dF/ds. The point x_t + f and everyt
 constants. A sample that loses its label has w = 1 in both terms.
 
 In this file: the samplers, then one function an objective, then the module that train.py calls.
-For comparison, on the same network, there are two more objectives: flow matching (fm alone; it is
-sampled by Euler steps k F(x, t, t)) and MeanFlow (Geng et al., arXiv 2505.13447).
+For comparison, on the same network, there are more objectives: flow matching (fm alone; it is
+sampled by Euler steps k F(x, t, t)), MeanFlow (Geng et al., arXiv 2505.13447), improved MeanFlow
+(Geng et al., arXiv 2512.02012) and alpha-Flow (Zhang et al., arXiv 2510.20771).
 
 Data x0 are (B, ...): images, but nothing here depends on that. Conditions y are (B, ...) tensors;
 what they mean is the model's business, and model.no_condition(y) is "no class".
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -33,7 +35,7 @@ from torch import Tensor, nn
 
 from dual import at_least_float32, column
 
-OBJECTIVES = ("tvm", "meanflow", "flow_matching")
+OBJECTIVES = ("tvm", "meanflow", "improved_meanflow", "alpha_flow", "flow_matching")
 TIMES = ("gap*", "gap", "trunc", "clamp", "two")
 GUIDANCE = ("constant", "inverse", "uniform")
 EULER = ("flow_matching",)  # of s = t alone: sampled by Euler steps with F(x, t, t)
@@ -227,8 +229,81 @@ def meanflow_loss(model, x0, y, x1, t, s, w, drop, kappa=0.5, c=1e-3, p=1.0):
     F, dF = model.jvp(x_t, t, s, y, w, dx=v_guided, dt=torch.ones_like(t))
     F, dF = at_least_float32(F), at_least_float32(dF)
     error = mean_square(k * F - (v_guided + column(s - t, x0) * k * dF).detach())
-    weight = 1 / (error.detach() + c) ** p
-    yield Term("meanflow", error * weight, error, t)
+    yield Term("meanflow", error * adaptive_weight(error, p, c), error, t)
+
+
+def improved_meanflow_loss(model, x0, y, x1, t, s, w, drop, c=1e-3, p=1.0):
+    """Improved MeanFlow (arXiv 2512.02012) without its second head. k F is the mean velocity.
+
+        loss = || V - v_g ||^2  times a weight 1/(|| ||^2 + c)^p
+        V    = k F + (t-s) sg[k (u dF/dx + dF/dt)],  u = sg[k F(x_t, t, t, y)]
+        v_g  = w v + (1-w) sg[k F(x_t, t, t, none)]
+
+    sg[] is a constant. V estimates the velocity at t from the mean velocity, so this is flow
+    matching with another network. The derivative goes along the network's own velocity u:
+    MeanFlow's goes along that of one pair of data and noise. v_g = v where the class is dropped.
+    """
+    k = column(w, x0) if model.config.scaled else 1
+    v = x1 - x0
+    x_t = x0 + column(t, x0) * v
+    with torch.no_grad():
+        two_t = torch.cat([t, t])
+        two_y = torch.cat([y, model.no_condition(y)])
+        F_both = model(torch.cat([x_t, x_t]), two_t, two_t, two_y, torch.cat([w, w]))
+        F_class, F_none = at_least_float32(F_both).chunk(2)
+        u = k * F_class
+        v_g = guided_velocity(v, k * F_none, w, drop)
+    F, dF = model.jvp(x_t, t, s, y, w, dx=u, dt=torch.ones_like(t))
+    F, dF = at_least_float32(F), at_least_float32(dF)
+    V = k * F + column(t - s, x0) * (k * dF).detach()
+    error = mean_square(V - v_g)
+    yield Term("improved_meanflow", error * adaptive_weight(error, p, c), error, t)
+
+
+def alpha_flow_loss(model, x0, y, x1, t, s, r, w, drop, c=1e-3, p=1.0):
+    """alpha-Flow (arXiv 2510.20771): MeanFlow without a derivative. k F is the mean velocity.
+
+        loss = || k F(x_t, t, s) - sg[alpha v_g + (1-alpha) k F(x_r, r, s)] ||^2
+               times a weight 1/(|| ||^2 + c)^p
+        x_r  = x_t + (r-t) v_g,  alpha = (t-r)/(t-s),  v_g as in improved MeanFlow
+
+    So the way from t to s is a straight piece to the time r, and the network's own way from there.
+    alpha = 1 is flow matching, here also where t = s; small ones come near MeanFlow.
+    """
+    k = column(w, x0) if model.config.scaled else 1
+    v = x1 - x0
+    x_t = x0 + column(t, x0) * v
+    alpha = torch.where(t == s, 1.0, (t - r) / (t - s))
+    alpha = column(alpha, x0)
+    with torch.no_grad():
+        F_none = at_least_float32(model(x_t, t, t, model.no_condition(y), w))
+        v_g = guided_velocity(v, k * F_none, w, drop)
+        x_r = x_t + column(r - t, x0) * v_g
+        F_rest = at_least_float32(model(x_r, r, s, y, w))
+        mean_velocity = alpha * v_g + (1 - alpha) * k * F_rest
+    F = at_least_float32(model(x_t, t, s, y, w))
+    error = mean_square(k * F - mean_velocity)
+    yield Term("alpha_flow", error * adaptive_weight(error, p, c), error, t)
+
+
+def alpha_at(progress, alpha_min):
+    """alpha-Flow's alpha: 1 at first, then along a sigmoid down to alpha_min.
+
+    The published alpha_min is 0.005. The default here is larger: t and r would differ by no more
+    than neighbouring bfloat16 numbers do just below 1, which is 0.004.
+    """
+    return max(alpha_min, 1 / (1 + math.exp(25 * (progress - 0.5))))
+
+
+def guided_velocity(v, u_none, w, drop):
+    """w v + (1-w) u_none, and v where the class is dropped. w (B,), drop (B,) bool."""
+    w_or_1 = column(w.masked_fill(drop, 1.0), v)
+    return w_or_1 * v + (1 - w_or_1) * u_none
+
+
+def adaptive_weight(error, p, c=1e-3):
+    """1 / (error + c)^p, a constant to autograd (MeanFlow's)."""
+    return 1 / (error.detach() + c) ** p
 
 
 def mean_square(x):
@@ -256,11 +331,12 @@ class TrainingLoss(nn.Module):
         detach_jvp=False,
         objective="tvm",
         kappa=0.5,
+        alpha_min=0.05,
     ):
         """times and guidance: keyword arguments of sample_times and sample_guidance.
 
-        objective: one of OBJECTIVES. kappa: meanflow's. Raises ValueError for arguments out of
-        range.
+        objective: one of OBJECTIVES. kappa: meanflow's. alpha_min: alpha_flow's. Raises ValueError
+        for arguments out of range.
         """
         super().__init__()
         self.times = times or {}
@@ -272,6 +348,8 @@ class TrainingLoss(nn.Module):
                 raise ValueError('meanflow takes guidance "constant"')
             if not 0 <= kappa < 1:
                 raise ValueError(f"meanflow takes kappa at least 0 and below 1, not {kappa:g}")
+        if objective == "alpha_flow" and not 0 < alpha_min <= 1:
+            raise ValueError(f"alpha_flow takes alpha_min above 0 and at most 1, not {alpha_min:g}")
         sample_times(1, **self.times)  # complains now rather than in a step
         sample_guidance(1, **self.guidance)
         self.model = model
@@ -280,16 +358,19 @@ class TrainingLoss(nn.Module):
         self.detach_jvp = detach_jvp
         self.objective = objective
         self.kappa = kappa
+        self.alpha_min = alpha_min
 
     @property
     def detaches_jvp(self):
         """Whether no gradient goes through the derivative (for compile_blocks)."""
-        return self.detach_jvp or self.objective == "meanflow"
+        return self.detach_jvp or self.objective in ("meanflow", "improved_meanflow")
 
-    def draw(self, x0, seed, first=0, total=None):
+    def draw(self, x0, seed, first=0, total=None, progress=0.0):
         """Noise like x0; times t, s, s_fm, weights w (B,); drop (B,) bool: the labels to drop.
 
         They are those of rows first to first + B of a global batch of `total` (default B).
+        progress: the share of the training that is over, in [0, 1]. For alpha_flow the third time
+        is its r, between s and t.
         """
         B = len(x0)
         total = B if total is None else total
@@ -300,6 +381,8 @@ class TrainingLoss(nn.Module):
 
         x1 = torch.randn(total, *x0.shape[1:], **options)
         t, s, s_fm = sample_times(total, **self.times, **options)
+        if self.objective == "alpha_flow":
+            s_fm = t + alpha_at(progress, self.alpha_min) * (s - t)
         w = sample_guidance(total, **self.guidance, **options)
         drop = torch.rand(total, **options) < self.label_dropout
         return [a[first : first + B].to(x0.device) for a in (x1, t, s, s_fm, w, drop)]
@@ -320,6 +403,10 @@ class TrainingLoss(nn.Module):
         if self.objective == "meanflow":
             # The weight itself: MeanFlow's network is given w without a class, too.
             return meanflow_loss(model, x0, y, x1, t, s, w, drop, self.kappa)
+        if self.objective == "improved_meanflow":
+            return improved_meanflow_loss(model, x0, y, x1, t, s, w, drop)
+        if self.objective == "alpha_flow":
+            return alpha_flow_loss(model, x0, y, x1, t, s, s_fm, w, drop)
         raise ValueError(f"no branch here for objective {self.objective!r}")
 
     def forward(self, x0, y, x1, t, s, s_fm, w, drop, backward_part=None):

@@ -21,6 +21,7 @@ from device import DDP_WARM_UPS, Graph, data_parallel
 from dual import column
 from loss import Term, TrainingLoss, backward
 from model import DiT, compile_blocks
+from muon import Muon, matrices_of_blocks
 from shard import shard_loss, shard_weights, whole
 
 BATCHES = 64  # of random data, taken in turn
@@ -56,12 +57,13 @@ class TrainingStep:
         detach_jvp=False,
         flow=False,
         objective="tvm",
+        muon=False,
         device="cuda",
     ):
         """compiled: the blocks, and on a GPU the step as a CUDA graph. shard: weights divided over
         the ranks of torchrun, without a graph. checkpoint: every block keeps its input only.
         detach_jvp: no gradient through dF/ds. flow: FlowMatching above, instead of `objective`,
-        which is one of loss.OBJECTIVES.
+        which is one of loss.OBJECTIVES. muon: the blocks' matrices are trained by Muon.
         """
         torch.manual_seed(0)
         torch._dynamo.reset()
@@ -102,9 +104,13 @@ class TrainingStep:
             self.averages.append(([net.get_parameter(name) for name in trained], rate))
         self.use_graphs = compiled and device == "cuda" and not shard
         lr = torch.tensor(1e-4, device=device) if self.use_graphs else 1e-4
-        self.optimizer = torch.optim.AdamW(
-            self.weights, lr, (0.9, 0.95), fused=True, capturable=self.use_graphs
+        parameters = dict(zip(trained, self.weights, strict=True))
+        matrices = matrices_of_blocks(parameters) if muon else {}
+        others = [p for name, p in parameters.items() if name not in matrices]
+        self.adamw = torch.optim.AdamW(
+            others, lr, (0.9, 0.95), fused=True, capturable=self.use_graphs
         )
+        self.muon = Muon(matrices.values(), lr) if muon else None
         self.gradients_graph = None
         self.update_graph = None
         self.parallel = self.loss
@@ -122,7 +128,7 @@ class TrainingStep:
 
     def gradients(self, *inputs):
         """Forward and backward. Returns the loss."""
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             loss, _ = self.parallel(*inputs, backward_part=backward)
         backward(loss)
@@ -130,10 +136,12 @@ class TrainingStep:
 
     @torch.no_grad()
     def update(self):
-        if self.use_graphs:
-            one_pass.step(self.optimizer, self.averages)
+        if self.use_graphs and not self.muon:
+            one_pass.step(self.adamw, self.averages)
             return
-        self.optimizer.step()
+        self.adamw.step()
+        if self.muon:
+            self.muon.step()
         for average, rate in self.averages:
             torch._foreach_lerp_(average, self.weights, 1 - rate)
 

@@ -34,7 +34,6 @@ study_report.py has the tables and figures.
 
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
@@ -68,7 +67,12 @@ METHODS = {  # what each changes in train.py's constants
     "meanflow": dict(objective="meanflow", times="two", p_equal=0.75, scaled=False, kappa=0.5),
     "flow_matching": dict(objective="flow_matching"),
 }
-TIMED = (*METHODS, "detach_jvp")  # whose steps are timed
+TIMED = {  # the steps that are timed: what each changes in train.py's constants
+    "tvm": {},
+    "meanflow": dict(objective="meanflow"),
+    "flow_matching": dict(objective="flow_matching"),
+    "detach_jvp": dict(detach_jvp=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,38 +216,39 @@ def command_of(protocol, run, constants, steps):
 # ---- timing --------------------------------------------------------------------------------------
 
 
-def print_step_times(protocol):
-    """{what: median milliseconds of a step}, as JSON. While this runs nothing else may."""
+def time_step(protocol, constants):
+    """The median milliseconds of a training step. While this runs nothing else may.
+
+    constants: fields of DiTConfig and arguments of TrainingStep. Others raise TypeError.
+    """
     cuda = torch.cuda.is_available()
     names = ("hidden_size", "depth", "num_heads", "patch_size")
     network = {name: protocol.network[name] for name in names}
-    config = DiTConfig(input_size=protocol.size, in_channels=3, num_classes=10, **network)
-    step_ms = {}
-    for what in TIMED:
-        detach = what == "detach_jvp"
-        step = TrainingStep(
-            config,
-            protocol.network["batch_size"],
-            compiled=cuda,
-            detach_jvp=detach,
-            objective="tvm" if detach else what,
-            device="cuda" if cuda else "cpu",
-        )
-        for n in range(10):
-            step(n)
-        step_ms[what] = statistics.median(milliseconds(step, 60 if cuda else 5))
-    print(json.dumps(step_ms))
+    arguments = {}
+    for name, value in constants.items():
+        is_networks = name in DiTConfig.__dataclass_fields__
+        (network if is_networks else arguments)[name] = value
+    step = TrainingStep(
+        DiTConfig(input_size=protocol.size, in_channels=3, num_classes=10, **network),
+        protocol.network["batch_size"],
+        compiled=cuda,
+        device="cuda" if cuda else "cpu",
+        **arguments,
+    )
+    for n in range(10):
+        step(n)
+    return statistics.median(milliseconds(step, 60 if cuda else 5))
+
+
+def print_step_times(protocol):
+    """{what: median milliseconds of a step}, as JSON."""
+    print(json.dumps({what: time_step(protocol, TIMED[what]) for what in TIMED}))
 
 
 def first_line(protocol, log, tiny):
     """The log's first line: settings and step times. It is read, or measured now."""
-    if os.path.exists(log):
-        first, _ = read_log(log)
-        if first.get("settings") != protocol.settings():
-            raise UserError(
-                f"{log} is of a study with other settings: {first.get('settings')}, "
-                f"not {protocol.settings()}; move out/study* away"
-            )
+    first = first_line_of(log, protocol.settings())
+    if first:
         return first
     # In a process of its own, whose memory is free again for the runs.
     command = [sys.executable, os.path.abspath(__file__), "--time"]
@@ -252,14 +257,27 @@ def first_line(protocol, log, tiny):
     timer = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if timer.returncode:
         raise UserError("timing the steps failed")
+    step_ms = json.loads(timer.stdout.splitlines()[-1])
+    return dict(settings=protocol.settings(), step_ms=step_ms, **here_and_now())
+
+
+def first_line_of(log, settings):
+    """The first line of a log that is there, or None. Raises UserError for other settings."""
+    if not os.path.exists(log):
+        return None
+    first, _ = read_log(log)
+    if first["settings"] != settings:
+        raise UserError(
+            f"{log} has other settings, {first['settings']}, not {settings}; "
+            f"move {os.path.dirname(log) or log} away"
+        )
+    return first
+
+
+def here_and_now():
+    """What the log's first line says of the machine."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return dict(
-        settings=protocol.settings(),
-        device=device,
-        torch=torch.__version__,
-        step_ms=json.loads(timer.stdout.splitlines()[-1]),
-        date=time.strftime("%Y-%m-%d"),
-    )
+    return dict(device=device, torch=torch.__version__, date=time.strftime("%Y-%m-%d"))
 
 
 # ---- the runs ------------------------------------------------------------------------------------
@@ -270,31 +288,48 @@ class Job:
     """A run that is being trained, and then scored."""
 
     steps: int
+    gpu: str | None
     trainer: subprocess.Popen
     scores: Future | None = None  # once the trainer has ended
 
 
 class Runs:
-    """Runs that are trained side by side, and then scored one or two at a time."""
+    """Runs that are trained side by side, and then scored one or two at a time.
 
-    def __init__(self, protocol, log, judge, step_ms, device):
+    record.py has other runs: it overrides plan, steps_of and line_of.
+    """
+
+    def __init__(self, protocol, log, make_judge, step_ms, device):
+        """make_judge(): a Judge. It is called in another thread, so that the first runs need not
+        wait for it.
+        """
         self.protocol = protocol
         self.log = log
-        self.judge = judge
         self.step_ms = step_ms
-        self.done = read_log(log)[1]  # {run: its line}
+        self.done = read_log(log)[1] if os.path.exists(log) else {}  # {run: its line}
         self.active = {}  # {run: Job}
         self.failed = {}  # {run: the last line of what train.py said}
         self.scorer = ThreadPoolExecutor(2)
+        self.judge = self.scorer.submit(make_judge)
         self.environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "4"}
-        self.gpus = None
+        self.gpus = [None]
         if device.type == "cuda":
             self.environment["OMP_NUM_THREADS"] = "1"
-            count = torch.cuda.device_count()
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-            self.gpus = itertools.cycle(visible.split(",")[:count])
-        total = len(plan_runs(protocol, {})) + (len(protocol.seeds) - 1) * len(METHODS)
-        self.bar = tqdm(total=total, initial=len(self.done), desc="runs", unit="run")
+            self.gpus = visible_gpus()[::-1]  # last the first one, on which the judge is
+        done = len(set(self.done) & set(self.plan()))
+        self.bar = tqdm(total=len(self.plan()), initial=done, desc="runs", unit="run")
+
+    def plan(self):
+        """{run: its constants} of all runs that are known by now, the most wanted first."""
+        return plan_runs(self.protocol, self.done)
+
+    def steps_of(self, constants):
+        """How many steps a run has."""
+        return steps_of(self.protocol, constants, self.step_ms)
+
+    def line_of(self, run, line):
+        """The log's line of a run. line: {run, steps} and what score_run says, or why it failed."""
+        return line
 
     def make_all(self):
         """Make all the runs. However this ends, no trainer is left behind."""
@@ -320,7 +355,7 @@ class Runs:
 
     def start(self):
         """Start as many runs as there is room for."""
-        runs = plan_runs(self.protocol, self.done)
+        runs = self.plan()
         self.bar.total = max(self.bar.total, len(runs))
         for run, constants in runs.items():
             training = sum(job.scores is None for job in self.active.values())
@@ -328,14 +363,23 @@ class Runs:
                 return
             if run in self.done or run in self.active or run in self.failed:
                 continue
-            steps = steps_of(self.protocol, constants, self.step_ms)
+            steps = self.steps_of(constants)
             command = command_of(self.protocol, run, constants, steps)
+            gpu = self.least_busy_gpu()
             environment = self.environment
-            if self.gpus:
-                environment = {**environment, "CUDA_VISIBLE_DEVICES": next(self.gpus)}
+            if gpu is not None:
+                environment = {**environment, "CUDA_VISIBLE_DEVICES": gpu}
             with open(self.output_path(run), "w") as f:
                 trainer = subprocess.Popen(command, stdout=f, stderr=f, env=environment)
-            self.active[run] = Job(steps, trainer)
+            self.active[run] = Job(steps, gpu, trainer)
+
+    def least_busy_gpu(self):
+        """The GPU with the fewest trainers, or None without a GPU."""
+        busy = [job.gpu for job in self.active.values() if job.scores is None]
+        return min(self.gpus, key=busy.count)
+
+    def score(self, run, steps):
+        return self.judge.result().score_run(run, steps)
 
     def collect(self):
         """Take note of what has ended since the last time."""
@@ -344,13 +388,14 @@ class Runs:
                 if job.scores.done():
                     self.finish(run, job.scores.result())
             elif job.trainer.poll() == 0:
-                job.scores = self.scorer.submit(self.judge.score_run, run, job.steps)
+                job.scores = self.scorer.submit(self.score, run, job.steps)
             elif job.trainer.poll() is not None:
                 self.note_failure(run, job)
 
     def finish(self, run, line):
         """A run has come to its end: its line goes to the log."""
         del self.active[run]
+        line = self.line_of(run, line)
         self.done[run] = line
         append_line(self.log, line)
         self.bar.update()
@@ -371,6 +416,13 @@ class Runs:
         del self.active[run]
         self.failed[run] = last
         self.bar.write(f"{run}: {last}")
+
+
+def visible_gpus():
+    """The names of the GPUs, as CUDA_VISIBLE_DEVICES has them."""
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return visible.split(",")[:count]
 
 
 def append_line(log, line):
@@ -400,19 +452,32 @@ def study(protocol, log, tiny):
     times = [f"{what} {ms:.1f}" for what, ms in first["step_ms"].items()]
     print("milliseconds of a step:", ", ".join(times), flush=True)
 
-    device = find_device()
+    device = prepare_device()
+
+    def make_judge():
+        judge = Judge(protocol, fresh, header, data, device)
+        if not os.path.exists(log):
+            append_line(log, dict(first, real=judge.real))
+        return judge
+
+    runs = Runs(protocol, log, make_judge, first["step_ms"], device)
+    runs.make_all()
+    complain_of(runs.failed)
+
+
+def prepare_device():
+    """The judge's device, as it needs it."""
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.deterministic = True  # the same judge each time
     torch.set_num_threads(min(4, torch.get_num_threads()))  # the other cores are the runs'
-    judge = Judge(protocol, fresh, header, data, device)
-    if not os.path.exists(log):
-        append_line(log, dict(first, real=judge.real))
-    runs = Runs(protocol, log, judge, first["step_ms"], device)
-    runs.make_all()
-    if runs.failed:
+    return find_device()
+
+
+def complain_of(failed):
+    """Raise UserError where runs failed. failed: {run: why}."""
+    if failed:
         raise UserError(
-            f"{len(runs.failed)} runs failed, which the same command tries again: "
-            f"{', '.join(runs.failed)}"
+            f"{len(failed)} runs failed, which the same command tries again: {', '.join(failed)}"
         )
 
 

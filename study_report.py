@@ -1,5 +1,5 @@
 """
-The tables and figures of study.py, from its log alone.
+The tables and figures of study.py, from its log alone. record.py uses what it can of this.
 
     python study.py --report [--log=FILE]
 
@@ -208,42 +208,41 @@ def table_of_ablations(results):
 # ---- figures -------------------------------------------------------------------------------------
 
 
-def draw_scores(results, path):
-    """Scores over sampling steps: the mean and the range of the seeds."""
-    nfes = results.settings["nfes"]
+def draw_scores(runs_of, first, title, path):
+    """Scores over sampling steps: the mean and the range of the seeds.
+
+    runs_of: {label: the lines of its runs}, which become curves. first: the log's first line.
+    """
+    nfes = first["settings"]["nfes"]
+    names = [str(nfe) for nfe in nfes]
     figure = Figure(figsize=(13, 4), layout="constrained")
     axes = figure.subplots(1, 3)
     for axis, key in zip(axes, ("features", "two_sample", "label"), strict=True):
-        for i, method in enumerate(results.best):
-            runs = results.all_seeds(method)
-            values = [[run["scores"][nfe][key] for nfe in results.nfes] for run in runs]
+        for i, (label, runs) in enumerate(runs_of.items()):
+            values = [[run["scores"][nfe][key] for nfe in names] for run in runs]
             values = np.array(values)  # (seeds, nfes)
-            axis.plot(nfes, values.mean(0), f"C{i}o-", label=method)
+            axis.plot(nfes, values.mean(0), f"C{i}o-", label=label)
             axis.fill_between(nfes, values.min(0), values.max(0), color=f"C{i}", alpha=0.2)
-        axis.axhline(results.first["real"][key], color="gray", ls=":", label="fresh images")
+        axis.axhline(first["real"][key], color="gray", ls=":", label="fresh images")
         yscale = "log" if key == "features" else "linear"
         axis.set(xscale="log", yscale=yscale, xlabel="sampling steps", ylabel=SCORES[key])
-        axis.set_xticks(nfes, results.nfes)
+        axis.set_xticks(nfes, names)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend()
-    figure.suptitle(
-        f"Equal training time, {results.settings['seconds']:g} s a run on "
-        f"{results.first['device']}; mean and range of seeds",
-        fontsize=10,
-    )
+    figure.suptitle(f"{title} on {first['device']}; mean and range of seeds", fontsize=10)
     figure.savefig(path, dpi=120)
 
 
-def draw_samples(results, sheets, path):
-    """A row of samples for each entry of SAMPLES. sheets: {method: the picture of its run}."""
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    axes = figure.subplots(len(SAMPLES))
-    for axis, (title, method, which) in zip(axes, SAMPLES, strict=True):
-        sheet = np.asarray(Image.open(sheets[method]))
+def draw_samples(rows, nfes, path):
+    """A row of samples for each of `rows`: (its title, the picture of a run, which of the nfes)."""
+    figure = Figure(figsize=(8, 0.9 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), squeeze=False)[:, 0]
+    for axis, (title, file, which) in zip(axes, rows, strict=True):
+        sheet = np.asarray(Image.open(file))
         gap = 2  # pixels between the rows of a sheet
-        height = (sheet.shape[0] + gap) // len(results.nfes)
-        top = range(len(results.nfes))[which] * height
+        height = (sheet.shape[0] + gap) // len(nfes)
+        top = range(len(nfes))[which] * height
         axis.imshow(sheet[top : top + height - gap], interpolation="nearest")
         axis.set(xticks=[], yticks=[])
         axis.set_ylabel(title, rotation=0, ha="right", va="center")
@@ -266,14 +265,18 @@ def report(log, methods, prefix):
     print(text)
     with open(os.path.join(folder, "tables.md"), "w") as f:
         f.write(text + "\n")
-    draw_scores(results, os.path.join(folder, "study.png"))
+    runs_of = {method: results.all_seeds(method) for method in results.best}
+    title = f"Equal training time, {results.settings['seconds']:g} s a run"
+    draw_scores(runs_of, results.first, title, os.path.join(folder, "study.png"))
 
-    sheets = {}
-    for method, rate in results.best.items():
-        sheet = os.path.join(folder, f"{prefix}-{safe_name(f'{method}-{rate:g}-0')}.png")
-        if os.path.exists(sheet):
-            sheets[method] = sheet
-    if {method for _, method, _ in SAMPLES} <= set(sheets):
-        draw_samples(results, sheets, os.path.join(folder, "samples.png"))
+    rows = []
+    for title, method, which in SAMPLES:
+        if method in results.best:
+            run = f"{method}-{results.best[method]:g}-0"
+            sheet = os.path.join(folder, f"{prefix}-{safe_name(run)}.png")
+            if os.path.exists(sheet):
+                rows.append((title, sheet, which))
+    if len(rows) == len(SAMPLES):
+        draw_samples(rows, results.nfes, os.path.join(folder, "samples.png"))
     else:
         print(f"no samples.png: the pictures of the runs do not lie in {folder}", file=sys.stderr)

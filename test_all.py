@@ -12,7 +12,7 @@ In this order:
     blocks          masked, checkpointed and compiled ones give what plain ones give
     samplers        times and guidance weights against their distributions
     TVM             exact flows have no loss; other networks, a loop over samples from the paper
-    MeanFlow and flow matching, in the same way
+    MeanFlow, its relatives and flow matching, in the same way
     TrainingLoss    what is random, dropout of labels, options
     seams           data and conditions of any shape
     the rehearsal   from JPEGs to FID on small files, with kills and two ranks
@@ -74,8 +74,12 @@ from inception import InceptionV3
 from loss import (
     OBJECTIVES,
     TrainingLoss,
+    adaptive_weight,
+    alpha_at,
+    alpha_flow_loss,
     backward,
     flow_matching_loss,
+    improved_meanflow_loss,
     meanflow_loss,
     sample_guidance,
     sample_times,
@@ -563,29 +567,41 @@ class GraphCounter:
         return graph.forward
 
 
-@pytest.mark.parametrize("name, kept", [("meanflow", 0), ("tvm", 0), ("tvm", 1)])
-def test_blocks_compile_once(name, kept):
-    """The trainer's compiled block needs three graphs, and all of them in the first step.
+@pytest.mark.parametrize(
+    "name, kept, graphs",
+    [
+        ("meanflow", 0, 3),
+        ("improved_meanflow", 0, 3),
+        ("alpha_flow", 0, 2),
+        ("tvm", 0, 3),
+        ("tvm", 1, 3),
+    ],
+)
+def test_blocks_compile_once(name, kept, graphs):
+    """The trainer's compiled block needs few graphs, and all of them in the first step.
 
     TVM's are those of its two passes and of the target. MeanFlow's are one without a derivative,
     and two with: the tangent that a block is given is the detached one of a block before, or not.
+    alpha-Flow's are those of its pass and of the passes without gradient.
     """
     torch._dynamo.reset()
     net = random_model(torch.float32)
     counter = GraphCounter()
-    block = Block.forward_detach_jvp if name == "meanflow" else Block.forward
+    detaches = name in ("meanflow", "improved_meanflow")
+    block = Block.forward_detach_jvp if detaches else Block.forward
     net.checkpoint_blocks = kept
     net.run_block = torch.compile(block, fullgraph=True, dynamic=False, backend=counter)
     target = copy.deepcopy(net).requires_grad_(False)
-    times = dict(sampler="two", p_equal=0.75) if name == "meanflow" else {}
+    times = dict(sampler="two", p_equal=0.75) if detaches else {}
     objective = TrainingLoss(net, target, guidance=dict(w=2.0), objective=name, times=times)
+    assert objective.detaches_jvp == detaches
     seen = []
     for step in range(3):
         x0 = randn(8, 2, 4, 4, dtype=torch.float32)
         loss, _ = objective(x0, torch.arange(8) % 3, *objective.draw(x0, step))
         loss.backward()
         seen.append(len(counter.graphs))
-    assert seen == [3, 3, 3]
+    assert seen == [graphs] * 3
 
 
 @pytest.mark.parametrize("dynamic, most", [(False, 12), (True, 3)])
@@ -882,7 +898,7 @@ def test_detach_jvp_cuts_the_derivative_alone():
         close(a, b, 1e-12)
 
 
-# ---- MeanFlow and flow matching ------------------------------------------------------------------
+# ---- MeanFlow, its relatives and flow matching ---------------------------------------------------
 
 
 def meanflow(*arguments):
@@ -988,6 +1004,164 @@ def test_meanflow_against_a_naive_one(scaled):
         close(dF, (after - before) / (2 * h), 1e-7)
 
 
+def improved_meanflow(*arguments):
+    """The one term of improved_meanflow_loss."""
+    (term,) = improved_meanflow_loss(*arguments)
+    assert term.name == "improved_meanflow"
+    return term
+
+
+def alpha_flow(*arguments):
+    """The one term of alpha_flow_loss."""
+    (term,) = alpha_flow_loss(*arguments)
+    assert term.name == "alpha_flow"
+    return term
+
+
+def test_adaptive_weight():
+    """Against its formula, by hand. It is a constant to autograd."""
+    errors = torch.tensor([0, 0.009], dtype=F64, requires_grad=True)
+    weights = adaptive_weight(errors, 2)
+    close(weights, torch.tensor([1e6, 1e4], dtype=F64), 1e-12)
+    assert not weights.requires_grad
+
+
+@pytest.mark.parametrize("w", [1.0, 2.0])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_improved_meanflow_on_gaussian_data(scaled, w):
+    """The exact mean velocity makes V the marginal velocity u, so V - v_g is w (u - v)."""
+    n = 500
+    flow = GaussianFlow(0.7, 0.5, scaled)
+    y = torch.zeros(n, dtype=torch.long)
+    guidance = torch.full((n,), w, dtype=F64)
+    drop = torch.arange(n) % 5 == 0
+    k = w if scaled else 1
+    t, s, _ = (a.double() for a in sample_times(n, sampler="two", generator=seeded(0)))
+    x0 = 0.7 + 0.5 * randn(n, 2, 3, 3)
+    noise = randn(n, 2, 3, 3, seed=1)
+    x_t = (1 - column(t, x0)) * x0 + column(t, x0) * noise
+    u = k * flow(x_t, t, t, y, guidance)
+    term = improved_meanflow(flow, x0, y, noise, t, s, guidance, drop)
+    error = (noise - x0 - u).square().mean((1, 2, 3)) * torch.where(drop, 1.0, w**2)
+    close(term.error, error, 1e-10)
+    close(term.loss, error / (error + 1e-3), 1e-10)
+    assert torch.equal(term.time, t)
+
+
+def naive_improved_meanflow(net, x0, y, x1, t, s, w, drop, c=1e-3, power=1.0):
+    """(B,) straight from the paper, one sample after the other.
+
+    The derivative is taken by PyTorch's forward mode.
+    """
+    losses = []
+    for i in range(len(x0)):
+        k = w[i] if net.config.scaled else 1.0
+        y_i = y[i : i + 1]
+
+        def u(z, t, r, y=y_i, w=w[i], k=k):
+            return k * net(z, t.view(1), r.view(1), y, w.view(1))
+
+        v = x1[i : i + 1] - x0[i : i + 1]
+        z = (1 - t[i]) * x0[i : i + 1] + t[i] * x1[i : i + 1]
+        if not drop[i]:
+            v = w[i] * v + (1 - w[i]) * u(z, t[i], t[i], net.no_condition(y_i)).detach()
+        tangents = (u(z, t[i], t[i]).detach(), torch.ones_like(t[i]), torch.zeros_like(s[i]))
+        mean_velocity, derivative = torch.func.jvp(u, (z, t[i], s[i]), tangents)
+        V = mean_velocity + (t[i] - s[i]) * derivative.detach()
+        error = ((V - v) ** 2).mean()
+        losses.append(error / (error.detach() + c) ** power)
+    return torch.stack(losses)
+
+
+def naive_alpha_flow(net, x0, y, x1, t, s, r, w, drop, c=1e-3, power=1.0):
+    """(B,) straight from the paper, one sample after the other."""
+    losses = []
+    for i in range(len(x0)):
+        k = w[i] if net.config.scaled else 1.0
+        y_i = y[i : i + 1]
+
+        def u(z, t, r, y=y_i, w=w[i], k=k):
+            return k * net(z, t.view(1), r.view(1), y, w.view(1))
+
+        v = x1[i : i + 1] - x0[i : i + 1]
+        z = (1 - t[i]) * x0[i : i + 1] + t[i] * x1[i : i + 1]
+        if not drop[i]:
+            v = w[i] * v + (1 - w[i]) * u(z, t[i], t[i], net.no_condition(y_i)).detach()
+        alpha = 1.0 if t[i] == s[i] else (t[i] - r[i]) / (t[i] - s[i])
+        z_r = z - (t[i] - r[i]) * v
+        mean_velocity = alpha * v + (1 - alpha) * u(z_r, r[i], s[i]).detach()
+        error = ((u(z, t[i], s[i]) - mean_velocity) ** 2).mean()
+        losses.append(error / (error.detach() + c) ** power)
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_relatives_of_meanflow_against_naive_ones(scaled):
+    """Loss and gradients in float64, and V's derivative against finite differences."""
+    net = random_model(scaled=scaled)
+    x0, noise, t, s, y, w = random_inputs(B=5)
+    s[2] = t[2]
+    y[3] = 3  # "no class"
+    w[4] = 1.0
+    drop = y == 3
+    inputs = (net, x0, y, noise, t, s)
+    r = t + 0.2 * (s - t)
+    others = (w, drop, 0.01, 0.7)
+    for ours, naive in (
+        (improved_meanflow(*inputs, *others).loss, naive_improved_meanflow(*inputs, *others)),
+        (alpha_flow(*inputs, r, *others).loss, naive_alpha_flow(*inputs, r, *others)),
+    ):
+        close(ours, naive, 1e-12)
+        for a, b in zip(gradients(ours.sum(), net), gradients(naive.sum(), net), strict=True):
+            assert nearly_equal(a, b, 1e-10, 1e-13)
+
+    with torch.no_grad():
+        h = 1e-6
+        k = column(w, x0) if scaled else 1
+        x_t = x0 + column(t, x0) * (noise - x0)
+        u = k * net(x_t, t, t, y, w)
+        after = net(x_t + h * u, t + h, s, y, w)
+        before = net(x_t - h * u, t - h, s, y, w)
+        V = k * (net(x_t, t, s, y, w) + column(t - s, x0) * (after - before) / (2 * h))
+        error = (V - velocity_to_match(net, x_t, noise - x0, t, y, w, drop)).square()
+    close(improved_meanflow(*inputs, *others).error, error.mean((1, 2, 3)), 1e-7)
+
+
+def velocity_to_match(net, x_t, v, t, y, w, drop):
+    """v_g = w v + (1-w) u without a class; v where the class is dropped."""
+    k = column(w, v) if net.config.scaled else 1
+    u_none = k * net(x_t, t, t, net.no_condition(y), w)
+    w_or_1 = column(torch.where(drop, 1.0, w), v)
+    return w_or_1 * v + (1 - w_or_1) * u_none
+
+
+def test_alpha_flow_between_flow_matching_and_meanflow():
+    """With alpha = 1 the mean velocity is matched to v_g. The residual over alpha becomes
+    MeanFlow's as alpha goes to 0: their difference is of the order of alpha.
+    """
+    net = random_model()
+    x0, noise, t, s, y, w = random_inputs(B=5)
+    drop = y == 3
+    inputs = (net, x0, y, noise, t, s)
+    with torch.no_grad():
+        of_meanflow = meanflow(*inputs, w, drop, 0.0).error
+        differences = []
+        for alpha in (1e-3, 1e-4):
+            error = alpha_flow(*inputs, t + alpha * (s - t), w, drop).error
+            differences.append(rel(error / alpha**2, of_meanflow))
+        assert differences[1] < 1e-3
+        assert abs(differences[0] / differences[1] - 10) < 0.1
+
+        x_t = x0 + column(t, x0) * (noise - x0)
+        v_g = velocity_to_match(net, x_t, noise - x0, t, y, w, drop)
+        error = (column(w, x0) * net(x_t, t, s, y, w) - v_g).square().mean((1, 2, 3))
+        close(alpha_flow(*inputs, s, w, drop).error, error, 1e-12)
+    assert abs(alpha_at(0.0, 0.05) - 1) < 1e-5
+    assert alpha_at(0.5, 0.05) == 0.5
+    assert abs(alpha_at(0.6, 0.05) - 1 / (1 + math.exp(2.5))) < 1e-12
+    assert alpha_at(1.0, 0.05) == 0.05
+
+
 def test_flow_matching_is_the_fm_term():
     """Flow matching is TVM's second term alone, and is sampled by Euler steps."""
     net = random_model()
@@ -1037,6 +1211,7 @@ def test_other_objectives_train(folder):
     complaint = run_script("train.py", "--objective=meanflow", "--guidance=inverse", "--w_max=2")
     assert 'meanflow takes guidance "constant"' in complaint
     assert "kappa" in run_script("train.py", "--objective=meanflow", "--kappa=1")
+    assert "alpha_min" in run_script("train.py", "--objective=alpha_flow", "--alpha_min=0.0")
 
 
 # ---- TrainingLoss --------------------------------------------------------------------------------
@@ -1065,8 +1240,8 @@ def test_objective_is_a_function_of_seed_and_place(kind):
         drawn = objective.draw(half, 5, first, 8)
         _, terms = objective(half, y[first : first + 4], *drawn)
         halves.append(terms)
-    names = {"tvm": ["terminal", "fm"], "meanflow": ["meanflow"], "flow_matching": ["fm"]}
-    assert list(whole) == names[kind]
+    names = {"tvm": ["terminal", "fm"], "flow_matching": ["fm"]}
+    assert list(whole) == names.get(kind, [kind])
     for name, term in whole.items():
         assert term.name == name
         for field in ("loss", "error", "time"):
@@ -1078,7 +1253,7 @@ def test_objective_is_a_function_of_seed_and_place(kind):
         other_times = objective.draw(x0, 6)[1:4]
         assert all((term.time != time).any() for time in other_times)
     close(loss, sum(term.loss for term in whole.values()).mean(), 1e-6)
-    if kind != "meanflow":  # which weighs the errors
+    if kind in ("tvm", "flow_matching"):  # the others weigh the errors
         close(loss, sum(term.error for term in whole.values()).mean(), 1e-6)
 
     want = gradients(loss, objective.model)
@@ -1122,19 +1297,37 @@ def test_label_dropout(kind):
     assert (net.y[~dropped] == y[~dropped]).all()
 
 
-def test_meanflow_asks_dropped_labels_at_w():
+@pytest.mark.parametrize("kind", ["meanflow", "improved_meanflow", "alpha_flow"])
+def test_meanflow_asks_dropped_labels_at_w(kind):
     """MeanFlow drops labels, too, but the network is always given the one w."""
     n = 4000
     net = Recorder()
-    objective = TrainingLoss(net, None, guidance=dict(w=2.0), objective="meanflow")
+    objective = TrainingLoss(net, None, guidance=dict(w=2.0), objective=kind)
     x0 = torch.zeros(n, 1, 2, 2)
     objective(x0, torch.arange(n) % 3, *objective.draw(x0, 0))
     assert abs((net.y == 3).double().mean() - 0.1) < 4 * math.sqrt(0.09 / n)
     assert (net.w == 2).all()
 
 
+def test_times_of_alpha_flow():
+    """The third time is a share alpha of the way from t to s. t and s are as ever."""
+    x0 = torch.zeros(100, 1, 1, 1)
+    times = dict(sampler="two", p_equal=0.3)
+    objective = TrainingLoss(None, None, times, objective="alpha_flow")
+    _, t, s, r, _, _ = objective.draw(x0, 7, progress=0.6)
+    _, plain_t, plain_s, _, _, _ = TrainingLoss(None, None, times).draw(x0, 7)
+    assert torch.equal(t, plain_t)
+    assert torch.equal(s, plain_s)
+    close(t - r, (t - s) / (1 + math.exp(2.5)), 1e-5)
+
+
 @pytest.mark.parametrize(
-    "objective, option", [("meanflow", dict(kappa=0.1)), ("tvm", dict(detach_jvp=True))]
+    "objective, option",
+    [
+        ("meanflow", dict(kappa=0.1)),
+        ("alpha_flow", dict(alpha_min=0.2)),
+        ("tvm", dict(detach_jvp=True)),
+    ],
 )
 def test_options_reach_the_objective(objective, option):
     """The gradient changes with each of them."""
@@ -1147,7 +1340,7 @@ def test_options_reach_the_objective(objective, option):
         times = dict(sampler="two")
         module = TrainingLoss(net, target, times, dict(w=2.0), objective=objective, **options)
         net.zero_grad()
-        loss, _ = module(x0, y, *module.draw(x0, 5))
+        loss, _ = module(x0, y, *module.draw(x0, 5, progress=0.9))
         loss.backward()
         found.append(net.blocks[0].mlp.fc1.weight.grad.clone())
     assert (found[0] - found[1]).norm() > 1e-3 * found[0].norm()
@@ -1223,6 +1416,10 @@ def test_objectives_of_any_shape(shape, condition_shape, kind):
     w_fm[drop] = 1
     if kind == "meanflow":
         naive = {"meanflow": naive_meanflow(net, x0, asked, noise, t, s, w, drop, 0.5, 1e-3, 1.0)}
+    elif kind == "improved_meanflow":
+        naive = {kind: naive_improved_meanflow(net, x0, asked, noise, t, s, w, drop)}
+    elif kind == "alpha_flow":
+        naive = {kind: naive_alpha_flow(net, x0, asked, noise, t, s, s_fm, w, drop)}
     else:
         naive = naive_loss(net, target, x0, asked, noise, t, s, s_fm, w_fm)
     if kind == "flow_matching":

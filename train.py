@@ -67,6 +67,7 @@ from files import HERE, CheckpointError, UserError, hold
 from latents import SD_VAE
 from loss import GUIDANCE, OBJECTIVES, TIMES, TrainingLoss, backward
 from model import SIZES, DiT, DiTConfig, compile_blocks
+from muon import Muon, matrices_of_blocks
 from options import Option, configure, differences, fail, options_of
 from report import Losses, Report, git_commit
 from shard import gather, own_part, shard_loss, shard_weights, whole, whole_network
@@ -98,6 +99,7 @@ scaled         = Option(True,       "displacement (s-t) w F instead of (s-t) F")
 # objective
 objective      = Option("tvm",      "what is trained: loss.py has the formulas", choices=OBJECTIVES)
 kappa          = Option(0.5,        "MeanFlow only: share of the class velocity in its target")
+alpha_min      = Option(0.05,       "alpha-Flow only: its alpha falls from 1 to this")
 times          = Option("gap*",     "how times are drawn: loss.py has the formulas", choices=TIMES)
 mu             = Option(-0.8,       "logit-normal of the gap, or of t (trunc, clamp: try 1)")
 sigma          = Option(1.0,        "its deviation")
@@ -110,13 +112,14 @@ w_min          = Option(1.0,        "the smallest weight, where it is drawn")
 w_max          = Option(1.0,        "the largest weight, where it is drawn")
 label_dropout  = Option(0.1,        "share of samples that lose their label", least=0, below=1)
 detach_jvp     = Option(False,      "no gradient through dF/ds: faster, biased")
-# optimization (AdamW)
+# optimization (AdamW, and Muon on request)
 steps          = Option(1900,       "optimizer steps", least=1, later=True)
 batch_size     = Option(64,         "images a step, of all ranks together", least=1)
 micro_batch    = Option(0,          "images at once; 0: batch_size / ranks", least=0, later=True)
 bfloat16_sums  = Option(False,      "gradients travel between ranks as bfloat16", later=True)
 shard          = Option(False,      "each rank keeps a part of all weights (FSDP2)", later=True)
 lr             = Option(2e-3,       "learning rate", least=0)
+muon_lr        = Option(0.0,        "Muon's, for the blocks' matrices; 0: AdamW's too", least=0)
 warmup         = Option(0,          "steps in which the learning rate rises to lr", least=0)
 beta1          = Option(0.9,        "decay of the first moment", least=0, below=1)
 beta2          = Option(0.95,       "decay of the second moment", least=0, below=1)
@@ -205,6 +208,8 @@ if bfloat16_sums and device.type != "cuda":
     fail("bfloat16_sums is for GPUs")
 if shard and not distributed:
     fail("shard divides weights over the ranks of torchrun, and this is not started by torchrun")
+if shard and muon_lr:
+    fail("Muon takes whole matrices, and shard divides them: set one of muon_lr and shard")
 has_copies = distributed and not shard  # of the weights, on each rank
 has_bfloat16, can_compile = abilities(device)
 compiled = compile and can_compile
@@ -269,8 +274,9 @@ weights = list(parameters.values())
 target_weights = [target.get_parameter(key) for key in parameters]
 eval_weights = [evaluated.get_parameter(key) for key in parameters]
 use_graphs = compiled and device.type == "cuda" and not shard
-optimizer = torch.optim.AdamW(
-    weights,
+matrices = matrices_of_blocks(parameters) if muon_lr else {}  # Muon's; the others are AdamW's
+adamw = torch.optim.AdamW(
+    [p for key, p in parameters.items() if key not in matrices],
     torch.tensor(lr, device=device) if use_graphs else lr,  # a tensor can change under a graph
     (beta1, beta2),
     eps,
@@ -278,6 +284,11 @@ optimizer = torch.optim.AdamW(
     fused=device.type != "mps",
     capturable=use_graphs,
 )
+optimizers = [(adamw, lr)]  # with their learning rates
+if muon_lr:
+    muon_rate = torch.tensor(muon_lr, device=device) if use_graphs else muon_lr
+    muon = Muon(matrices.values(), muon_rate, weight_decay=weight_decay)
+    optimizers.append((muon, muon_lr))
 times_config = dict(sampler=times, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, p_equal=p_equal)
 guidance_config = dict(sampler=guidance, w=w, w_min=w_min, w_max=w_max)
 try:
@@ -290,10 +301,12 @@ try:
         detach_jvp=detach_jvp,
         objective=objective,
         kappa=kappa,
+        alpha_min=alpha_min,
     )
 except ValueError as error:
     fail(error)
-if objective == "meanflow" and (times, p_equal, scaled) != ("two", 0.75, False) and rank == 0:
+is_meanflow = objective in ("meanflow", "improved_meanflow")
+if is_meanflow and (times, p_equal, scaled) != ("two", 0.75, False) and rank == 0:
     print(
         "warning: MeanFlow's own constants are --times=two --p_equal=0.75 --scaled=False, not "
         f"--times={times} --p_equal={p_equal:g} --scaled={scaled}",
@@ -303,19 +316,21 @@ if compiled:
     compile_blocks(model, target, detach_jvp=loss.detaches_jvp)
 
 
-def learning_rate(step):
-    """Of a step, the first being 0. For a schedule, change this function."""
+def learning_rate(step, peak):
+    """Of a step, the first being 0; peak is lr or muon_lr. For a schedule, change this function."""
     if step < warmup:
-        return lr * (step + 1) / warmup
-    return lr
+        return peak * (step + 1) / warmup
+    return peak
 
 
-def set_learning_rate(value):
-    for group in optimizer.param_groups:
-        if torch.is_tensor(group["lr"]):
-            group["lr"].fill_(value)
-        else:
-            group["lr"] = value
+def set_learning_rates(step):
+    for optimizer, peak in optimizers:
+        value = learning_rate(step, peak)
+        for group in optimizer.param_groups:
+            if torch.is_tensor(group["lr"]):
+                group["lr"].fill_(value)
+            else:
+                group["lr"] = value
 
 
 # ---- saving and resuming -------------------------------------------------------------------------
@@ -340,6 +355,7 @@ def save(step):
         for key, t in net.state_dict().items():
             state[f"{kind}.{key}"] = t
     for key, p in parameters.items():
+        optimizer = muon if key in matrices else adamw
         for kind, t in optimizer.state[p].items():
             state[f"optimizer.{key}.{kind}"] = t
     state = gather(state)
@@ -375,6 +391,8 @@ def resume():
         )
     if new and rank == 0:
         print(f"{path} is from before these constants, which have today's value: {', '.join(new)}")
+    if (was["train"].get("muon_lr", 0) > 0) != (muon_lr > 0):
+        fail(f"{path} has moments of other optimizers: muon_lr cannot change from or to 0")
     if was["data"] != header:
         fail(
             f"{path} was trained on other data than {data_path} holds now: "
@@ -389,6 +407,7 @@ def resume():
                 f"of it: --init_from={path} --init_partly=True --name=ANOTHER"
             )
     for key, p in parameters.items():
+        optimizer = muon if key in matrices else adamw
         optimizer.state[p] = strip_prefix(state, f"optimizer.{key}.")
     return was["step"]
 
@@ -460,7 +479,7 @@ def gradients(x0, y, *drawn, reduces):
     the terms of the loss.
     """
     if not accumulates:
-        optimizer.zero_grad()
+        model.zero_grad()
     backward_part = partial(backward, share=micro_batch / local_batch)
     with parallel.no_sync() if has_copies and not reduces else nullcontext():
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16):
@@ -473,14 +492,14 @@ def gradients(x0, y, *drawn, reduces):
 def update():
     """AdamW, then the two averages of the weights.
 
-    On a GPU one pass over the memory does it, and is recorded after the first step: Python's
-    numbers stay as they were then. What changes from step to step must be a tensor, like the
-    learning rate.
+    On a GPU this is recorded after the first step, and Python's numbers stay as they were then.
+    What changes from step to step must be a tensor, like the learning rate.
     """
-    if use_graphs:
-        one_pass.step(optimizer, [(target_weights, ema_target), (eval_weights, ema_eval)])
+    if use_graphs and not muon_lr:  # the same in one pass over the memory
+        one_pass.step(adamw, [(target_weights, ema_target), (eval_weights, ema_eval)])
         return
-    optimizer.step()
+    for optimizer, _ in optimizers:
+        optimizer.step()
     torch._foreach_lerp_(target_weights, weights, 1 - ema_target)
     torch._foreach_lerp_(eval_weights, weights, 1 - ema_eval)
 
@@ -527,11 +546,11 @@ for step in progress:
         x0 = images[first : first + micro_batch].to(device, non_blocking=True)
         y = labels[first : first + micro_batch].to(device, non_blocking=True)
         x0 = (x0 - mean) / std  # (B, C, H, W)
-        drawn = loss.draw(x0, step_seed, rank * local_batch + first, batch_size)
+        drawn = loss.draw(x0, step_seed, rank * local_batch + first, batch_size, step / steps)
         if use_graphs and not graphs:
             record_gradients(x0, y, *drawn)
         if first == 0 and accumulates:
-            optimizer.zero_grad(set_to_none=False)  # after record_gradients, which has run them
+            model.zero_grad(set_to_none=False)  # after record_gradients, which has run them
         is_last = first + micro_batch == local_batch
         if use_graphs:
             terms = graphs["last" if is_last else "earlier"](x0, y, *drawn)
@@ -551,7 +570,7 @@ for step in progress:
     stop = share_that_asks > 0
 
     if math.isfinite(norm) and math.isfinite(total):
-        set_learning_rate(learning_rate(step))
+        set_learning_rates(step)
         if "update" in graphs:
             graphs["update"]()
         else:

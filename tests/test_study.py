@@ -1,8 +1,10 @@
-"""study.py: which runs it makes, the whole of it at toy size, and what it refuses."""
+"""study.py and record.py: which runs they make, all of it at toy size, and what they refuse."""
 
+import ast
 import glob
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +13,8 @@ import pytest
 from helpers import HERE, run_script, until
 from PIL import Image
 
+import record
+import record_report
 import study
 from study_report import mean_distance
 
@@ -137,3 +141,144 @@ def test_the_study_in_the_repository(folder, capsys):
     flow = "| flow_matching (7257 training steps, 6.9 ms, lr 0.002, 3 seeds)"
     assert f"{tvm} | 1 | 1.160 ± 0.298 |" in text
     assert f"{flow} | 50 | 0.116 ±" in text
+
+
+# ---- the record ----------------------------------------------------------------------------------
+
+
+def test_record(folder, capsys):
+    """A round of two runs. The report comes from the log alone."""
+    command = [sys.executable, os.path.join(HERE, "record.py"), "--tiny", "--round=1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open("said", "w") as said:
+        ended = subprocess.run(command, stdout=said, stderr=said, env=environment)
+    assert ended.returncode == 0, text_of("said")
+    log = "out/record-tiny/log.jsonl"
+    first, *lines = [json.loads(line) for line in text_of(log).splitlines()]
+    assert first["settings"]["nfes"] == [1, 2, 4, 50]
+    step_ms = json.loads(text_of("out/record-tiny/steps.json"))
+    assert set(step_ms) == {"TVM", "detach_jvp=True"}
+    lines = {line["idea"]: line for line in lines}
+    assert set(lines) == {"TVM", "detach_jvp"}
+    for line in lines.values():
+        assert line["seconds"] == 0.1 and line["seed"] == 0 and line["commit"]
+        assert line["steps"] == max(1, round(100 / step_ms[line["step"]]))
+        assert set(line["scores"]) == {"1", "2", "4", "50"}
+    assert Image.open("out/record-tiny/samples.png").size[0] > 300
+
+    os.makedirs("elsewhere")
+    os.replace(log, "elsewhere/log.jsonl")
+    with open("page.md", "w") as f:
+        f.write(f"# Before\n\n{record_report.MARKER}what was there\n")
+    capsys.readouterr()
+    flags = ("--report", "--log=elsewhere/log.jsonl", "--page=page.md")
+    assert run_script("record.py", *flags) is None
+    again = capsys.readouterr()
+    assert "no samples.png" in again.err
+    assert again.out == text_of("out/record-tiny/tables.md")
+    assert text_of("page.md") == f"# Before\n\n{record_report.MARKER}\n{again.out}"
+    assert Image.open("elsewhere/record.png").size[0] > 300
+
+
+def record_line(idea, seed, distance=None, averages=None):
+    """A line of the record's log, with one score; without any where the run diverged."""
+    line = dict(idea=idea, seed=seed, change={}, step="TVM", step_ms=2.0, steps=3)
+    line["commit"] = "0123456789"
+    if distance is None:
+        return dict(line, failed="not finite")
+    line["scores"] = {"1": {"features": distance}}
+    if averages:
+        line["averages"] = {rate: {"1": {"features": d}} for rate, d in averages.items()}
+    return line
+
+
+def test_table_of_ideas():
+    """TVM has 1, 2, 3: 2 with a deviation of 1. Intervals that touch overlap."""
+    lines = [record_line("TVM", seed, seed + 1, {"0.5": 4}) for seed in range(3)]
+    lines += [record_line("near", 0, 1.0), record_line("far", 0, 0.5), record_line("bad", 0)]
+    lines += [record_line("worse", 0, 2.5), record_line("worse", 1, 4.5), record_line("worse", 2)]
+    groups = record_report.groups_of(lines)
+    table = record_report.table_of_ideas(groups, record.IDEAS, ["1"])
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table[2:]]
+    assert {len(row) for row in rows} == {table[0].count("|") - 1}
+    found = {row[0]: (*row[3:6],) for row in rows}
+    assert found == {
+        "TVM": ("3", "2.000 ± 1.000", "1.00, overlap"),
+        "TVM, average 0.5": ("3", "4.000 ± 0.000", "0.50, apart"),
+        "near": ("1", "1.000", "2.00, overlap"),
+        "far": ("1", "0.500", "4.00, apart"),
+        "bad": ("0, 1 diverged", "", ""),
+        "worse": ("2, 1 diverged", "3.500 ± 1.414", "0.57, overlap"),
+    }
+    assert record_report.best_group(groups, ["1"]).name() == "far"
+    assert record_report.shared_timings(groups) == [
+        "- One timing for: TVM; near; far; worse.",
+        "",
+    ]
+
+
+def test_rounds_of_the_record():
+    """The ideas are there, and the last round's constants are train.py's. Equal steps share a time.
+
+    Switches that did not win may be gone from the code; their ideas stay in the file.
+    """
+    for a_round in record.ROUNDS.values():
+        assert set(a_round.seeds) <= set(record.IDEAS)
+        runs = record.members_of(a_round)
+        assert len(runs) == sum(map(len, a_round.seeds.values()))
+    assert set(record.METHODS) <= set(record.ROUNDS[2].seeds)
+
+    constants = set()
+    for node in ast.parse(text_of(os.path.join(HERE, "train.py"))).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("Option("):
+            constants.add(node.targets[0].id)
+    for idea in record.ROUNDS[2].seeds:
+        assert set(record.IDEAS[idea].change) <= constants, idea
+
+    assert record.step_of(dict(lr=1.0, seed=3, ema_also="0.9")) == "TVM"
+    assert record.step_of(dict(lr=1.0, detach_jvp=True)) == "detach_jvp=True"
+    assert (
+        record.costs_of(dict(muon_lr=0.1)) == record.costs_of(dict(muon_lr=0.2)) == {"muon": True}
+    )
+    with pytest.raises(TypeError, match="no_such"):
+        study.time_step(record.TINY, dict(no_such=1))
+
+
+def test_least_busy_gpu():
+    """Runs that are being scored do not count."""
+    runs = object.__new__(study.Runs)
+    runs.gpus = ["1", "0"]
+    runs.active = {}
+    for name, gpu, scores in (("a", "1", None), ("b", "0", None), ("c", "1", "soon")):
+        assert runs.least_busy_gpu() == ("1" if name == "a" else "0" if name == "b" else "1")
+        runs.active[name] = study.Job(1, gpu, None, scores)
+    assert runs.least_busy_gpu() == "1"
+
+
+def test_record_refuses(folder):
+    assert "give --round=1, --round=2 or --report" in run_script("record.py")
+    assert "is not the log of a study" in run_script("record.py", "--report", "--log=no")
+    with open("log.jsonl", "w") as f:
+        f.write('{"settings": {"nfes": [1]}}\n')
+    said = run_script("record.py", "--report", "--log=log.jsonl")
+    assert "log.jsonl has no run with scores yet" in said
+    with open("page.md", "w") as f:
+        f.write("# A page\n")
+    with pytest.raises(record.UserError, match="page.md has no line"):
+        record_report.put_into_page("tables", "page.md")
+    assert text_of("page.md") == "# A page\n"
+    os.makedirs("out/record-tiny")
+    shutil.copy("log.jsonl", "out/record-tiny/log.jsonl")
+    assert "has other settings" in run_script("record.py", "--tiny", "--round=1")
+
+
+@pytest.mark.skipif(
+    not os.path.exists(os.path.join(HERE, "assets", "record.jsonl")), reason="no log is shipped yet"
+)
+def test_the_record_in_the_repository(folder):
+    """Its log gives the tables that the page shows."""
+    shutil.copy(os.path.join(HERE, "assets", "record.jsonl"), "record.jsonl")
+    shutil.copy(os.path.join(HERE, "docs", "record.md"), "page.md")
+    flags = ("--report", "--log=record.jsonl", "--page=page.md")
+    assert run_script("record.py", *flags) is None
+    assert text_of("page.md") == text_of(os.path.join(HERE, "docs", "record.md"))

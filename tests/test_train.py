@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,7 @@ import files
 import model as m
 from loss import TrainingLoss
 from model import DiT, DiTConfig
+from muon import Muon
 
 TINY_NETWORK = SMALL[:3]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="stops, kills and limits as Linux does")
@@ -239,10 +241,10 @@ def test_constants_reach_their_places(folder, monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", spied_adamw)
     flags = (*TINY_NETWORK, "--batch_size=600", "--micro_batch=300", "--score_images=2")
     flags += ("--detach_jvp=True", "--kappa=0.25", "--label_dropout=0.3", "--lr=0.001")
-    flags += ("--beta1=0.8", "--beta2=0.7", "--eps=1e-6", "--weight_decay=0.5")
+    flags += ("--beta1=0.8", "--beta2=0.7", "--eps=1e-6", "--weight_decay=0.5", "--alpha_min=0.2")
     assert run_script("train.py", "--steps=2", *flags) is None
     assert optimizers[0] == (1e-3, (0.8, 0.7), 1e-6, 0.5)
-    expected = dict(label_dropout=0.3, detach_jvp=True, objective="tvm", kappa=0.25)
+    expected = dict(label_dropout=0.3, detach_jvp=True, objective="tvm", kappa=0.25, alpha_min=0.2)
     assert expected.items() <= objectives[0].items()
     # The average is no function of the weights to autograd, which would keep all steps in memory.
     assert not any(p.requires_grad for p in targets[0].parameters())
@@ -275,14 +277,81 @@ def test_warmup(folder, monkeypatch):
     assert rates == [0.008, 0.008]
 
 
+def test_warmup_with_muon(folder, monkeypatch):
+    """Each optimizer's rate rises to its own, also where a run is cut, and then stays."""
+    rates = {torch.optim.AdamW: [], Muon: []}
+
+    def spied(optimizer):
+        class Spy(optimizer):
+            def step(self):
+                rates[optimizer].extend(group["lr"] for group in self.param_groups)
+                return super().step()
+
+        return Spy
+
+    monkeypatch.setattr(torch.optim, "AdamW", spied(torch.optim.AdamW))
+    monkeypatch.setattr("muon.Muon", spied(Muon))
+    for steps in (3, 6):
+        assert train(f"--steps={steps}", "--warmup=4", "--lr=0.008", "--muon_lr=0.08") is None
+    adamw, muon = rates.values()
+    shares = [1 / 4, 2 / 4, 3 / 4, 1, 1, 1]
+    assert adamw == pytest.approx([0.008 * share for share in shares], rel=1e-12)
+    assert muon == pytest.approx([0.08 * share for share in shares], rel=1e-12)
+
+
+def run_in_two(name, *flags):
+    """A run of four steps, and one that goes on from the second step's state: the same end."""
+    flags = (*flags, "--steps=4", "--save_every=2", "--score_images=2")
+    assert train(f"--name={name}", *flags) is None
+    os.makedirs(f"out/{name}-cut")
+    shutil.copy(f"out/{name}/state_2.safetensors", f"out/{name}-cut")
+    assert train(f"--name={name}-cut", *flags) is None
+    assert log_lines(f"{name}-cut")[0]["step"] == 2
+    ends = [ckpt.load_newest(f"out/{folder}") for folder in (name, f"{name}-cut")]
+    (_, one, _), (_, other, _) = ends
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    return one
+
+
+def test_muon_goes_on(folder):
+    """Bit by bit. The blocks' matrices have a momentum, all other weights AdamW's moments."""
+    kept = weights(run_in_two("muon", "--muon_lr=0.01"), "optimizer")
+    momenta = [key for key in kept if key.endswith(".momentum_buffer")]
+    assert len(momenta) == 5
+    for key in momenta:
+        assert key.startswith("blocks.0.")
+        assert key.replace("momentum_buffer", "exp_avg") not in kept
+    assert "blocks.0.attn.qkv.bias.exp_avg" in kept
+    without = train("--name=muon", "--steps=6", "--change=muon_lr")
+    assert "muon_lr cannot change from or to 0" in without
+
+
+def test_alpha_flow_goes_on(folder, monkeypatch):
+    """alpha is a function of the share of the steps that is over, and of nothing else."""
+    progresses = []
+
+    class Spy(TrainingLoss):
+        def draw(self, x0, seed, first, total, progress):
+            progresses.append(progress)
+            return super().draw(x0, seed, first, total, progress)
+
+    monkeypatch.setattr("loss.TrainingLoss", Spy)
+    flags = ("--objective=alpha_flow", "--times=two", "--scaled=False", "--p_equal=0.25")
+    run_in_two("alpha", *flags, "--alpha_min=0.1")
+    assert progresses == [0, 0.25, 0.5, 0.75, 0.5, 0.75]
+    assert loss_lines("alpha")[0]["loss"] == loss_lines("alpha")[0]["alpha_flow"]
+
+
 def test_meanflow_with_other_constants_warns(folder, capsys):
     own = ("--times=two", "--p_equal=0.75", "--scaled=False")
-    assert train("--objective=meanflow", "--name=a", "--steps=1") is None
-    said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert said == [
-        "warning: MeanFlow's own constants are --times=two --p_equal=0.75 --scaled=False, "
-        "not --times=gap* --p_equal=0 --scaled=True"
-    ]
+    for name in ("meanflow", "improved_meanflow"):
+        assert train(f"--objective={name}", f"--name={name}", "--steps=1") is None
+        said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+        assert said == [
+            "warning: MeanFlow's own constants are --times=two --p_equal=0.75 --scaled=False, "
+            "not --times=gap* --p_equal=0 --scaled=True"
+        ]
     for name, flags in (("b", ("--objective=meanflow", *own)), ("c", ("--objective=tvm",))):
         assert train(f"--name={name}", "--steps=1", *flags) is None
         assert "warning" not in capsys.readouterr().err
@@ -596,6 +665,17 @@ def test_two_ranks_have_the_gradients_of_one(folder, two_ranks):
             assert (other[key] - one[key]).norm() <= bound, key
     key = "target.final_layer.linear.weight"
     assert (two[key] - one[key]).norm() < 1e-6
+
+
+def test_muon_on_two_ranks(folder, two_ranks):
+    """They stay together, and learn what one process learns but for bfloat16's rounding."""
+    arguments = (*SMALL, "--steps=6", "--muon_lr=0.01")
+    assert run_script("train.py", "--name=one", *arguments) is None
+    assert two_ranks("train.py", "--name=two", *arguments) == [0, 0], said()
+    pairs = zip(logged_losses("one"), logged_losses("two"), strict=True)
+    assert max(abs(a / b - 1) for a, b in pairs) < 1e-3
+    assert two_ranks("train.py", "--name=parts", "--shard=True", *arguments) == [1, 1]
+    assert "set one of muon_lr and shard" in said()
 
 
 def test_two_ranks_have_the_losses_of_one(folder, two_ranks):
