@@ -560,8 +560,8 @@ if triton is not None:
 
     @triton.jit
     def first_and_last(MASK, st, b, n0, Sk):
-        """Of the SPAN keys from n0 on, one by one: the key's number where a key mask changes its
-        scores, else a large number; and the number after the key's where it is seen, else zero."""
+        """For each key j of the SPAN keys from n0 on: j where a key mask changes its scores, else
+        2**30; and j + 1 where it is seen, else 0."""
         j = n0 + tl.arange(0, SPAN)
         added, seen = key_mask(MASK, st, b, j, Sk)
         untouched = (seen & (added == 0)) | (j >= Sk)
@@ -579,7 +579,7 @@ if triton is not None:
 
     @triton.jit
     def load_seen(SEEN, b):
-        """What the forward kernel found by `seen_keys`."""
+        """(free, end): keys before `free` need no mask, and none is seen from `end` on."""
         SEEN += 2 * b
         return tl.load(SEEN), tl.load(SEEN + 1)
 

@@ -64,9 +64,9 @@ OTHER = "other"
 # Tensors (B, T, D) in bfloat16 that fused.py must read or write in a block, in a compiled step:
 # value and tangent forward and backward, the target network at both points, and the value alone
 # forward and backward. docs/performance.md has the table.
-PASSES_OF_ADD_NORM = 20 + 25.5 + 24 + 12 + 13.5
-PASSES_OF_GELU = 16 + 24 + 16 + 8 + 12
-PASSES_OF_QK_NORM = 8 + 16 + 8 + 4 + 8
+TENSORS_OF_ADD_NORM = 20 + 25.5 + 24 + 12 + 13.5
+TENSORS_OF_GELU = 16 + 24 + 16 + 8 + 12
+TENSORS_OF_QK_NORM = 8 + 16 + 8 + 4 + 8
 BYTES_OF_UPDATE = 44  # a weight: it, its gradient, two moments and two averages, read or written
 
 
@@ -90,11 +90,11 @@ def forward_tflop(config, batch):
 def bytes_of_step(config, batch):
     """{kind of kernel: bytes that it must move} in a compiled step, of those that move most."""
     tokens = config.grid[0] * config.grid[1]
-    one_pass = 2 * batch * tokens * config.hidden_size
-    passes = PASSES_OF_ADD_NORM + PASSES_OF_GELU + PASSES_OF_QK_NORM
+    tensor_bytes = 2 * batch * tokens * config.hidden_size
+    tensors = TENSORS_OF_ADD_NORM + TENSORS_OF_GELU + TENSORS_OF_QK_NORM
     with torch.device("meta"):
         weights = sum(p.numel() for p in DiT(config).parameters() if p.requires_grad)
-    return {"fused": config.depth * passes * one_pass, "AdamW": BYTES_OF_UPDATE * weights}
+    return {"fused": config.depth * tensors * tensor_bytes, "AdamW": BYTES_OF_UPDATE * weights}
 
 
 # ---- a training step -----------------------------------------------------------------------------
@@ -150,6 +150,8 @@ def show_bytes(config, batch, kinds, show):
     memory = memory_rate()
     show(f"a copy reads and writes {memory / 1e12:.2f} TB/s; what must be moved:")
     for kind, size in bytes_of_step(config, batch).items():
+        if kinds[kind] == 0:  # its kernels are switched off
+            continue
         ms = size / memory * 1e3
         show(f"{kind:>13} | {size / 1e9:.1f} GB, {ms:.1f} ms: {ms / kinds[kind]:.0%} of that rate")
 

@@ -287,10 +287,10 @@ def alpha_flow_loss(model, x0, y, x1, t, s, r, w, drop, c=1e-3, p=1.0):
 
 
 def alpha_at(progress, alpha_min):
-    """alpha-Flow's alpha: 1 at first, then along a sigmoid down to alpha_min.
+    """alpha-Flow's alpha: near 1 at first, then along a sigmoid down to alpha_min.
 
-    The published alpha_min is 0.005. The default here is larger: t and r would differ by no more
-    than neighbouring bfloat16 numbers do just below 1, which is 0.004.
+    The published alpha_min is 0.005. With it t and r differ by at most that, and under autocast the
+    time MLP rounds cos t to bfloat16, whose numbers lie 0.004 apart just below 1.
     """
     return max(alpha_min, 1 / (1 + math.exp(25 * (progress - 0.5))))
 
@@ -369,8 +369,8 @@ class TrainingLoss(nn.Module):
         """Noise like x0; times t, s, s_fm, weights w (B,); drop (B,) bool: the labels to drop.
 
         They are those of rows first to first + B of a global batch of `total` (default B).
-        progress: the share of the training that is over, in [0, 1]. For alpha_flow the third time
-        is its r, between s and t.
+        progress: the share of the training that is over, in [0, 1]. For alpha_flow r takes the
+        place of s_fm.
         """
         B = len(x0)
         total = B if total is None else total
@@ -401,12 +401,13 @@ class TrainingLoss(nn.Module):
         if self.objective == "flow_matching":
             return flow_matching_loss(model, target, x0, y, x1, s_fm, w_or_1)
         if self.objective == "meanflow":
-            # The weight itself: MeanFlow's network is given w without a class, too.
+            # The weight itself, here and below: these networks are given w without a class, too.
             return meanflow_loss(model, x0, y, x1, t, s, w, drop, self.kappa)
         if self.objective == "improved_meanflow":
             return improved_meanflow_loss(model, x0, y, x1, t, s, w, drop)
         if self.objective == "alpha_flow":
-            return alpha_flow_loss(model, x0, y, x1, t, s, s_fm, w, drop)
+            r = s_fm  # as draw has it
+            return alpha_flow_loss(model, x0, y, x1, t, s, r, w, drop)
         raise ValueError(f"no branch here for objective {self.objective!r}")
 
     def forward(self, x0, y, x1, t, s, s_fm, w, drop, backward_part=None):

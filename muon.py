@@ -6,9 +6,9 @@ arXiv 2502.16982, with which a learning rate means what it does for AdamW.
     matrices = matrices_of_blocks(dict(model.named_parameters()))
     optimizer = Muon(matrices.values(), lr=1e-3)
 
-torch.optim.Muon makes the same step, one matrix after the other, with a learning rate that a CUDA
-graph would keep as it was recorded. Here all matrices of one shape go through together, and the
-learning rate may be a tensor.
+torch.optim.Muon makes the same step, one matrix after the other, and a CUDA graph would freeze its
+learning rate. Here all matrices of one shape go through together, and the learning rate may be a
+tensor.
 """
 
 import math

@@ -1,7 +1,7 @@
 """
 AdamW and the averages of the weights, in one pass over their memory, for a CUDA device.
 
-    step(optimizer, averages)  # optimizer: torch.optim.AdamW with capturable=True
+    step(optimizer, averages)  # for a graph: capturable=True, and a tensor as learning rate
 
 PyTorch's AdamW passes over weights, gradients and moments, and each average then passes over the
 weights again. Here one Triton kernel a tensor reads and writes each of them once: 44 bytes a
@@ -27,14 +27,14 @@ except ImportError:  # without Triton nobody calls step
 BLOCK = 1024  # weights of a program
 
 
-def make_state(optimizer):
-    """The step counts and moments that AdamW makes in its first step, where they are missing."""
-    for p in optimizer.param_groups[0]["params"]:
-        state = optimizer.state[p]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            state["exp_avg"] = torch.zeros_like(p)
-            state["exp_avg_sq"] = torch.zeros_like(p)
+def state_of(optimizer, p):
+    """A weight's count of steps and its moments, which AdamW makes in its first step."""
+    state = optimizer.state[p]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        state["exp_avg"] = torch.zeros_like(p)
+        state["exp_avg_sq"] = torch.zeros_like(p)
+    return state
 
 
 @torch.no_grad()
@@ -43,20 +43,23 @@ def step(optimizer, averages):
 
     optimizer: torch.optim.AdamW of one group of float32 weights; its learning rate may be a tensor.
     averages: two of (tensors, decay), each with a tensor for each weight, in the same order.
-    Every weight must have a gradient. Raises ValueError for tensors that are not contiguous or not
-    float32.
+    A weight without a gradient stays as it is, and so do its averages; all others must have had one
+    in all steps. Raises ValueError for tensors that are not contiguous or not float32.
     """
     (group,) = optimizer.param_groups
     (first, first_decay), (second, second_decay) = averages
     beta1, beta2 = group["betas"]
-    make_state(optimizer)
     rows = []  # what the kernel is given of each weight
+    counts = []
     for p, a, b in zip(group["params"], first, second, strict=True):
-        state = optimizer.state[p]
-        rows.append((p, p.grad, state["exp_avg"], state["exp_avg_sq"], a, b))
+        if p.grad is not None:
+            state = state_of(optimizer, p)
+            rows.append((p, p.grad, state["exp_avg"], state["exp_avg_sq"], a, b))
+            counts.append(state["step"])
     check(rows)
+    if not rows:
+        return
 
-    counts = [optimizer.state[p]["step"] for p in group["params"]]
     torch._foreach_add_(counts, 1)
     n = counts[0].double()  # all of them are the same number
     lr = torch.as_tensor(group["lr"], device=n.device)
@@ -80,8 +83,6 @@ def step(optimizer, averages):
 def check(rows):
     for row in rows:
         for t in row:
-            if t is None:
-                raise ValueError("a weight has no gradient")
             if not t.is_contiguous() or t.dtype != torch.float32:
                 raise ValueError(
                     "weights, gradients, moments and averages must be contiguous and float32, "

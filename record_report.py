@@ -66,8 +66,13 @@ def interval(values):
 
 
 def compared(baseline, values):
-    """By what factor values are smaller than the baseline's, and whether the intervals overlap."""
+    """By what factor values are smaller than the baseline's, and whether the intervals overlap.
+
+    One seed has no interval.
+    """
     factor = statistics.fmean(baseline) / statistics.fmean(values)
+    if len(values) == 1:
+        return f"{factor:.2f}, one seed"
     low, high = interval(values)
     base_low, base_high = interval(baseline)
     overlap = low <= base_high and base_low <= high
@@ -83,7 +88,7 @@ def table_of_ideas(groups, ideas, nfes):
             baseline = group.values(one)
     distances = [f"{nfe} step{'s' if nfe != one else ''}" for nfe in nfes]
     heads = ["idea", "change", "lines", "seeds", *distances]
-    heads += ["TVM's / its, 1 step; intervals", "step, ms", "steps", "commit"]
+    heads += ["TVM's distance / its, 1 step", "step, ms", "steps", "commit"]
     lines = header(heads)
     for group in groups:
         runs = group.runs
@@ -93,7 +98,9 @@ def table_of_ideas(groups, ideas, nfes):
         if not runs:
             lines.append(row([group.name(), "", "", seeds, *[""] * (len(heads) - 4)]))
             continue
-        beside = compared(baseline, group.values(one)) if baseline else ""
+        beside = ""
+        if baseline and group.values(one) != baseline:
+            beside = compared(baseline, group.values(one))
         cells = [
             group.name(),
             f"`{flags_of(runs[0]['change'])}`",

@@ -99,7 +99,7 @@ scaled         = Option(True,       "displacement (s-t) w F instead of (s-t) F")
 # objective
 objective      = Option("tvm",      "what is trained: loss.py has the formulas", choices=OBJECTIVES)
 kappa          = Option(0.5,        "MeanFlow only: share of the class velocity in its target")
-alpha_min      = Option(0.05,       "alpha-Flow only: its alpha falls from 1 to this")
+alpha_min      = Option(0.05,       "alpha-Flow only: its alpha falls to this, over all steps")
 times          = Option("gap*",     "how times are drawn: loss.py has the formulas", choices=TIMES)
 mu             = Option(-0.8,       "logit-normal of the gap, or of t (trunc, clamp: try 1)")
 sigma          = Option(1.0,        "its deviation")
@@ -112,14 +112,14 @@ w_min          = Option(1.0,        "the smallest weight, where it is drawn")
 w_max          = Option(1.0,        "the largest weight, where it is drawn")
 label_dropout  = Option(0.1,        "share of samples that lose their label", least=0, below=1)
 detach_jvp     = Option(False,      "no gradient through dF/ds: faster, biased")
-# optimization (AdamW, and Muon on request)
-steps          = Option(1900,       "optimizer steps", least=1, later=True)
+# optimization (AdamW, and Muon where muon_lr is above 0)
+steps          = Option(1300,       "optimizer steps", least=1, later=True)
 batch_size     = Option(64,         "images a step, of all ranks together", least=1)
 micro_batch    = Option(0,          "images at once; 0: batch_size / ranks", least=0, later=True)
 bfloat16_sums  = Option(False,      "gradients travel between ranks as bfloat16", later=True)
 shard          = Option(False,      "each rank keeps a part of all weights (FSDP2)", later=True)
-lr             = Option(2e-3,       "learning rate", least=0)
-muon_lr        = Option(0.0,        "Muon's, for the blocks' matrices; 0: AdamW's too", least=0)
+lr             = Option(3e-3,       "learning rate", least=0)
+muon_lr        = Option(2e-3,       "Muon's, for matrices of blocks; 0: AdamW has them", least=0)
 warmup         = Option(0,          "steps in which the learning rate rises to lr", least=0)
 beta1          = Option(0.9,        "decay of the first moment", least=0, below=1)
 beta2          = Option(0.95,       "decay of the second moment", least=0, below=1)
@@ -142,7 +142,8 @@ classifier     = Option("1-nn",     "who judges labels", choices=("1-nn", "cnn")
 
 IMAGENET = dict(
     SIZES["XL/2"], vae=SD_VAE, steps=300_000, batch_size=2048, micro_batch=32,
-    lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0, ema_target=0.99, ema_eval=0.9999,
+    lr=1e-4, muon_lr=0.0, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0,
+    ema_target=0.99, ema_eval=0.9999,
     times="gap*", mu=-0.8, sigma=1.0, mu_s=-0.4, sigma_s=1.0, label_dropout=0.1,
     guidance="constant", scaled=True, time_init="spectral", grad_clip=0.0,
     log_every=100, sample_every=10_000, save_every=5_000,
@@ -150,19 +151,20 @@ IMAGENET = dict(
 PRESETS = {
     "shapes": dict(
         dataset="shapes", hidden_size=384, depth=8, num_heads=6, patch_size=4,
-        steps=3000, batch_size=256, lr=1e-3, w=2.0, ema_eval=0.999, classifier="cnn",
+        steps=3000, batch_size=256, lr=1e-3, muon_lr=0.0, w=2.0, ema_eval=0.999, classifier="cnn",
         mu_s=0.4,  # flat colours stay visible up to later times than latents do
         log_every=100, sample_every=1000, save_every=1000,
     ),
     "emoji": dict(
         dataset="emoji", hidden_size=384, depth=8, num_heads=6, patch_size=4,
-        steps=3100, batch_size=256, lr=1e-3, w=2.0, ema_eval=0.998, classifier="cnn",
+        steps=3100, batch_size=256, lr=1e-3, muon_lr=0.0, w=2.0, ema_eval=0.998, classifier="cnn",
         mu_s=0.4,  # flat colours, as in shapes
         log_every=100, sample_every=1000, save_every=1000,
     ),
     "cifar10": dict(
         dataset="cifar10", hidden_size=384, depth=12, num_heads=6, patch_size=2,
-        steps=200_000, batch_size=256, lr=2e-4, w=1.5, ema_eval=0.9999, classifier="cnn",
+        steps=200_000, batch_size=256, lr=2e-4, muon_lr=0.0, w=1.5, ema_eval=0.9999,
+        classifier="cnn",
         log_every=100, sample_every=10_000, save_every=5_000,
     ),
     "im256_w2":    dict(IMAGENET, dataset="im256", w=2.0),
@@ -305,7 +307,7 @@ try:
     )
 except ValueError as error:
     fail(error)
-is_meanflow = objective in ("meanflow", "improved_meanflow")
+is_meanflow = objective in ("meanflow", "improved_meanflow", "alpha_flow")
 if is_meanflow and (times, p_equal, scaled) != ("two", 0.75, False) and rank == 0:
     print(
         "warning: MeanFlow's own constants are --times=two --p_equal=0.75 --scaled=False, not "
@@ -373,8 +375,8 @@ def write_evaluated(step, tensors):
 
 def resume():
     """Load the newest whole state, where there is one. Returns the step to go on from."""
-    keep = partial(own_part, mesh=weights[0].device_mesh) if shard else torch.clone
-    found = load_newest(out, device, quiet=rank > 0, keep=keep)
+    own = partial(own_part, mesh=weights[0].device_mesh) if shard else torch.clone
+    found = load_newest(out, device, quiet=rank > 0, keep=own)
     if not found:
         return 0
     path, state, was = found
@@ -465,7 +467,8 @@ elif distributed:
 else:
     parallel = loss
 # Gradients of several micro-batches add up in .grad, which is zeroed before each step. With one
-# micro-batch .grad is freed before the forward, which then uses its memory.
+# micro-batch .grad is freed before the forward, which then uses its memory (but not that of DDP's
+# messages).
 accumulates = micro_batch < local_batch
 if accumulates:
     for p in weights:
@@ -475,13 +478,14 @@ if accumulates:
 def gradients(x0, y, *drawn, reduces):
     """Forward and backward of a micro-batch: adds its share of this rank's gradient to .grad.
 
-    reduces: .grad then becomes the mean over the ranks, while the last term goes backward. Returns
-    the terms of the loss.
+    reduces: .grad then becomes the mean over the ranks, while the last term goes backward. (With
+    shard it does so in every backward.) Returns the terms of the loss.
     """
     if not accumulates:
         model.zero_grad()
     backward_part = partial(backward, share=micro_batch / local_batch)
-    with parallel.no_sync() if has_copies and not reduces else nullcontext():
+    keeps = has_copies and not reduces
+    with parallel.no_sync() if keeps else nullcontext():
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16):
             rest, terms = parallel(x0, y, *drawn, backward_part=backward_part)
         backward_part(rest)
@@ -490,7 +494,7 @@ def gradients(x0, y, *drawn, reduces):
 
 @torch.no_grad()
 def update():
-    """AdamW, then the two averages of the weights.
+    """A step of the optimizers, then the two averages of the weights.
 
     On a GPU this is recorded after the first step, and Python's numbers stay as they were then.
     What changes from step to step must be a tensor, like the learning rate.
@@ -611,7 +615,8 @@ for step in progress:
 
 # ---- the end -------------------------------------------------------------------------------------
 stop_request.restore()
-report.network = whole_network(evaluated)  # for the scores
+if not stop:
+    report.network = whole_network(evaluated)  # for the scores
 if distributed:
     dist.barrier()  # where a rank fails torchrun ends the others: not before rank 0 has saved
     graphs.clear()

@@ -40,6 +40,7 @@ SMALL = (
     "--depth=1",
     "--num_heads=2",
     "--batch_size=8",
+    "--muon_lr=0",
     "--log_every=1",
     "--score_images=20",
 )

@@ -203,10 +203,10 @@ def test_table_of_ideas():
     assert {len(row) for row in rows} == {table[0].count("|") - 1}
     found = {row[0]: (*row[3:6],) for row in rows}
     assert found == {
-        "TVM": ("3", "2.000 ± 1.000", "1.00, overlap"),
+        "TVM": ("3", "2.000 ± 1.000", ""),
         "TVM, average 0.5": ("3", "4.000 ± 0.000", "0.50, apart"),
-        "near": ("1", "1.000", "2.00, overlap"),
-        "far": ("1", "0.500", "4.00, apart"),
+        "near": ("1", "1.000", "2.00, one seed"),
+        "far": ("1", "0.500", "4.00, one seed"),
         "bad": ("0, 1 diverged", "", ""),
         "worse": ("2, 1 diverged", "3.500 ± 1.414", "0.57, overlap"),
     }
