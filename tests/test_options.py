@@ -211,7 +211,7 @@ def test_edited_constants(folder):
         script = f.read()
     for old, new in (
         ("beta2          = Option(0.95,", "beta2          = Option(0.9,"),
-        ("lr             = Option(2e-3,", "lr             = Option(9,"),
+        ("lr             = Option(3e-3,", "lr             = Option(9,"),
         ("sigma_s        = Option(1.0,", "sigma_s        = Option(2.0,"),
     ):
         assert script.count(old) == 1
