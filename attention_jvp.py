@@ -619,7 +619,6 @@ if triton is not None:
         """O, TO, its low bits LO, the logsumexp LSE (in base 2) and MU of a block of queries; SEEN
         of a key mask. FULL: the queries fill their blocks."""
         SCORES_MOVE: tl.constexpr = TQ is not None or TK is not None
-        HIDES: tl.constexpr = CAUSAL or MASKED != NO_MASK
         # P's own products run while PC is made: 2% faster at a head size of 64, 3% slower at 128.
         PC_FIRST: tl.constexpr = W.first >= 128
         # Scores of few products vary most, so that P has peaks: the mean under P is then the better
@@ -660,18 +659,24 @@ if triton is not None:
             if TK is not None:
                 tk = load(TK, b, hk, n0, Sk, sttk, W, BN, EVEN, TMA)
             S = dot_t(q, k, None, PREC)
-            j = (n0 + tl.arange(0, BN))[None, :]
-            if HIDES:  # before the products of tS, which run while the maximum of S is found
-                if MASKED != KEY_MASK or n0 + BN > free:
+            if MASKED == KEY_MASK:
+                # Before the products of tS, which then run while the maximum of S is found. (For
+                # the other masks, which hide in every block, that takes too many registers.)
+                if n0 + BN > free:
                     i = (m0 + tl.arange(0, BM))[:, None]
+                    j = (n0 + tl.arange(0, BN))[None, :]
                     S = hide(S, MASK, stmask, b, h, i, j, Sq, Sk, scale, MASKED, CAUSAL)
             tS = None
             if TQ is not None:
                 tS = dot_t(tq, k, tS, PREC)
             if TK is not None:
                 tS = dot_t(q, tk, tS, PREC)
+            j = (n0 + tl.arange(0, BN))[None, :]
             if not EVEN:
                 S = tl.where(j < Sk, S, float("-inf"))
+            if CAUSAL or MASKED == DENSE_MASK:
+                i = (m0 + tl.arange(0, BM))[:, None]
+                S = hide(S, MASK, stmask, b, h, i, j, Sq, Sk, scale, MASKED, CAUSAL)
             m_new = tl.maximum(m, tl.max(S, 1) * scale2)
             shift = m_new
             if MASKED != NO_MASK:

@@ -1249,7 +1249,7 @@ def test_what_is_remembered_is_bounded(launch_of, monkeypatch):
 KILOBYTES = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # shared memory of a program
 
 
-def compiled(name, D, tile, capability, dtype="bf16"):
+def compiled(name, D, tile, capability, dtype="bf16", causal=False, even=False):
     """A kernel, compiled for a GPU of this compute capability."""
     pytest.importorskip("triton")
     kernels = dict(forward=A.forward_kernel, row=A.row_kernel, dq=A.row_kernel, dtq=A.row_kernel)
@@ -1267,7 +1267,7 @@ def compiled(name, D, tile, capability, dtype="bf16"):
         W=A.Widths(8, D, *A.chunk_widths(D)),
         BM=tile.queries,
         BN=tile.keys,
-        EVEN=False,
+        EVEN=even,
         FULL=False,
         SAME=True,
         FLAT=False,
@@ -1275,7 +1275,7 @@ def compiled(name, D, tile, capability, dtype="bf16"):
         PAIR=tile.pair and name not in ("tangent", "dv"),
         PREC="tf32x3",
         MASKED=0,
-        CAUSAL=False,
+        CAUSAL=causal,
         GROUP=1,
         **dict.fromkeys((*absent, *low, "MASK", "stmask", "SEEN")),
     )
@@ -1340,6 +1340,13 @@ def test_hopper_tiles_fit(monkeypatch):
         made = compiled(name, D, tile, 90)
         assert fits(made, 90) and not (getattr(made.metadata, "tmem_size", 0) or 0), (name, D)
     assert A.table_tile("column", 128, torch.device("cuda")) is None
+
+
+def test_the_widest_causal_forward_keeps_its_registers(tmp_path):
+    """It spills some, as without a mask. A line in another place once made it spill 3.9 KB a thread,
+    and 11 times slower. (With Triton 3.9 it does so still where blocks are not even.)"""
+    made = compiled("forward", 256, A.Tile(32, 32, 4, 2), 90, causal=True, even=True)
+    assert stack_of(made, tmp_path) < 1024
 
 
 # One kernel of each GPU; all of them with ATTENTION_JVP_ALL=1.
