@@ -25,7 +25,8 @@ The protocol, fixed before any run but for what is marked (*):
 - Round 1 (many short): each idea alone, seed 0, and TVM with three seeds. An idea must be better
   than TVM by more than the deviation of these. New methods and Muon have two learning rates.
   Nothing else is tuned.
-  (*) Muon had won with seed 0: then it was given two more seeds and a third rate.
+  (*) Muon had won with seed 0: then it was given two more seeds and a third rate. These runs were
+  cut short (docs/record.md has what there is of them).
 - Round 2 (few long): five methods, the new ones at their better rate, and what won in round 1. At
   least three seeds each. (It has not been run yet.)
 - A claim has three seeds, a record five. Intervals are mean +- standard deviation over the seeds;
