@@ -1550,6 +1550,7 @@ def train_on_latents(header, vae):
         "--depth=1",
         "--num_heads=2",
         "--batch_size=16",
+        "--muon_lr=0",
         "--log_every=5",
         "--ema_eval=0.9",
     )

@@ -1,7 +1,7 @@
 """
 Train a TVM model. The constants below are the default run, real handwritten digits on a CPU.
 
-    python train.py                                              # about five minutes on two cores
+    python train.py                                              # about four minutes on two cores
     python train.py --preset=shapes                              # one GPU
     torchrun --nproc_per_node=8 train.py --preset=shapes         # eight GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\

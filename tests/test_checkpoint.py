@@ -183,11 +183,11 @@ def test_changes_on_purpose(folder, capsys):
     assert train("--steps=1") is None
     refused = train("--steps=2", "--lr=0.1", "--beta2=0.9")
     assert "beta2 0.95 -> 0.9" in refused
-    assert "lr 0.002 -> 0.1" in refused
+    assert "lr 0.003 -> 0.1" in refused
     assert "--change=" in refused
     refused = train("--steps=2", "--lr=0.1", "--beta2=0.9", "--change=lr")
     assert "beta2 0.95 -> 0.9" in refused
-    assert "lr 0.002" not in refused
+    assert "lr 0.003" not in refused
     assert "did you mean lr" in train("--steps=2", "--lr=0.1", "--change=lrr")
     before = state("digits")
     assert train("--steps=2", "--lr=0.1", "--weight_decay=0.5", "--change=lr,weight_decay") is None
@@ -209,7 +209,7 @@ def test_changes_on_purpose(folder, capsys):
 def test_runs_that_do_not_go_on(folder):
     assert train("--steps=2") is None
     assert "beyond steps 1" in train("--steps=1")
-    assert "lr 0.002 -> 0.1" in train("--steps=2", "--lr=0.1")
+    assert "lr 0.003 -> 0.1" in train("--steps=2", "--lr=0.1")
     os.replace("out/digits/ckpt.safetensors", "out/digits/state_3.safetensors")
     assert "is not the state of a run" in train("--steps=4")
     os.remove("out/digits/state_3.safetensors")
