@@ -192,7 +192,7 @@ def test_changes_on_purpose(folder, capsys):
     before = state("digits")
     assert train("--steps=2", "--lr=0.1", "--weight_decay=0.5", "--change=lr,weight_decay") is None
     assert "from step 1" in capsys.readouterr().out
-    assert train_config("digits")["lr"] == 0.002  # of the first line of the log
+    assert train_config("digits")["lr"] == 0.003  # of the first line of the log
     after = state("digits")
 
     # AdamW by hand: what the new learning rate and weight decay make of the first state.
