@@ -202,7 +202,7 @@ def test_changes_on_purpose(folder, capsys):
     expected = before[f"model.{name}"] * (1 - 0.1 * 0.5) - 0.1 * direction
     assert (after[f"model.{name}"] - expected).abs().max() < 1e-5
 
-    assert "lr 0.1 -> 0.002" in train("--steps=3", "--weight_decay=0.5")
+    assert "lr 0.1 -> 0.003" in train("--steps=3", "--weight_decay=0.5")
     assert train("--steps=3", "--lr=0.1", "--weight_decay=0.5") is None
 
 
