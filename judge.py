@@ -14,10 +14,11 @@ import os
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from dual import total
-from files import written
+from files import UserError, written
 from frechet import frechet_distance
 from loss import EULER
 from model import Block, load_model
@@ -61,7 +62,10 @@ class Judge:
         path = os.path.join(self.protocol.folder, "judge.safetensors")
         if os.path.exists(path):
             net = classifier(self.header["shape"][0], CLASSES).to(self.device).eval()
-            net.load_state_dict(load_file(path))
+            try:
+                net.load_state_dict(load_file(path))
+            except (SafetensorError, RuntimeError):
+                raise UserError(f"{path} is damaged: delete it, and it is trained again") from None
             return net
         images, labels = data["train_images"], data["train_labels"]
         net = train_classifier(images, labels, CLASSES, self.device)

@@ -291,6 +291,15 @@ def step_of(constants):
     return flags_of(costs_of(constants)) or "TVM"
 
 
+def read_steps(path):
+    """{step: milliseconds}. Raises UserError."""
+    try:
+        with open(path) as f:
+            return {step: float(ms) for step, ms in json.load(f).items()}
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged: delete it, and the steps are timed again") from None
+
+
 def time_steps(protocol, a_round, tiny):
     """{step: milliseconds} of a round, from steps.json or measured now, by all GPUs.
 
@@ -299,8 +308,7 @@ def time_steps(protocol, a_round, tiny):
     path = os.path.join(protocol.folder, "steps.json")
     step_ms = {}
     if os.path.exists(path):
-        with open(path) as f:
-            step_ms = json.load(f)
+        step_ms = read_steps(path)
     needed = {}
     for idea in a_round.seeds:
         change = IDEAS[idea].change

@@ -224,6 +224,8 @@ def report(log, ideas, methods, prefix, page=None):
     """
     first, runs = read_log(log)
     nfes = [str(nfe) for nfe in first["settings"]["nfes"]]
+    if not all("idea" in line for line in runs.values()):
+        raise UserError(f"{log} is not a log of record.py")
     if not any("scores" in line for line in runs.values()):
         raise UserError(f"{log} has no run with scores yet")
 

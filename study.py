@@ -423,8 +423,11 @@ def visible_gpus():
 
 
 def append_line(log, line):
-    with open(log, "a") as f:
-        f.write(json.dumps(line, allow_nan=False) + "\n")
+    """Append a line. A last line that a kill has cut off goes."""
+    with open(log, "a+b") as f:
+        f.seek(0)
+        f.truncate(f.read().rfind(b"\n") + 1)
+        f.write(json.dumps(line, allow_nan=False).encode() + b"\n")
 
 
 def prepare_data(protocol):

@@ -75,6 +75,8 @@ class Results:
     def __init__(self, log, methods):
         self.first, lines = read_log(log)
         self.settings = self.first["settings"]
+        if "seconds" not in self.settings:
+            raise UserError(f"{log} is not a log of study.py")
         self.nfes = [str(nfe) for nfe in self.settings["nfes"]]
         self.failed = [
             f"{run}: {line['failed']}" for run, line in lines.items() if "failed" in line

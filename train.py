@@ -211,7 +211,7 @@ if bfloat16_sums and device.type != "cuda":
 if shard and not distributed:
     fail("shard divides weights over the ranks of torchrun, and this is not started by torchrun")
 if shard and muon_lr:
-    fail("Muon takes whole matrices, and shard divides them: set one of muon_lr and shard")
+    fail("Muon takes whole matrices, and shard divides them: add --muon_lr=0, or leave shard out")
 has_copies = distributed and not shard  # of the weights, on each rank
 has_bfloat16, can_compile = abilities(device)
 compiled = compile and can_compile
@@ -385,6 +385,10 @@ def resume():
     missing += [key for key in ("train", "step") if key not in was]
     if missing:
         fail(f"{path} is not the state of a run: no {', '.join(missing)} in it")
+    was_muon_lr = was["train"].get("muon_lr", 0.0)
+    if (was_muon_lr > 0) != (muon_lr > 0):
+        by = "Muon" if was_muon_lr > 0 else "AdamW alone"
+        fail(f"{path} was trained by {by}: go on with --muon_lr={was_muon_lr:g}")
     wrong, new = differences(was["train"], config, OPTIONS, change)
     if wrong:
         fail(
@@ -393,8 +397,8 @@ def resume():
         )
     if new and rank == 0:
         print(f"{path} is from before these constants, which have today's value: {', '.join(new)}")
-    if (was["train"].get("muon_lr", 0) > 0) != (muon_lr > 0):
-        fail(f"{path} has moments of other optimizers: muon_lr cannot change from or to 0")
+    if objective == "alpha_flow" and was["train"]["steps"] != steps and rank == 0:
+        print(f"alpha falls over {steps} steps now, and fell over {was['train']['steps']} before")
     if was["data"] != header:
         fail(
             f"{path} was trained on other data than {data_path} holds now: "

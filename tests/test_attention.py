@@ -1343,8 +1343,8 @@ def test_hopper_tiles_fit(monkeypatch):
 
 
 def test_the_widest_causal_forward_keeps_its_registers(tmp_path):
-    """It spills some, as without a mask. A line in another place once made it spill 3.9 KB a thread,
-    and 11 times slower. (With Triton 3.9 it does so still where blocks are not even.)"""
+    """It spills some, as without a mask. A line in another place once made it spill 3.9 KB a
+    thread, and 11 times slower. (With Triton 3.9 it does so still where blocks are not even.)"""
     made = compiled("forward", 256, A.Tile(32, 32, 4, 2), 90, causal=True, even=True)
     assert stack_of(made, tmp_path) < 1024
 

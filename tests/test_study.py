@@ -272,9 +272,24 @@ def test_record_refuses(folder):
     assert "has other settings" in run_script("record.py", "--tiny", "--round=1")
 
 
-@pytest.mark.skipif(
-    not os.path.exists(os.path.join(HERE, "assets", "record.jsonl")), reason="no log is shipped yet"
-)
+def test_damaged_files_of_the_record(folder):
+    """A line that a kill cut off makes room for the next one. Other damage is told in one line."""
+    study.append_line("log.jsonl", dict(run=1))
+    with open("log.jsonl", "a") as f:
+        f.write('{"run": {"cut": 2}')
+    study.append_line("log.jsonl", dict(run=3))
+    assert text_of("log.jsonl") == '{"run": 1}\n{"run": 3}\n'
+    for text in ("", "[]", '{"TVM": "fast"}'):
+        with open("steps.json", "w") as f:
+            f.write(text)
+        with pytest.raises(record.UserError, match="steps.json is damaged: delete it"):
+            record.read_steps("steps.json")
+    for script, log in (("record.py", "study.jsonl"), ("study.py", "record.jsonl")):
+        shutil.copy(os.path.join(HERE, "assets", log), log)
+        said = run_script(script, "--report", f"--log={log}")
+        assert f"{log} is not a log of {script}" in said
+
+
 def test_the_record_in_the_repository(folder):
     """Its log gives the tables that the page shows."""
     shutil.copy(os.path.join(HERE, "assets", "record.jsonl"), "record.jsonl")

@@ -324,7 +324,7 @@ def test_muon_goes_on(folder):
         assert key.replace("momentum_buffer", "exp_avg") not in kept
     assert "blocks.0.attn.qkv.bias.exp_avg" in kept
     without = train("--name=muon", "--steps=6", "--change=muon_lr")
-    assert "muon_lr cannot change from or to 0" in without
+    assert "was trained by Muon: go on with --muon_lr=0.01" in without
 
 
 def test_alpha_flow_goes_on(folder, monkeypatch):
@@ -675,7 +675,7 @@ def test_muon_on_two_ranks(folder, two_ranks):
     pairs = zip(logged_losses("one"), logged_losses("two"), strict=True)
     assert max(abs(a / b - 1) for a, b in pairs) < 1e-3
     assert two_ranks("train.py", "--name=parts", "--shard=True", *arguments) == [1, 1]
-    assert "set one of muon_lr and shard" in said()
+    assert "add --muon_lr=0, or leave shard out" in said()
 
 
 def test_two_ranks_have_the_losses_of_one(folder, two_ranks):
