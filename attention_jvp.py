@@ -735,8 +735,8 @@ if triton is not None:
 
     # fmt: off
     @triton.jit
-    def row_kernel(Q, K, V, TQ, TK, TV, MASK, DO, DTO, O, TO, LO, LSE, MU, SEEN, S1, S2, DQ, DTQ,
-                   TK0,
+    def row_kernel(Q, K, V, TQ, TK, TV, MASK, DO, DTO, O, TO, LO, LSE, MU, SEEN,
+                   S1, S2, DQ, DTQ, TK0,
                    stq, stk, stv, sttq, sttk, sttv, stmask, stdo, stdto, sto, H, Sq, Sk, scale,
                    MASKED: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
                    W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,

@@ -38,6 +38,8 @@ from dual import at_least_float32, column
 OBJECTIVES = ("tvm", "meanflow", "improved_meanflow", "alpha_flow", "flow_matching")
 TIMES = ("gap*", "gap", "trunc", "clamp", "two")
 GUIDANCE = ("constant", "inverse", "uniform")
+# train.py's constants with which MeanFlow and its relatives are trained.
+MEAN_VELOCITY = dict(times="two", p_equal=0.75, scaled=False)
 EULER = ("flow_matching",)  # of s = t alone: sampled by Euler steps with F(x, t, t)
 
 

@@ -52,6 +52,7 @@ import options
 import study
 from files import UserError, written
 from judge import Judge
+from loss import MEAN_VELOCITY
 from record_report import flags_of, report
 
 # ---- the ideas -----------------------------------------------------------------------------------
@@ -63,8 +64,6 @@ class Idea(NamedTuple):
     source: str
     lines: int = 0  # of code that it adds, without its option and checks; 0: constants alone
 
-
-MEAN_VELOCITY = dict(times="two", p_equal=0.75, scaled=False)  # MeanFlow's and its relatives'
 
 IDEAS = {
     "TVM": Idea({}, "the paper's objective and network", "arXiv 2511.19797"),

@@ -65,7 +65,7 @@ from device import (
 )
 from files import HERE, CheckpointError, UserError, hold
 from latents import SD_VAE
-from loss import GUIDANCE, OBJECTIVES, TIMES, TrainingLoss, backward
+from loss import GUIDANCE, MEAN_VELOCITY, OBJECTIVES, TIMES, TrainingLoss, backward
 from model import SIZES, DiT, DiTConfig, compile_blocks
 from muon import Muon, matrices_of_blocks
 from options import Option, configure, differences, fail, options_of
@@ -308,12 +308,11 @@ try:
 except ValueError as error:
     fail(error)
 is_meanflow = objective in ("meanflow", "improved_meanflow", "alpha_flow")
-if is_meanflow and (times, p_equal, scaled) != ("two", 0.75, False) and rank == 0:
-    print(
-        "warning: MeanFlow's own constants are --times=two --p_equal=0.75 --scaled=False, not "
-        f"--times={times} --p_equal={p_equal:g} --scaled={scaled}",
-        file=sys.stderr,
-    )
+unusual = [name for name, value in MEAN_VELOCITY.items() if config[name] != value]
+if is_meanflow and unusual and rank == 0:
+    usual = " ".join(f"--{name}={value}" for name, value in MEAN_VELOCITY.items())
+    given = " ".join(f"--{name}={config[name]}" for name in MEAN_VELOCITY)
+    print(f"warning: MeanFlow's own constants are {usual}, not {given}", file=sys.stderr)
 if compiled:
     compile_blocks(model, target, detach_jvp=loss.detaches_jvp)
 
@@ -607,10 +606,10 @@ for step in progress:
         shown = report.log_losses(done, losses, batches, skipped)
         progress.set_postfix_str(shown)
     # No save while steps are being skipped. At the end, a save if the weights are finite.
-    is_last = done == steps or stop
-    if is_last and skipped_in_a_row and not all(whole(p).isfinite().all() for p in weights):
+    at_end = done == steps or stop
+    if at_end and skipped_in_a_row and not all(whole(p).isfinite().all() for p in weights):
         fail(f"the weights at step {done} are not finite; {last_good(out)}")
-    if (done % save_every == 0 and not skipped_in_a_row) or is_last:
+    if (done % save_every == 0 and not skipped_in_a_row) or at_end:
         saved = save(done)
     if stop:
         break

@@ -350,7 +350,7 @@ def test_meanflow_with_other_constants_warns(folder, capsys):
         said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
         assert said == [
             "warning: MeanFlow's own constants are --times=two --p_equal=0.75 --scaled=False, "
-            "not --times=gap* --p_equal=0 --scaled=True"
+            "not --times=gap* --p_equal=0.0 --scaled=True"
         ]
     for name, flags in (("b", ("--objective=meanflow", *own)), ("c", ("--objective=tvm",))):
         assert train(f"--name={name}", "--steps=1", *flags) is None
