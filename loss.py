@@ -221,10 +221,7 @@ def meanflow_loss(model, x0, y, x1, t, s, w, drop, kappa=0.5, c=1e-3, p=1.0):
     v = x1 - x0
     x_t = x0 + column(t, x0) * v
     with torch.no_grad():
-        two_t = torch.cat([t, t])
-        two_y = torch.cat([y, model.no_condition(y)])
-        F_both = model(torch.cat([x_t, x_t]), two_t, two_t, two_y, torch.cat([w, w]))
-        u, u_none = at_least_float32(F_both).chunk(2)
+        u, u_none = with_and_without_class(model, x_t, t, y, w)
         guided = (1 - kappa) * (w_column * v + (1 - w_column) * k * u_none)
         guided = guided + kappa * k * u
         v_guided = torch.where(column(~drop & (w != 1), x0), guided, v)  # v~
@@ -249,10 +246,7 @@ def improved_meanflow_loss(model, x0, y, x1, t, s, w, drop, c=1e-3, p=1.0):
     v = x1 - x0
     x_t = x0 + column(t, x0) * v
     with torch.no_grad():
-        two_t = torch.cat([t, t])
-        two_y = torch.cat([y, model.no_condition(y)])
-        F_both = model(torch.cat([x_t, x_t]), two_t, two_t, two_y, torch.cat([w, w]))
-        F_class, F_none = at_least_float32(F_both).chunk(2)
+        F_class, F_none = with_and_without_class(model, x_t, t, y, w)
         u = k * F_class
         v_g = guided_velocity(v, k * F_none, w, drop)
     F, dF = model.jvp(x_t, t, s, y, w, dx=u, dt=torch.ones_like(t))
@@ -295,6 +289,14 @@ def alpha_at(progress, alpha_min):
     time MLP rounds cos t to bfloat16, whose numbers lie 0.004 apart just below 1.
     """
     return max(alpha_min, 1 / (1 + math.exp(25 * (progress - 0.5))))
+
+
+def with_and_without_class(model, x_t, t, y, w):
+    """F(x_t, t, t, y, w) and F(x_t, t, t, none, w), in one call."""
+    two_t = torch.cat([t, t])
+    two_y = torch.cat([y, model.no_condition(y)])
+    F_both = model(torch.cat([x_t, x_t]), two_t, two_t, two_y, torch.cat([w, w]))
+    return at_least_float32(F_both).chunk(2)
 
 
 def guided_velocity(v, u_none, w, drop):

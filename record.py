@@ -65,6 +65,22 @@ class Idea(NamedTuple):
     lines: int = 0  # of code that it adds, without its option and checks; 0: constants alone
 
 
+def at_rate(idea, lr):
+    return idea._replace(change=dict(idea.change, lr=lr))
+
+
+IMPROVED_MEANFLOW = Idea(
+    dict(MEAN_VELOCITY, objective="improved_meanflow"),
+    "its loss, without its second head",
+    "arXiv 2512.02012",
+    23,
+)
+ALPHA_FLOW = Idea(
+    dict(MEAN_VELOCITY, objective="alpha_flow"),
+    "MeanFlow without a derivative",
+    "arXiv 2510.20771",
+    26,
+)
 IDEAS = {
     "TVM": Idea({}, "the paper's objective and network", "arXiv 2511.19797"),
     # what an objective says
@@ -91,30 +107,10 @@ IDEAS = {
         "arXiv 2505.13447",
         19,
     ),
-    "improved MeanFlow, lr 1e-3": Idea(
-        dict(MEAN_VELOCITY, objective="improved_meanflow", lr=1e-3),
-        "its loss, without its second head",
-        "arXiv 2512.02012",
-        23,
-    ),
-    "improved MeanFlow, lr 2e-3": Idea(
-        dict(MEAN_VELOCITY, objective="improved_meanflow", lr=2e-3),
-        "its loss, without its second head",
-        "arXiv 2512.02012",
-        23,
-    ),
-    "alpha-Flow, lr 1e-3": Idea(
-        dict(MEAN_VELOCITY, objective="alpha_flow", lr=1e-3),
-        "MeanFlow without a derivative",
-        "arXiv 2510.20771",
-        26,
-    ),
-    "alpha-Flow, lr 2e-3": Idea(
-        dict(MEAN_VELOCITY, objective="alpha_flow", lr=2e-3),
-        "MeanFlow without a derivative",
-        "arXiv 2510.20771",
-        26,
-    ),
+    "improved MeanFlow, lr 1e-3": at_rate(IMPROVED_MEANFLOW, 1e-3),
+    "improved MeanFlow, lr 2e-3": at_rate(IMPROVED_MEANFLOW, 2e-3),
+    "alpha-Flow, lr 1e-3": at_rate(ALPHA_FLOW, 1e-3),
+    "alpha-Flow, lr 2e-3": at_rate(ALPHA_FLOW, 2e-3),
     "flow matching": Idea(
         dict(objective="flow_matching", lr=2e-3),
         "as in study.py, at its best rate there",
@@ -368,7 +364,7 @@ class RoundRuns(study.Runs):
         return runs
 
     def steps_of(self, constants):
-        return max(1, round(self.protocol.seconds * 1e3 / self.step_ms[step_of(constants)]))
+        return study.steps_that_fit(self.protocol.seconds, self.step_ms[step_of(constants)])
 
     def line_of(self, run, line):
         idea, seed = self.members[run]

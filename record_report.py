@@ -13,7 +13,7 @@ import sys
 import textwrap
 from typing import NamedTuple
 
-from files import UserError
+from files import UserError, written
 from study_report import draw_samples, draw_scores, header, over_seeds, read_log, row, safe_name
 
 MARKER = "<!-- From here on: python record.py --report --page=THIS -->\n"
@@ -79,6 +79,10 @@ def compared(baseline, values):
     return f"{factor:.2f}, {'overlap' if overlap else 'apart'}"
 
 
+def step_title(nfe):
+    return "1 step" if nfe == "1" else f"{nfe} steps"
+
+
 def table_of_ideas(groups, ideas, nfes):
     """All groups of one round, beside TVM."""
     one = nfes[0]
@@ -86,8 +90,7 @@ def table_of_ideas(groups, ideas, nfes):
     for group in groups:
         if group.idea == "TVM" and group.rate is None:
             baseline = group.values(one)
-    distances = [f"{nfe} step{'s' if nfe != one else ''}" for nfe in nfes]
-    heads = ["idea", "change", "lines", "seeds", *distances]
+    heads = ["idea", "change", "lines", "seeds", *map(step_title, nfes)]
     heads += ["TVM's distance / its, 1 step", "step, ms", "steps", "commit"]
     lines = header(heads)
     for group in groups:
@@ -119,9 +122,8 @@ def table_of_ideas(groups, ideas, nfes):
 def table_of_methods(groups, methods, nfes):
     """The methods alone, with more scores."""
     one = nfes[0]
-    distances = [f"{nfe} step{'s' if nfe != one else ''}" for nfe in nfes]
     more = ["two-sample accuracy, 1 step", "label accuracy, 1 step"]
-    lines = header(["method", "seeds", *distances, *more])
+    lines = header(["method", "seeds", *map(step_title, nfes), *more])
     for group in groups:
         if group.idea in methods and group.rate is None and group.runs:
             cells = [over_seeds(group.values(nfe)) for nfe in nfes]
@@ -253,5 +255,5 @@ def put_into_page(text, page):
         prose, marker, _ = f.read().partition(MARKER)
     if not marker:
         raise UserError(f"{page} has no line {MARKER.strip()}")
-    with open(page, "w") as f:
-        f.write(f"{prose}{marker}\n{text}")
+    with written(page) as f:
+        f.write(f"{prose}{marker}\n{text}".encode())

@@ -193,7 +193,12 @@ def plan_runs(protocol, done):
 def steps_of(protocol, constants, step_ms):
     """How many steps fit into a run's time."""
     timed = "detach_jvp" if constants.get("detach_jvp") else constants.get("objective", "tvm")
-    return max(1, round(protocol.seconds * 1e3 / step_ms[timed]))
+    return steps_that_fit(protocol.seconds, step_ms[timed])
+
+
+def steps_that_fit(seconds, ms):
+    """How many steps of so many milliseconds, and one at least."""
+    return max(1, round(seconds * 1e3 / ms))
 
 
 def command_of(protocol, run, constants, steps):

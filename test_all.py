@@ -1048,6 +1048,21 @@ def test_improved_meanflow_on_gaussian_data(scaled, w):
     assert torch.equal(term.time, t)
 
 
+def naive_sample(net, x0, y, x1, t, w, drop, i):
+    """Of sample i: u, a function of z, t and r; z at time t; and the guided velocity there."""
+    k = w[i] if net.config.scaled else 1.0
+    y_i = y[i : i + 1]
+
+    def u(z, t, r, y=y_i):
+        return k * net(z, t.view(1), r.view(1), y, w[i].view(1))
+
+    v = x1[i : i + 1] - x0[i : i + 1]
+    z = (1 - t[i]) * x0[i : i + 1] + t[i] * x1[i : i + 1]
+    if not drop[i]:
+        v = w[i] * v + (1 - w[i]) * u(z, t[i], t[i], net.no_condition(y_i)).detach()
+    return u, z, v
+
+
 def naive_improved_meanflow(net, x0, y, x1, t, s, w, drop, c=1e-3, power=1.0):
     """(B,) straight from the paper, one sample after the other.
 
@@ -1055,16 +1070,7 @@ def naive_improved_meanflow(net, x0, y, x1, t, s, w, drop, c=1e-3, power=1.0):
     """
     losses = []
     for i in range(len(x0)):
-        k = w[i] if net.config.scaled else 1.0
-        y_i = y[i : i + 1]
-
-        def u(z, t, r, y=y_i, w=w[i], k=k):
-            return k * net(z, t.view(1), r.view(1), y, w.view(1))
-
-        v = x1[i : i + 1] - x0[i : i + 1]
-        z = (1 - t[i]) * x0[i : i + 1] + t[i] * x1[i : i + 1]
-        if not drop[i]:
-            v = w[i] * v + (1 - w[i]) * u(z, t[i], t[i], net.no_condition(y_i)).detach()
+        u, z, v = naive_sample(net, x0, y, x1, t, w, drop, i)
         tangents = (u(z, t[i], t[i]).detach(), torch.ones_like(t[i]), torch.zeros_like(s[i]))
         mean_velocity, derivative = torch.func.jvp(u, (z, t[i], s[i]), tangents)
         V = mean_velocity + (t[i] - s[i]) * derivative.detach()
@@ -1077,16 +1083,7 @@ def naive_alpha_flow(net, x0, y, x1, t, s, r, w, drop, c=1e-3, power=1.0):
     """(B,) straight from the paper, one sample after the other."""
     losses = []
     for i in range(len(x0)):
-        k = w[i] if net.config.scaled else 1.0
-        y_i = y[i : i + 1]
-
-        def u(z, t, r, y=y_i, w=w[i], k=k):
-            return k * net(z, t.view(1), r.view(1), y, w.view(1))
-
-        v = x1[i : i + 1] - x0[i : i + 1]
-        z = (1 - t[i]) * x0[i : i + 1] + t[i] * x1[i : i + 1]
-        if not drop[i]:
-            v = w[i] * v + (1 - w[i]) * u(z, t[i], t[i], net.no_condition(y_i)).detach()
+        u, z, v = naive_sample(net, x0, y, x1, t, w, drop, i)
         alpha = 1.0 if t[i] == s[i] else (t[i] - r[i]) / (t[i] - s[i])
         z_r = z - (t[i] - r[i]) * v
         mean_velocity = alpha * v + (1 - alpha) * u(z_r, r[i], s[i]).detach()

@@ -291,6 +291,7 @@ if muon_lr:
     muon_rate = torch.tensor(muon_lr, device=device) if use_graphs else muon_lr
     muon = Muon(matrices.values(), muon_rate, weight_decay=weight_decay)
     optimizers.append((muon, muon_lr))
+optimizer_of = {key: muon if key in matrices else adamw for key in parameters}
 times_config = dict(sampler=times, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, p_equal=p_equal)
 guidance_config = dict(sampler=guidance, w=w, w_min=w_min, w_max=w_max)
 try:
@@ -356,8 +357,7 @@ def save(step):
         for key, t in net.state_dict().items():
             state[f"{kind}.{key}"] = t
     for key, p in parameters.items():
-        optimizer = muon if key in matrices else adamw
-        for kind, t in optimizer.state[p].items():
+        for kind, t in optimizer_of[key].state[p].items():
             state[f"optimizer.{key}.{kind}"] = t
     state = gather(state)
     return report.attempt(f"the checkpoint of step {step}", write, step, state, errors=OSError)
@@ -412,8 +412,7 @@ def resume():
                 f"of it: --init_from={path} --init_partly=True --name=ANOTHER"
             )
     for key, p in parameters.items():
-        optimizer = muon if key in matrices else adamw
-        optimizer.state[p] = strip_prefix(state, f"optimizer.{key}.")
+        optimizer_of[key].state[p] = strip_prefix(state, f"optimizer.{key}.")
     return was["step"]
 
 
