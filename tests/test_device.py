@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-from helpers import SMALL, run_script
+from helpers import SMALL, run_script, torchrun
 
 import device
 from files import UserError
@@ -100,6 +100,28 @@ def test_one_rank_talks_to_itself(monkeypatch):
     device.join_ranks("gloo", timedelta(seconds=1))
     assert device.from_rank_0("a") == "a"
     assert device.from_all_ranks("a") == ["a"]
+
+
+AT_EXIT = """
+import atexit
+from datetime import timedelta
+import torch.distributed as dist
+import device
+
+def has_left():
+    print("in the group" if dist.is_initialized() else "has left", flush=True)
+
+atexit.register(has_left)  # what is registered first runs last
+device.join_ranks("gloo", timedelta(seconds=60))
+assert device.from_all_ranks("a") == ["a", "a"]
+"""
+
+
+def test_ranks_leave_before_they_end(folder):
+    """Else gloo's threads now and then abort a process that has done its work."""
+    (folder / "two.py").write_text(AT_EXIT)
+    said = torchrun(folder / "two.py").stdout.decode()
+    assert said.split("\n").count("has left") == 2
 
 
 @pytest.fixture
