@@ -45,7 +45,7 @@ The file, in order
 5. Launching, and the operators that torch.compile and autograd see.
 6. The two public functions and their checks.
 
-Saved for the backward: inputs, outputs, two float32 rows, two numbers a batch of a key mask, and
+Saved for the backward: inputs, outputs, two float32 rows, three numbers a sample of a key mask, and
 four more bits of tO than its dtype holds (see `low_bits`; a quarter of tO's size for powers of two
 from 16 on, at most half for other head sizes from 8 on).
 """
@@ -134,7 +134,8 @@ def attention_reference(
     enable_gqa=False,
 ):
     """`attention` in plain PyTorch operations, which every transform can follow."""
-    return _reference(q, k, v, None, None, None, attn_mask, dropout_p, is_causal, scale)[0]
+    arguments = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return attention_jvp_reference(q, k, v, None, None, None, *arguments)[0]
 
 
 def attention_jvp_reference(
@@ -151,7 +152,11 @@ def attention_jvp_reference(
     enable_gqa=False,
 ):
     """`attention_jvp` in plain PyTorch operations, which every transform can follow."""
-    return _reference(q, k, v, tq, tk, tv, attn_mask, dropout_p, is_causal, scale)
+    name = "attention_jvp_reference"
+    checked = _checked(
+        name, q, k, v, tq, tk, tv, attn_mask, dropout_p, is_causal, scale, enable_gqa
+    )
+    return _reference(*checked.tensors, checked.mask, is_causal, checked.scale)
 
 
 def _without_autocast(device_type):
@@ -160,19 +165,16 @@ def _without_autocast(device_type):
     return torch.autocast(device_type, enabled=False)
 
 
-def _reference(q, k, v, tq, tk, tv, mask, dropout_p, causal, scale):
-    """(o, to) by the formulas at the top; to is None where all tangents are.
+def _reference(q, k, v, tq, tk, tv, mask, causal, scale):
+    """(o, to) by the formulas at the top; to is None where all tangents are. The arguments have
+    been through `_checked`.
 
     All of it is computed in float32 (float64 for float64) and rounded once, at the end: in half
     precision the scores overflow or lose the digits that softmax needs.
     """
-    if dropout_p != 0:
-        raise ValueError(f"attention here has no dropout, got dropout_p={dropout_p}")
     dtype = v.dtype
     exact = torch.promote_types(dtype, torch.float32)
     groups = q.size(1) // max(1, k.size(1))
-    if scale is None:
-        scale = q.size(-1) ** -0.5
 
     def prepared(x, repeat):
         if x is None:
@@ -210,8 +212,8 @@ def _reference(q, k, v, tq, tk, tv, mask, dropout_p, causal, scale):
             N = tS - (P * tS).sum(-1, keepdim=True)
             PN = P * N
 
-        # The outputs come last. Autograd adds gradients in the opposite order of the forward, and
-        # in another order the shipped digits network would differ in its last bits.
+        # The outputs come last. Autograd adds gradients in the opposite order of the forward, so
+        # another order here would change the last bits of gradients.
         o = P @ v
         to = None
         if tS is not None:
@@ -267,10 +269,10 @@ if triton is not None:
 
     # fmt: off
     @triton.jit
-    def load(X, b, h, row, S, st, W: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr,
+    def load(X, b, h, row, end, st, W: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr,
              TMA: tl.constexpr):
         # fmt: on
-        """X[b, h, row : row + ROWS] as a tile, zero from row S on. X is a tensor descriptor (TMA)
+        """X[b, h, row : row + ROWS] as a tile, zero from row `end` on. X is a descriptor (TMA)
         or a pointer. EVEN: all of these rows exist."""
         if TMA:
             return (tl.reshape(X.load([b, h, row, 0]), [ROWS, W.first]),)
@@ -281,17 +283,17 @@ if triton is not None:
             if EVEN and W.first <= W.size:
                 x = tl.load(X + r * (st[2] * W.unit) + c)
             else:
-                inside = (row + r < S) & (c < W.size)
+                inside = (row + r < end) & (c < W.size)
                 x = tl.load(X + r * (st[2] * W.unit) + c, mask=inside, other=0.0)
             if W.second == 0:
                 return (x,)
             else:
                 c = W.first + tl.arange(0, W.second)[None, :]
-                inside = (row + r < S) & (c < W.size)
+                inside = (row + r < end) & (c < W.size)
                 return (x, tl.load(X + r * (st[2] * W.unit) + c, mask=inside, other=0.0))
 
     @triton.jit
-    def load_pair(X, Y, b, h, row, S, stx, sty, W: tl.constexpr, ROWS: tl.constexpr):
+    def load_pair(X, Y, b, h, row, end, stx, sty, W: tl.constexpr, ROWS: tl.constexpr):
         """The tiles of X and of Y below each other, (2 ROWS, D), so that one product serves both
         and the program waits once. The addresses of X and Y differ by a multiple of W.unit."""
         i = tl.arange(0, 2 * ROWS)
@@ -302,12 +304,12 @@ if triton is not None:
         to_y += (Y.to(tl.int64) - X.to(tl.int64)) // bytes_per_unit
         X += (tl.where(i < ROWS, to_x + r * stx[2], to_y + r * sty[2]) * W.unit)[:, None]
         c = tl.arange(0, W.first)[None, :]
-        x = tl.load(X + c, mask=(row + r < S)[:, None] & (c < W.size), other=0.0)
+        x = tl.load(X + c, mask=(row + r < end)[:, None] & (c < W.size), other=0.0)
         if W.second == 0:
             return (x,)
         else:
             c = W.first + tl.arange(0, W.second)[None, :]
-            return (x, tl.load(X + c, mask=(row + r < S)[:, None] & (c < W.size), other=0.0))
+            return (x, tl.load(X + c, mask=(row + r < end)[:, None] & (c < W.size), other=0.0))
 
     @triton.jit
     def halves(x):
@@ -316,7 +318,7 @@ if triton is not None:
         return tl.split(tl.permute(x, (1, 2, 0)))
 
     @triton.jit
-    def store(X, x, b, h, row, S, st, W: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr):
+    def store(X, x, b, h, row, end, st, W: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr):
         """Writes a tile to X[b, h, row : row + ROWS], in X's dtype."""
         X += offset(b, h, row, st) * W.unit
         r = tl.arange(0, ROWS)[:, None]
@@ -326,7 +328,7 @@ if triton is not None:
             if EVEN and (n + 1) * x[0].shape[1] <= W.size:
                 tl.store(to, x[n].to(X.dtype.element_ty))
             else:
-                inside = (row + r < S) & (c < W.size)
+                inside = (row + r < end) & (c < W.size)
                 tl.store(to, x[n].to(X.dtype.element_ty), mask=inside)
 
     @triton.jit
@@ -487,22 +489,22 @@ if triton is not None:
         return out
 
     @triton.jit
-    def load_row(X, i, S, ROWS: tl.constexpr, EVEN: tl.constexpr, other: tl.constexpr):
-        """X[i : i + ROWS], `other` from S on."""
+    def load_row(X, i, end, ROWS: tl.constexpr, EVEN: tl.constexpr, other: tl.constexpr):
+        """X[i : i + ROWS], `other` from `end` on."""
         X += i
         r = tl.arange(0, ROWS)
         if EVEN:
             return tl.load(X + r)
         else:
-            return tl.load(X + r, mask=i + r < S, other=other)
+            return tl.load(X + r, mask=i + r < end, other=other)
 
     @triton.jit
-    def block_of(S, H, BLOCK: tl.constexpr, FLAT: tl.constexpr, LAST_FIRST: tl.constexpr):
+    def block_of(rows, H, BLOCK: tl.constexpr, FLAT: tl.constexpr, LAST_FIRST: tl.constexpr):
         """Which rows this program takes: b H + h, b, h, first row. Blocks of one head are
         neighbours and share the L2 cache. FLAT: all programs lie along the first axis of the grid,
         because the others end at 65,535. LAST_FIRST: the last rows, which under a causal mask have
         the most work, start first."""
-        blocks = tl.cdiv(S, BLOCK)
+        blocks = tl.cdiv(rows, BLOCK)
         if FLAT:
             bh = tl.program_id(0) // blocks
             b = bh // H
@@ -554,34 +556,37 @@ if triton is not None:
             return mask, inside & (mask > HIDDEN)
 
     @triton.jit
-    def smaller_and_larger(a, b, c, d):
-        """How `tl.reduce` finds a minimum and a maximum at once."""
-        return tl.minimum(a, c), tl.maximum(b, d)
+    def extremes(a, b, c, x, y, z):
+        """How `tl.reduce` finds two minima and a maximum at once."""
+        return tl.minimum(a, x), tl.minimum(b, y), tl.maximum(c, z)
 
     @triton.jit
-    def first_and_last(MASK, st, b, n0, Sk):
+    def extremes_of_span(MASK, st, b, n0, Sk):
         """For each key j of the SPAN keys from n0 on: j where a key mask changes its scores, else
-        2**30; and j + 1 where it is seen, else 0."""
+        2**30; j where it is seen, else 2**30; and j + 1 where it is seen, else 0."""
         j = n0 + tl.arange(0, SPAN)
         added, seen = key_mask(MASK, st, b, j, Sk)
         untouched = (seen & (added == 0)) | (j >= Sk)
-        return tl.where(untouched, 2**30, j), tl.where(seen, j + 1, 0)
+        return tl.where(untouched, 2**30, j), tl.where(seen, j, 2**30), tl.where(seen, j + 1, 0)
 
     @triton.jit
-    def seen_keys(first, last, MASK, st, b, Sk):
-        """Of a key mask: how many keys at the beginning it leaves as they are, and how many there
-        are up to the last that is seen. first, last: `first_and_last` of the first SPAN keys."""
+    def seen_keys(free, begin, end, MASK, st, b, Sk):
+        """Of a key mask: the first key whose scores it changes, the first key that is seen, and the
+        one after the last that is seen. The first three arguments: `extremes_of_span` of the first
+        SPAN keys. Where no key is seen, begin is 2**30 and end is 0."""
         for n0 in range(SPAN, Sk, SPAN):
-            next_first, next_last = first_and_last(MASK, st, b, n0, Sk)
-            first = tl.minimum(first, next_first)
-            last = tl.maximum(last, next_last)
-        return tl.reduce((first, last), 0, smaller_and_larger)
+            next_free, next_begin, next_end = extremes_of_span(MASK, st, b, n0, Sk)
+            free = tl.minimum(free, next_free)
+            begin = tl.minimum(begin, next_begin)
+            end = tl.maximum(end, next_end)
+        return tl.reduce((free, begin, end), 0, extremes)
 
     @triton.jit
     def load_seen(SEEN, b):
-        """(free, end): keys before `free` need no mask, and none is seen from `end` on."""
-        SEEN += 2 * b
-        return tl.load(SEEN), tl.load(SEEN + 1)
+        """What `seen_keys` found: keys before `free` need no mask, and all that are seen lie from
+        `begin` up to `end`."""
+        SEEN += 3 * b
+        return tl.load(SEEN), tl.load(SEEN + 1), tl.load(SEEN + 2)
 
     @triton.jit
     def centred(P, tS, centre, sum_P, sum_PC):
@@ -602,8 +607,9 @@ if triton is not None:
     #
     # Names are those of the formulas at the top, and these:
     #   S, tS   are multiplied by the scale where they are used, not where they are made.
-    #   PC      P (tS - centre). mu is not known before the last key, so the forward takes another
-    #           number a row from tS, its centre, and what that lacks to mu from tO at the end.
+    #   PC      P (tS - centre). mu is known only after the last key. So the forward subtracts an
+    #           estimate of it, the centre, and corrects at the end:
+    #           tO = (sum of PC V + P tV) / sum of P - (mu - centre) O.
     #   A_s1    A - s1, so that Gt = P A_s1.
     #   G_by_P  B - s2 + (A - s1) N, so that G = P G_by_P.
 
@@ -621,8 +627,8 @@ if triton is not None:
         SCORES_MOVE: tl.constexpr = TQ is not None or TK is not None
         # P's own products run while PC is made: 2% faster at a head size of 64, 3% slower at 128.
         PC_FIRST: tl.constexpr = W.first >= 128
-        # Scores of few products vary most, so that P has peaks: the mean under P is then the better
-        # centre than the plain one.
+        # With small heads a few keys often have most of P. The mean under P is then nearer to mu
+        # than the plain mean.
         CENTRE_BY_P: tl.constexpr = W.first < 64
         if SAME:
             stv = stk
@@ -633,7 +639,7 @@ if triton is not None:
         if GROUP > 1:
             hk = h // GROUP
         if MASKED == KEY_MASK:  # loaded first, because the loop's length depends on it
-            first, last = first_and_last(MASK, stmask, b, 0, Sk)
+            free, begin, end = extremes_of_span(MASK, stmask, b, 0, Sk)
         q = load(Q, b, h, m0, Sq, stq, W, BM, FULL, False)
         if TQ is not None:
             tq = load(TQ, b, h, m0, Sq, sttq, W, BM, FULL, False)
@@ -644,17 +650,21 @@ if triton is not None:
         o = zeros(BM, W)
         to = zeros(BM, W)
         scale2 = scale * LOG2E
-        end = Sk
-        if CAUSAL:
-            end = tl.minimum(Sk, m0 + BM)
         if MASKED == KEY_MASK:
-            # Keys before `free` need no mask. The backward takes both numbers from SEEN.
-            free, end = seen_keys(first, last, MASK, stmask, b, Sk)
+            # The backward takes these numbers from SEEN.
+            free, begin, end = seen_keys(free, begin, end, MASK, stmask, b, Sk)
             if SEEN is not None:
                 if m0 == 0 and h == 0:
-                    tl.store(SEEN + 2 * b, free)
-                    tl.store(SEEN + 2 * b + 1, end)
-        for n0 in range(0, end, BN):
+                    tl.store(SEEN + 3 * b, free)
+                    tl.store(SEEN + 3 * b + 1, begin)
+                    tl.store(SEEN + 3 * b + 2, end)
+            start = begin // BN * BN
+        else:
+            start = 0
+            end = Sk
+            if CAUSAL:
+                end = tl.minimum(Sk, m0 + BM)
+        for n0 in range(start, end, BN):
             k = load(K, b, hk, n0, Sk, stk, W, BN, EVEN, TMA)
             if TK is not None:
                 tk = load(TK, b, hk, n0, Sk, sttk, W, BN, EVEN, TMA)
@@ -685,9 +695,12 @@ if triton is not None:
             P = tl.exp2(S * scale2 - shift[:, None])
             if SCORES_MOVE:
                 # Centred on a mean over the first keys, PC keeps its digits where tK has a large
-                # common part.
-                if n0 == 0:
-                    if CENTRE_BY_P and MASKED == NO_MASK:
+                # common part. Hidden keys may lack that part, so they must not count.
+                if MASKED == DENSE_MASK:  # the first keys that a row sees may be in any block
+                    mean = tl.sum(P * tS, 1) / tl.maximum(tl.sum(P, 1), 1e-30) * scale
+                    centre = tl.where(m == float("-inf"), mean, centre)
+                elif n0 == start:
+                    if CENTRE_BY_P or MASKED == KEY_MASK:
                         centre = tl.sum(P * tS, 1) / tl.sum(P, 1) * scale
                     else:
                         centre = tl.sum(tS, 1) * (scale / tl.minimum(BN, Sk))
@@ -759,7 +772,12 @@ if triton is not None:
         i = m0 + tl.arange(0, BM)
         row = tl.cast(bh, tl.int64) * Sq + i
         if MASKED == KEY_MASK:
-            free, seen_end = load_seen(SEEN, b)  # keys before `free` need no mask
+            free, first_key, end = load_seen(SEEN, b)
+            start = first_key // BN * BN
+        else:
+            start = 0
+            first_key = 0
+            end = Sk
         o = load(O, b, h, m0, Sq, sto, W, BM, False, False)
         do = load(DO, b, h, m0, Sq, stdo, W, BM, False, False)
         if DTO is not None:
@@ -788,12 +806,10 @@ if triton is not None:
                 # Row sums of Gt by the tensor cores, whose least width is 8.
                 delta = tl.full((BM, 8), 0.0, tl.float32)
                 ones = tl.full((BN, 8), 1.0, q[0].dtype)
-            end = Sk
+            last = end
             if CAUSAL:
-                end = tl.minimum(Sk, m0 + BM)
-            if MASKED == KEY_MASK:
-                end = seen_end
-            for n0 in range(0, end, BN):
+                last = tl.minimum(Sk, m0 + BM)
+            for n0 in range(start, last, BN):
                 k = load(K, b, hk, n0, Sk, stk, W, BN, EVEN, TMA)
                 v = load(V, b, hk, n0, Sk, stv, W, BN, EVEN, TMA)
                 # P multiplies everything and comes last: few tiles are alive before, which saves
@@ -835,15 +851,18 @@ if triton is not None:
                         delta = tl.dot(Gt, ones, delta, input_precision=PREC)
                     if TANGENT:
                         dtq = dot(Gt, k, dtq, PREC)
-                if PRIMAL:  # as far as it can be from the other product into dQ, which it waits for
+                if PRIMAL:  # last: it waits for the other product into dq
                     dq = dot((P * G_by_P).to(k[0].dtype), k, dq, PREC)
             if PRIMAL:
                 if SCORES_MOVE and TK is not None:
                     # Rows of Gt sum to zero before they are rounded. What rounding leaves of the
                     # sum, delta, would be multiplied by a large common part of tK. Taking the mean
                     # of the first rows off tK changes nothing else.
-                    first_rows = load(TK0, b, hk, 0, Sk, sttk, W, 16, False, False)
-                    share = tl.sum(delta, 1)[:, None] / (-8 * tl.minimum(Sk, 16))
+                    first_rows = load(TK0, b, hk, first_key, end, sttk, W, 16, False, False)
+                    count = tl.minimum(end - first_key, 16)
+                    if MASKED == KEY_MASK:
+                        count = tl.maximum(count, 1)  # where no key is seen
+                    share = tl.sum(delta, 1)[:, None] / (-8 * count)
                     dq = plus(dq, share, column_sums(first_rows))
                 store(DQ, times(dq, scale), b, h, m0, Sq, sto, W, BM, False)
             if TANGENT:
@@ -866,7 +885,7 @@ if triton is not None:
         Tiles of scores are (BN, BM). PAIR: K and TK, and V and TV, are loaded in pairs."""
         PRIMAL: tl.constexpr = DK is not None or DV is not None
         SCORES_MOVE: tl.constexpr = DTO is not None and (TQ is not None or TK is not None)
-        HIDES: tl.constexpr = CAUSAL or MASKED == DENSE_MASK
+        HIDES_IN_LOOP: tl.constexpr = CAUSAL or MASKED == DENSE_MASK
         ADDS: tl.constexpr = MASKED == KEY_MASK and MASK.dtype.element_ty != tl.uint8
         if SAME:
             sttq = stq
@@ -875,7 +894,7 @@ if triton is not None:
         bh, b, hk, n0 = block_of(Sk, H, BN, FLAT, False)
         j = (n0 + tl.arange(0, BN))[:, None]
         if MASKED == KEY_MASK:
-            free, seen_end = load_seen(SEEN, b)
+            free, first_key, last_key = load_seen(SEEN, b)
         if ADDS:
             added, seen = key_mask(MASK, stmask, b, j, Sk)
         k = load(K, b, hk, n0, Sk, stk, W, BN, False, False)
@@ -896,18 +915,6 @@ if triton is not None:
             dtk = zeros(BN, W)
         if DTV is not None:
             dtv = zeros(BN, W)
-        if MASKED == KEY_MASK:
-            if n0 >= seen_end:  # nobody sees these keys
-                nothing = zeros(BN, W)
-                if DK is not None:
-                    store(DK, nothing, b, hk, n0, Sk, sto, W, BN, False)
-                if DV is not None:
-                    store(DV, nothing, b, hk, n0, Sk, sto, W, BN, False)
-                if DTK is not None:
-                    store(DTK, nothing, b, hk, n0, Sk, sto, W, BN, False)
-                if DTV is not None:
-                    store(DTV, nothing, b, hk, n0, Sk, sto, W, BN, False)
-                return
         start = 0
         if CAUSAL:  # queries before these keys see none of them
             start = n0 // BM * BM
@@ -915,6 +922,8 @@ if triton is not None:
         if GROUP > 1:  # one loop over the queries of all heads that share these keys
             span = tl.cdiv(Sq, BM) * BM - start
             end = start + GROUP * span
+        if MASKED == KEY_MASK:  # zeros for keys that no query sees
+            end = tl.where((n0 + BN <= first_key) | (n0 >= last_key), start, end)
         for at in range(start, end, BM):
             m0 = at
             h = hk
@@ -965,7 +974,7 @@ if triton is not None:
                     if not SCORES_MOVE:
                         G_by_P = G_by_P - s2[None, :]
                 S = dot_t(k, q, None, PREC)
-            if HIDES:
+            if HIDES_IN_LOOP:
                 i = (m0 + tl.arange(0, BM))[None, :]
                 S = hide(S, MASK, stmask, b, h, i, j, Sq, Sk, scale, MASKED, CAUSAL)
             if ADDS:
@@ -989,8 +998,8 @@ if triton is not None:
             if DK is not None:
                 dk = dot((P * G_by_P).to(q[0].dtype), q, dk, PREC)
         if MASKED == KEY_MASK:
-            # In the loop the rows of hidden keys meet no others, so they are hidden here. The mask
-            # is loaded again to keep registers free.
+            # A row here belongs to one key, so that a hidden key spoils its own row alone: it
+            # becomes zeros here, once. The mask is loaded again to keep registers free.
             if n0 + BN > free:
                 added, seen = key_mask(MASK, stmask, b, j, Sk)
                 if DV is not None:
@@ -1029,7 +1038,7 @@ class Tile(NamedTuple):
 # Measured on one H200, by kernel and padded head size. A thread has at most 255 registers, so two
 # programs of 4 warps share a multiprocessor, or one of 8 has it alone.
 HOPPER = {
-    # Chunks of 16 columns (D = 72) have no descriptor; at D = 128 pointers were faster.
+    # Head sizes of two chunks (72, 96) have no descriptors; at D = 128 pointers were faster.
     "forward": {
         64: Tile(64, 64, 4, 3, tma=True),
         96: Tile(64, 64, 4, 2),
@@ -1040,7 +1049,8 @@ HOPPER = {
     # Fewer than 512 keys: a short loop mostly waits at its ends, where three programs a
     # multiprocessor beat two.
     "short": {64: Tile(64, 32, 4, 3)},
-    # Four tiles of scores live at once: half the keys of the forward, except that D = 64 just fits.
+    # Four tiles of scores are alive at once, so there are half as many keys as in the forward. At
+    # D = 64 as many just fit.
     "row": {
         64: Tile(64, 64, 4, 2, tma=True),
         96: Tile(64, 32, 4, 3),
@@ -1327,7 +1337,7 @@ def _found_once(description, gpu, find):
 
 
 class Call(NamedTuple):
-    """All that a launch depends on, except for addresses and sizes."""
+    """All that a launch depends on, except addresses, `sizes` and the precision of products."""
 
     name: str  # of the kernel, or of a pass of it, as in the tables of tiles
     shape: tuple  # of the tensor whose blocks the programs take: Q, or K for the column kernel
@@ -1595,15 +1605,15 @@ def _forward_now(
     """-> o, to, the low bits of to, logsumexp (base 2), mu, and what `seen_keys` finds in the mask.
 
     Logsumexp and mu are (B, H, Sq) in float32. The low bits are an empty tensor for float32, and
-    where not `save`. The last is (B, 2) in int32, empty where not `save` and for other masks than
+    where not `save`. The last is (B, 3) in int32, empty where not `save` and for other masks than
     key masks. mask: (B or 1, H or 1, Sq or 1, Sk or 1)."""
     q, k, v, tq, tk, tv = (_rows(x) for x in (q, k, v, tq, tk, tv))
     outputs = _empty_outputs(q, mask, save)
     o, to, lo, lse, mu, seen = outputs
     lo = lo if lo.numel() > 0 else None
     seen = seen if seen.numel() > 0 else None
-    hidden = _kernel_mask(mask, q, k)
-    tensors = (q, k, v, tq, tk, tv, hidden.tensor, o, to, lo, lse, mu, seen)
+    kernel_mask = _kernel_mask(mask, q, k)
+    tensors = (q, k, v, tq, tk, tv, kernel_mask.tensor, o, to, lo, lse, mu, seen)
     call = Call(
         name="forward",
         shape=q.shape,
@@ -1613,9 +1623,9 @@ def _forward_now(
         device=q.device,
         exists=tuple(x is not None for x in tensors),
         strides=_strides(q, k, v, tq, tk, tv, o),
-        masked=hidden.kind,
-        mask_dtype=None if hidden.tensor is None else hidden.tensor.dtype,
-        mask_strides=hidden.strides,
+        masked=kernel_mask.kind,
+        mask_dtype=None if kernel_mask.tensor is None else kernel_mask.tensor.dtype,
+        mask_strides=kernel_mask.strides,
         causal=causal,
     )
     with _on(q):
@@ -1649,7 +1659,7 @@ def _empty_outputs(q, mask, save):
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     mu = q.new_empty(q.shape[:3], dtype=torch.float32)
     key_masks = q.size(0) if save and mask is not None and _by_key(mask) else 0
-    seen = q.new_empty((key_masks, 2), dtype=torch.int32)
+    seen = q.new_empty((key_masks, 3), dtype=torch.int32)
     return _like(q), _like(q), low_bits_of_to, lse, mu, seen
 
 
@@ -1696,7 +1706,7 @@ def _backward_now(
     o, to = (x if x.stride() == like_q else _like(x).copy_(x) for x in (o, to))
     lo = lo if dto is not None and lo.numel() > 0 else None
     seen = seen if seen.numel() > 0 else None
-    hidden = _kernel_mask(mask, q, k)
+    kernel_mask = _kernel_mask(mask, q, k)
     incoming = (do, do if dto is None else dto)
 
     call = Call(
@@ -1706,17 +1716,17 @@ def _backward_now(
         group=q.size(1) // k.size(1),
         dtype=q.dtype,
         device=q.device,
-        exists=tuple(x is not None for x in (tq, tk, tv, dtk, dtv)),  # until a pass says its own
+        exists=tuple(x is not None for x in (tq, tk, tv, dtk, dtv)),  # each pass has its own
         strides=(*_strides(q, k, v, tq, tk, tv, *incoming), like_q),
-        masked=hidden.kind,
-        mask_dtype=None if hidden.tensor is None else hidden.tensor.dtype,
-        mask_strides=hidden.strides,
+        masked=kernel_mask.kind,
+        mask_dtype=None if kernel_mask.tensor is None else kernel_mask.tensor.dtype,
+        mask_strides=kernel_mask.strides,
         causal=causal,
     )
 
     def rows(name, dq, dtq):
         """One pass of the row kernel."""
-        inputs = (q, k, v, tq, tk, tv, hidden.tensor, do, dto)
+        inputs = (q, k, v, tq, tk, tv, kernel_mask.tensor, do, dto)
         tensors = (*inputs, o, to, lo, lse, mu, seen, s1, s2, dq, dtq, tk)
         row_call = call._replace(name=name, exists=tuple(x is not None for x in tensors))
         sizes = (q.size(1), q.size(2), k.size(2), scale)
@@ -1724,7 +1734,7 @@ def _backward_now(
 
     def columns(name, dk, dv, dtk, dtv):
         """One pass of the column kernel."""
-        inputs = (q, k, v, tq, tk, tv, hidden.tensor, do, dto)
+        inputs = (q, k, v, tq, tk, tv, kernel_mask.tensor, do, dto)
         tensors = (*inputs, lse, mu, seen, s1, s2, dk, dv, dtk, dtv)
         column_call = call._replace(
             name=name,
@@ -1814,6 +1824,29 @@ def _(do, dto, q, k, v, tq, tk, tv, mask, o, to, lo, lse, mu, seen, scale, causa
     return _empty_grads(q, k, v, tq, tk, tv, need)
 
 
+def _only_autograd(tensors):
+    """Whether nothing but autograd watches: no compiler, transform, dispatch mode or subclass."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    for x in tensors:
+        if x is None:
+            continue
+        if type(x) not in (Tensor, torch.nn.Parameter):
+            return False
+        if torch._C._functorch.is_legacy_batchedtensor(x):
+            return False
+    return True
+
+
+def _transforms():
+    """Names of the torch.func transforms at work, outermost first."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return []
+    return [str(i.key()).split(".")[-1] for i in torch._C._functorch.get_interpreter_stack()]
+
+
 def _save(ctx, inputs, output):
     *tensors, scale, causal, _ = inputs
     ctx.save_for_backward(*tensors, *output)
@@ -1831,7 +1864,7 @@ def _gradients(ctx, do, dto, *_):
     wanted = (need_q, need_k, need_v, need_tq and has_dto, need_tk and has_dto, need_tv and has_dto)
     need = [wanted[0], wanted[1] or wanted[2], wanted[3], wanted[4] or wanted[5]]
     saved = ctx.saved_tensors
-    direct = _plain((do, dto, *saved)) and not torch.is_grad_enabled()
+    direct = _only_autograd((do, dto, *saved)) and not torch.is_grad_enabled()
     backward = _backward_now if direct else _backward
     grads = backward(do, dto, *saved, ctx.scale, ctx.causal, need)
     return (*(g if want else None for g, want in zip(grads, wanted, strict=True)), *(None,) * 4)
@@ -1867,29 +1900,6 @@ class _Eager(torch.autograd.Function):
 # 6. Public
 
 
-def _plain(tensors):
-    """Whether nothing but autograd watches: no compiler, transform, dispatch mode or subclass."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    if torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    for x in tensors:
-        if x is None:
-            continue
-        if type(x) not in (Tensor, torch.nn.Parameter):
-            return False
-        if torch._C._functorch.is_legacy_batchedtensor(x):
-            return False
-    return True
-
-
-def _transforms():
-    """Names of the torch.func transforms at work, outermost first."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return []
-    return [str(i.key()).split(".")[-1] for i in torch._C._functorch.get_interpreter_stack()]
-
-
 def _tangent_of(x):
     """The tangent that forward AD carries for a tensor, or None."""
     if x is None or fwAD._current_level < 0:
@@ -1911,8 +1921,11 @@ def why_not_nested(tensors):
 
 
 def why_not_fused(q, k, v):
-    """Why the kernels cannot take tensors like these, or None where they can."""
+    """Why the kernels cannot take tensors like these, or None where they can. It does not look at
+    the transforms around the call, as `why_not_nested` does."""
     D = q.size(-1)
+    if FUSED not in (True, False, "require"):
+        raise ValueError(f'FUSED is True, False or "require", not {FUSED!r}')
     if triton is None:
         return NO_TRITON
     if not FUSED:
@@ -1966,8 +1979,8 @@ def _checked(name, q, k, v, tq, tk, tv, attn_mask, dropout_p, is_causal, scale, 
     if dropout_p != 0:
         raise ValueError(f"{name} has no dropout: dropout_p must be 0.0, got {dropout_p}")
     scale = q.size(3) ** -0.5 if scale is None else float(scale)
-    if not scale > 0:
-        raise ValueError(f"{name} wants scale > 0, got {scale}")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"{name} wants a finite scale > 0, got {scale}")
     if attn_mask is not None:
         if is_causal:
             raise ValueError(f"{name} takes attn_mask or is_causal, not both")
@@ -2090,11 +2103,11 @@ def _attention_jvp(checked, causal):
         reason = why_not_fused(q, k, v) or why_not_nested(checked.tensors)
         _required(reason)
     if empty or reason is not None:
-        return _reference(*checked.tensors, mask, 0.0, causal, scale)
+        return _reference(*checked.tensors, mask, causal, scale)
     needs_grad = any(x is not None and x.requires_grad for x in checked.tensors)
     save = torch.is_grad_enabled() and (needs_grad or len(_transforms()) > 0)
     inputs = (*checked.tensors, mask, scale, causal)
-    if not _plain((*checked.tensors, mask)):
+    if not _only_autograd((*checked.tensors, mask)):
         return _forward(*inputs, save)[:2]
     if save:
         return _Eager.apply(*inputs, True)
@@ -2126,13 +2139,13 @@ def attention(
         return _plain_attention(q, k, v, checked.mask, is_causal, checked.scale)
     if _transforms()[-1:] == ["Vmap"]:
         _required("vmap inside torch.func.jvp hides the tangents: put vmap outside")
-        return _reference(*checked.tensors, checked.mask, 0.0, is_causal, checked.scale)[0]
+        return _reference(*checked.tensors, checked.mask, is_causal, checked.scale)[0]
     (q, tq), (k, tk), (v, tv) = (fwAD.unpack_dual(x) for x in (q, k, v))
     if tq is None and tk is None and tv is None:
         reason = why_not_nested(())
         if reason is not None:  # an outer transform may still have tangents
             _required(reason)
-            return _reference(*checked.tensors, checked.mask, 0.0, is_causal, checked.scale)[0]
+            return _reference(*checked.tensors, checked.mask, is_causal, checked.scale)[0]
         return _plain_attention(q, k, v, checked.mask, is_causal, checked.scale)
     o, to = _attention_jvp(checked._replace(tensors=(q, k, v, tq, tk, tv)), is_causal)
     return fwAD.make_dual(o, to)
@@ -2144,7 +2157,7 @@ def _plain_attention(q, k, v, mask, causal, scale):
     Its backends differ in what they give there, NaN among it. So such a query sees every key, and
     its output is replaced."""
     if q.numel() == 0 or k.numel() == 0:
-        return _reference(q, k, v, None, None, None, mask, 0.0, causal, scale)[0]
+        return _reference(q, k, v, None, None, None, mask, causal, scale)[0]
     grouped = q.size(1) != k.size(1)
     if mask is None:
         return F.scaled_dot_product_attention(

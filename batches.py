@@ -84,22 +84,33 @@ class Batches:
         self.first_row = rank * self.local_batch
         self.waited = 0.0  # seconds that `get` has waited for data; the log sets it back to 0
         self.pool = ThreadPoolExecutor(1)
-        self.fetched = deque()  # of this step and the next ones
+        self.fetched = deque()  # (step, future) of this step and the next ones
 
     def get(self, step):
-        """This rank's rows of a step's batch: images (n, C, H, W) and y (n, ...) on the host.
+        """This rank's rows of a step's batch, as tensors on the host: images and y.
 
-        Steps must be asked for in order. What fetch raises is raised here.
+        images  (n, C, H, W) of the dtype of the data, uint8 or floats; latents are float32
+        y       (n, ...), what `conditions` makes of the labels: (n,) int64
+
+        Steps must be asked for in order. Raises ValueError for another step than the next one, and
+        what fetch has raised.
         """
         if not self.fetched:
             for later in range(step, min(step + AHEAD, self.steps)):
-                self.fetched.append(self.pool.submit(self.fetch, later))
+                self.read_ahead(later)
+        next_step = self.fetched[0][0] if self.fetched else None
+        if step != next_step:
+            raise ValueError(f"step {step} of {self.steps} is not the next one, {next_step}")
+        _, future = self.fetched.popleft()
         start = time.perf_counter()
-        batch = self.fetched.popleft().result()
+        batch = future.result()
         self.waited += time.perf_counter() - start
         if step + AHEAD < self.steps:
-            self.fetched.append(self.pool.submit(self.fetch, step + AHEAD))
+            self.read_ahead(step + AHEAD)
         return batch
+
+    def read_ahead(self, step):
+        self.fetched.append((step, self.pool.submit(self.fetch, step)))
 
     def fetch(self, step):
         """Read this rank's rows of a step's batch. Runs in a thread of its own.

@@ -38,11 +38,11 @@ from dataset import Writer
 from device import find_device, join_ranks, ranks_of_torchrun
 from files import HERE, UserError
 from frechet import FEATURES, Moments, frechet_distance
-from latents import SD_VAE
 from model import SIZES, DiT, DiTConfig
 from options import Parser, run
 from sample import make_sampler
 from step import TrainingStep, milliseconds
+from vae import SD_VAE
 
 MODES = {  # of a step: what TrainingStep is given, and passes that its products are worth
     "eager": (dict(compiled=False), 11),

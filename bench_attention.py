@@ -16,10 +16,11 @@ The second table has variants, as parts of the time of the full call on the same
     causal    is_causal
     grouped   half as many heads of keys and values
     only tq   tk = tv = None
+    dO only   no gradient arrives at the tangent, as in MeanFlow and sCM, which detach it
 
 Kernels are compiled first, by several processes at once: one after the other takes minutes.
---quick makes two rounds of eight calls instead of five of thirty, times the formulas up to 1,024
-tokens and at head size 256 only, and is meant to take under two minutes on an H200.
+--quick makes two rounds of eight calls instead of five of thirty, and times the formulas up to
+1,024 tokens and above head size 128 only. It takes about three minutes on an H200.
 """
 
 import concurrent.futures
@@ -47,15 +48,15 @@ ODD_SHAPES = [  # B, H, Sq, Sk, D, small, for compute-sanitizer
     (1, 1, 129, 70, 128),
     (1, 1, 1, 1, 8),
 ]
-MATHS_UP_TO = 1024  # tokens, with --quick and up to head size 128; the formulas are slow
+FORMULAS_UP_TO = 1024  # tokens up to which --quick times the formulas (above head size 128: all)
 COMPILERS = 12  # processes that compile at once, where there are so many cores
-VARIANTS = ("padding", "all true", "causal", "grouped", "only tq")
+VARIANTS = ("padding", "all true", "causal", "grouped", "only tq", "dO only")
 
 
 # ---- what is timed -------------------------------------------------------------------------------
 
 
-def torch_maths(q, k, v, tq, tk, tv):
+def formulas(q, k, v, tq, tk, tv):
     """The formulas at the top of attention_jvp.py, in bfloat16 operations."""
     scale = q.size(-1) ** -0.5
     P = (q @ k.mT * scale).softmax(-1)
@@ -87,6 +88,7 @@ def variants(x):
     q, k, v, tq, tk, tv = x
     padding = padding_mask(q, q.size(2) // 4)
     all_true = padding_mask(q, 0)
+    constants = [t.detach() for t in (tq, tk, tv)]
     half = k.size(1) // 2
     few = [t.detach()[:, :half].contiguous().requires_grad_() for t in (k, v, tk, tv)]
 
@@ -105,26 +107,30 @@ def variants(x):
     def only_tq(q, k, v, tq):
         return A.attention_jvp(q, k, v, tq, None, None)
 
+    def value(q, k, v):
+        return A.attention_jvp(q, k, v, *constants)[0]
+
     return {
         "padding": (padded, x),
         "all true": (with_all_true, x),
         "causal": (causal, x),
         "grouped": (grouped, [q, few[0], few[1], tq, few[2], few[3]]),
         "only tq": (only_tq, [q, k, v, tq]),
+        "dO only": (value, [q, k, v]),
     }
 
 
-def compiled_maths():
+def compiled_formulas():
     """The formulas in torch.compile."""
     torch._dynamo.reset()
     torch._functorch.config.donated_buffer = False  # for a backward that is made repeatedly
-    return torch.compile(torch_maths)
+    return torch.compile(formulas)
 
 
-def has_maths(shape, quick):
+def times_formulas(shape, quick):
     """Whether the formulas are timed at a shape."""
     _, _, S, D = shape
-    return not quick or S <= MATHS_UP_TO or D > 128
+    return not quick or S <= FORMULAS_UP_TO or D > 128
 
 
 # ---- compiling -----------------------------------------------------------------------------------
@@ -137,7 +143,7 @@ def compile_all(quick):
     jobs = []
     for shape in SHAPES:
         jobs += [(shape, name) for name in ("full", *VARIANTS) if name != "all true"]
-        if has_maths(shape, quick):
+        if times_formulas(shape, quick):
             jobs.append((shape, "formulas"))
     workers = min(COMPILERS, os.cpu_count() or 1)
     spawn = multiprocessing.get_context("spawn")  # a forked process cannot use the GPU
@@ -150,12 +156,12 @@ def compile_one(shape, name):
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     x, d = make_inputs(shape)
     if name == "formulas":
-        function = compiled_maths()
+        function = compiled_formulas()
     elif name == "full":
         function = A.attention_jvp
     else:
         function, x = variants(x)[name]
-    torch.autograd.grad(function(*x), x, d)
+    backward_of(function(*x), x, d)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
 
@@ -189,13 +195,18 @@ def timed(function, calls):
     return np.median(run(calls, repeats))
 
 
+def backward_of(outputs, x, d, **how):
+    """Gradients of x. outputs: o and to, or o alone, which takes the first of d."""
+    if torch.is_tensor(outputs):
+        outputs, d = (outputs,), d[:1]
+    return torch.autograd.grad(outputs, x, d, **how)
+
+
 def times(function, x, d, calls):
     """Median milliseconds of function(*x), and of its backward from d."""
     outputs = function(*x)
-    if torch.is_tensor(outputs):
-        outputs, d = (outputs,), d[:1]
     forward = timed(lambda: function(*x), calls)
-    backward = timed(lambda: torch.autograd.grad(outputs, x, d, retain_graph=True), calls)
+    backward = timed(lambda: backward_of(outputs, x, d, retain_graph=True), calls)
     return forward, backward
 
 
@@ -275,7 +286,7 @@ def table_rows(shape, quick):
     full = found["full"]
     title = "batch, heads, tokens, head size"
     name = f"{B}, {H}, {S}, {D}"
-    useful = 2 * B * H * S * S * D * 1e-9 * np.array([6, 15])  # TFLOP a millisecond
+    useful = 2 * B * H * S * S * D * 1e-9 * np.array([6, 15])  # GFLOP; over ms TFLOP/s
     row = {
         title: name,
         "full": pair(full),
@@ -285,9 +296,9 @@ def table_rows(shape, quick):
         "formulas": "",
         "formulas, compiled": "",
     }
-    if has_maths(shape, quick):
-        row["formulas"] = pair(times(torch_maths, x, d, 10))
-        row["formulas, compiled"] = pair(times(compiled_maths(), x, d, 10))
+    if times_formulas(shape, quick):
+        row["formulas"] = pair(times(formulas, x, d, 10))
+        row["formulas, compiled"] = pair(times(compiled_formulas(), x, d, 10))
     peak, needed = memory(x, d)
     row["peak MB (needed)"] = f"{peak / 1e6:.1f} ({needed / 1e6:.1f})"
     row["error"] = f"{largest_error(x, d):.1e}"
@@ -360,11 +371,11 @@ def draw_plot(path, quick, H=24, D=128):
     for name, function, tensors, color in (
         ("attention_jvp", A.attention_jvp, 6, "C0"),
         ("plain attention", F.scaled_dot_product_attention, 3, "C1"),
-        ("PyTorch maths", torch_maths, 6, "C2"),
+        ("formulas in PyTorch", formulas, 6, "C2"),
     ):
         at, forward, backward = [], [], []
         for S in sizes:
-            if function is torch_maths and S > 4096:
+            if function is formulas and S > 4096:
                 continue  # its matrices would take too much memory
             x, d = make_inputs((1, H, S, D))
             f, b = times(function, x[:tensors], d, 10)

@@ -29,12 +29,17 @@ from files import CheckpointError, written
 START = b'{"__metadata__": {"crc32": "'
 NO_CRC = b"00000000"
 
-DTYPES = {
+DTYPES = {  # what safetensors calls them
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 
 # What `about` must have for a network to be rebuilt and sampled.
@@ -50,14 +55,17 @@ class Damaged(CheckpointError):
 
 
 def save_tensors(path, tensors, about):
-    """Write tensors by name, and `about` (anything of JSON), as safetensors. Raises OSError.
+    """Write tensors by name, and `about` (anything of JSON), as safetensors.
 
     The library's own writer wants all tensors on the host at once, leaves a file of a random name
     behind when it is killed, and has no checksum. The format is simple, so it is written out here.
+    Raises OSError, and ValueError for a tensor of a dtype that is not in DTYPES.
     """
     entries = {}
     end = 0
     for name, t in tensors.items():
+        if t.dtype not in DTYPES:
+            raise ValueError(f"the tensor {name!r} is {t.dtype}, which is not among DTYPES")
         offsets = [end, end + t.nbytes]
         entries[name] = dict(dtype=DTYPES[t.dtype], shape=list(t.shape), data_offsets=offsets)
         end += t.nbytes
@@ -253,9 +261,11 @@ def load_newest(folder, device="cpu", quiet=False, keep=torch.clone):
     return None
 
 
-def last_good(folder):
-    """One sentence about what a run that ends here leaves behind."""
-    saved = states(folder)
-    if not saved:
-        return "nothing was saved yet"
-    return f"what was saved last is {list(saved.values())[-1]}"
+def what_is_saved(folder, step):
+    """One sentence about what a run that ends here leaves behind.
+
+    step: of the last state that this run has loaded or saved, 0 where there is none. A state of a
+    later step is damaged: load_newest has passed over it.
+    """
+    paths = [path for other, path in states(folder).items() if other <= step]
+    return f"what was saved last is {paths[-1]}" if paths else "nothing was saved yet"

@@ -7,13 +7,12 @@ They are read where they lie: nothing is unpacked. The first one holds pickles, 
 without running anything in them.
 """
 
-import lzma
 import os
 import tarfile
-import zlib
 
 import numpy as np
 
+from files import ERRORS_OF_TAR
 from header import DataError
 from pickles import RefusedPickle, load_arrays
 
@@ -52,7 +51,7 @@ def read_cifar10(file):
         ) from None
     except (DataError, RefusedPickle) as error:
         raise DataError(f"{file}: {error}") from None
-    except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, ValueError) as error:
+    except ERRORS_OF_TAR as error:
         raise DataError(f"cannot read {file}: {error}") from None
     for batch_name, (_, labels) in zip(batch_names, batches):
         if labels.max() >= len(names):

@@ -26,11 +26,10 @@ from tqdm import tqdm
 from checkpoint import save_tensors
 from files import CheckpointError, UserError
 from header import load_header
-from latents import SD_VAE
 from model import DiT, DiTConfig
 from options import Parser, run
 from pickles import RestrictedUnpickler, check_pickle, mapped
-from vae import PUBLISHED
+from vae import PUBLISHED, SD_VAE
 
 # Everything in these modules becomes a Stub ...
 STUB_MODULES = (

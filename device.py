@@ -160,17 +160,17 @@ def data_parallel(module, bfloat16=False, for_graph=False):
     """torch's DistributedDataParallel: a module whose backward takes the mean over the ranks.
 
     A backward inside forward(), of an early term, or within parallel.no_sync() only adds to .grad.
-    The backward after forward() sends what all of them have added, message by message, while it
-    still computes, and .grad then is a view of the message. It must reach every weight that is
-    trained.
+    The backward after forward() sends what all of them have added, bucket by bucket, while it still
+    computes. A weight's .grad is then a view of its bucket. That backward must reach every weight
+    that is trained.
 
-    bfloat16, for GPUs: gradients travel as bfloat16, half the bytes. for_graph: forward and
+    bfloat16, for GPUs: buckets are sent as bfloat16, half the bytes. for_graph: forward and
     backward can be recorded by Graph.
     """
     stream = graph_stream() if for_graph else None
     if stream:
         stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # None: where we are
+    with torch.cuda.stream(stream):  # None changes nothing
         parallel = DistributedDataParallel(module, gradient_as_bucket_view=True)
         if bfloat16:
             parallel.register_comm_hook(None, bf16_compress_hook)

@@ -27,21 +27,28 @@ EPS = fused.EPS  # of every norm
 
 @dataclasses.dataclass(eq=False)
 class Dual:
-    """A value and its tangent, two tensors of one shape. It has +, - and *.
+    """A value and its tangent, two tensors of one shape and dtype.
 
-    Any other operation needs a rule below.
+    It has +, - and * with numbers, tensors, Duals and Residuals on either side. A number or tensor
+    is a constant. Any other operation needs a rule below.
+
+    torch.compile (2.13) refuses these operators between a Dual and a tensor, but not between Duals.
+    For dual * a in a compiled block, write linear_map(lambda x: x * a, dual), and for dual + a
+    write Dual(dual.value + a, dual.tangent).
     """
 
     value: Tensor
     tangent: Tensor
 
     def __add__(self, other):
+        other = total(other)
         if isinstance(other, Dual):
             return Dual(self.value + other.value, self.tangent + other.tangent)
         value = self.value + other
         return Dual(value, self.tangent.to(value.dtype).expand_as(value))
 
     def __mul__(self, other):
+        other = total(other)
         if isinstance(other, Dual):
             tangent = self.tangent * other.value + self.value * other.tangent
             return Dual(self.value * other.value, tangent)
@@ -58,6 +65,7 @@ class Dual:
 
 
 def value_of(x):
+    """The value of a Dual; a tensor itself."""
     x = total(x)
     return x.value if isinstance(x, Dual) else x
 
@@ -82,7 +90,7 @@ def linear_map(f, x):
 
 
 def split(f, x):
-    """The tensors or Duals that a linear f takes x apart into (f returns several tensors)."""
+    """f(x) as a list of tensors or Duals, for a linear f that returns several tensors."""
     x = total(x)
     if isinstance(x, Dual):
         parts = zip(f(x.value), f(x.tangent), strict=True)
@@ -129,8 +137,8 @@ def gelu(x):
     c = 2 * math.sqrt(2 / math.pi)
     x2 = x * x
     g = torch.sigmoid(x * (c + (c * 0.044715) * x2))
-    slope = c + (3 * c * 0.044715) * x2  # dz/dx
-    return Dual(x * g, g * (1 + x * (1 - g) * slope) * dx)
+    dz_dx = c + (3 * c * 0.044715) * x2
+    return Dual(x * g, g * (1 + x * (1 - g) * dz_dx) * dx)
 
 
 def rms_norm(x, weight=None):
@@ -148,6 +156,7 @@ def rms_norm(x, weight=None):
 
 
 def layer_norm(x):
+    """rms_norm of x less its mean over the last dimension."""
     return rms_norm(linear_map(without_mean, x))
 
 
@@ -173,6 +182,7 @@ def attend(q, k, v, mask=None):
 
 
 def modulate(x, shift, scale):
+    """x (B, T, D) times 1 + scale, plus shift, (B, 1, D) each."""
     return x * (1 + scale) + shift
 
 
@@ -186,14 +196,16 @@ class Residual:
     """The residual stream with a sum that is not made yet: high + low + gate * branch.
 
     The kernel of the next norm makes the sum while it reads these, which saves a pass over memory.
-    +, -, * and the rules above make it first. Other code that needs the tensor or Dual calls
-    total(x). Only GPUs have it, so a forgotten total() fails there and not on a CPU.
+    +, - and *, with a Residual on either side, make it first, and so do the rules above. Other code
+    that needs the tensor or Dual calls total(x). Residuals arise only where kernels run, so a
+    forgotten total() fails on a GPU and not on a CPU.
 
     Under autocast the value is two numbers of 16 bits: high, and low, which is what rounding to
     high lost (no gradient goes through it). The tangent and all gradients are one number of 16 bits
     each. With fused.FUSED = False they are float32.
 
-    high and branch (B, T, D) are tensors or Duals, gate is (B, 1, D). All but high may be None.
+    high and branch (B, T, D) and gate (B, 1, D) are tensors or Duals; low (B, T, D) is a tensor.
+    All but high may be None.
     """
 
     high: Tensor | Dual
@@ -223,7 +235,11 @@ def total(x):
         return x
     result = x.high
     if x.low is not None:
-        result = linear_map(at_least_float32, result) + x.low
+        result = linear_map(at_least_float32, result)
+        if isinstance(result, Dual):  # not a Dual plus a tensor, so that torch.compile takes it
+            result = Dual(result.value + x.low, result.tangent)
+        else:
+            result = result + x.low
     if x.branch is not None:
         result = result + x.gate * x.branch
     return result
@@ -249,7 +265,8 @@ def has_kernels(x, *vectors, before=None):
     if product_dtype(x) == torch.float16:  # the residual stream would overflow in it
         return False
     if before is not None:
-        # What takes the layer's place, or watches it, must be called.
+        # The kernels take the layer's weight and bias and do not call it. A layer of another class
+        # must be called, and one with hooks.
         hooks = len(before._forward_pre_hooks) + len(before._forward_hooks)
         if type(before) is not nn.Linear or before.bias is None or hooks:
             return False
@@ -267,7 +284,8 @@ def add_gated(x, gate, branch):
         return total(x) + gate * branch
     if isinstance(x, Residual) and x.branch is not None:
         x = total(x)  # a Residual holds one sum: this one is made now
-    # A tensor of its own: a compiled block would hand on a view of all its six vectors.
+    # The gate leaves the block in a Residual. Without this copy a compiled block would return a
+    # view of the tensor that holds all its six vectors.
     gate = linear_map(lambda gate: gate.contiguous(), gate)
     if isinstance(x, Residual):
         return Residual(x.high, x.low, gate, branch)
@@ -292,7 +310,7 @@ def norm_modulate(x, shift, scale, norm=rms_norm):
 
 
 def linear_gelu(layer, x):
-    """gelu(linear(layer, x))."""
+    """gelu(linear(layer, x)), x (..., D)."""
     x = total(x)
     if not has_kernels(x, before=layer):
         return gelu(linear(layer, x))
@@ -314,8 +332,8 @@ def linear_qkv(layer, x, heads, q_weight=None, k_weight=None):
         return [pair(*part) for part in zip(parts[:3], parts[3:], strict=True)]
 
     def take_apart(x):
-        # Taken apart here and transposed later, the gradients of q, k and v lie side by side, so
-        # that the backward of the layer is one product without a copy.
+        # q, k and v are transposed after they are taken apart. Their gradients then lie side by
+        # side, and the backward of the layer is one product without a copy.
         return x.unflatten(-1, (3, heads, -1)).unbind(2)
 
     q, k, v = split(take_apart, linear(layer, x))
@@ -326,8 +344,10 @@ def linear_qkv(layer, x, heads, q_weight=None, k_weight=None):
 
 
 def linear_constant_bias(layer, x):
-    """W x + b with b held constant: the kernel that follows makes its gradient, from sums that it
-    makes anyway. Hooks of the layer do not fire."""
+    """W x + b, where b is a constant. The kernel that follows is given b and makes its gradient.
+
+    Hooks of the layer do not fire.
+    """
     y = functional.linear(value_of(x), layer.weight, layer.bias.detach())
     if not isinstance(x, Dual):
         return y

@@ -14,15 +14,14 @@ one `group`, so that a split by groups never holds out a picture whose twin is t
 
 import io
 import json
-import lzma
 import os
 import tarfile
-import zlib
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from files import ERRORS_OF_TAR
 from header import DataError
 from images import ImageError, as_image_errors, centre_crop, printable, to_rgb
 
@@ -49,7 +48,7 @@ def read_package(file):
     """A package's archive -> a Package, its emoji in the order of emoji.json. Raises DataError."""
     try:
         members = read_members(file)
-    except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
+    except ERRORS_OF_TAR as error:
         raise DataError(f"cannot read {printable(file)}: {error}") from None
     try:
         about = json.loads(members["package.json"])

@@ -6,12 +6,12 @@ How good are images? FID, Inception Score, precision and recall, of Inception's 
     python fid.py --save-stats IMAGES stats.npz --size 256    # of images cut to this size
     torchrun --nproc_per_node=8 fid.py SAMPLES REFERENCE --state=progress    # can be continued
 
-Images: a folder or .zip of image files, at any depth (images.py says which), or an .npz or .npy of
-uint8 (N, H, W, 3 or 1). Statistics: an .npz of mu and sigma, as --save-stats and pytorch-fid write
-it, or a .pkl of {"fid": {"mu", "sigma"}}, read without running the pickle. ADM's reference batches
-hold images and statistics. As REFERENCE, FID uses their statistics, and precision and recall use
-their images. As SAMPLES, only their images count. With --size images are cut as prepare.py imagenet
-does.
+Images: a folder or .zip of image files, at any depth (images.py says which); an .npz or .npy of
+uint8 (N, H, W, 3 or 1); or a data/NAME of prepare.py, whose training images are taken. Statistics:
+an .npz of mu and sigma, as --save-stats and pytorch-fid write it, or a .pkl of
+{"fid": {"mu", "sigma"}}, read without running the pickle. ADM's reference batches hold images and
+statistics. As REFERENCE, FID uses their statistics, and precision and recall use their images. As
+SAMPLES, only their images count. With --size images are cut as prepare.py imagenet does.
 
 In this file: the features of many images; the scores; the command. frechet.py has the distance,
 statistics_files.py the files of statistics, imageset.py the images, inception.py the network.
@@ -261,7 +261,7 @@ def contents(path):
     with reading(path):
         kind = kind_of(path)
         if kind != "npz":
-            has_images = kind in ("folder", "npy")
+            has_images = kind in ("folder", "npy", "data")
             return has_images, not has_images
         with zipfile.ZipFile(path) as archive:
             arrays = arrays_in(archive)

@@ -10,15 +10,21 @@ Every script turns a UserError into one line and a non-zero exit.
 
 import contextlib
 import errno
+import lzma
 import os
 import socket
+import tarfile
 import time
+import zlib
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 # The suffix of a file or folder while it is being written. A leftover with this suffix is
 # overwritten or removed, so do not name your own files so.
 PARTIAL = ".tvm-partial"
+
+# What reading a damaged .tar raises; a ValueError comes from numbers in a header.
+ERRORS_OF_TAR = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, lzma.LZMAError)
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # of some network disks
 

@@ -1,11 +1,13 @@
-"""What a block does between its products, in Triton kernels that read and write each tensor once.
+"""The work of a block between its matrix products, in Triton kernels that touch each tensor once.
 
 This file needs torch and triton only. dual.py calls these kernels where they can run. It has the
 same rules as plain formulas, which are the reference and the path of every other device. The
 kernels' backward cannot be differentiated again; for that, set FUSED = False.
 
-    x, low, dx, h, dh = add_norm(x, dx, y, dy, gate, dgate, shift, dshift, scale, dscale)
-    a, da = gelu(u, du)
+    x_out, low_out, dx_out, h, dh = add_norm(
+        x, dx, y, dy, gate, dgate, shift, dshift, scale, dscale
+    )
+    out, dout = gelu(u, du)
     q, k, v, dq, dk, dv = qk_norm(qkv, dqkv, q_weight, k_weight, heads)
 
 A d before a name is its tangent. Without tangents they are None, and the results' are None too.
@@ -14,30 +16,36 @@ The maths
 ---------
 mean is over a row of D numbers. Forward of add_norm:
 
-    x' = x + gate y                  dx' = dx + dgate y + gate dy
-    r  = rsqrt(mean(x'^2) + EPS)     m   = mean(n dx')
-    n  = r x'                        dn  = r (dx' - m n)
-    h  = n (1 + scale) + shift       dh  = dn (1 + scale) + n dscale + dshift
+    x_out = x + gate y                       dx_out = dx + dgate y + gate dy
+    r = rsqrt(mean(x_out^2) + EPS)           m  = mean(n dx_out)
+    n = r x_out                              dn = r (dx_out - m n)
+    h = n (1 + scale) + shift                dh = dn (1 + scale) + n dscale + dshift
 
 Backward. gX is the gradient of the loss with respect to X, and sum is over the tokens of an image:
 
-    gn  = gh (1 + scale) + gdh dscale          gdn = gdh (1 + scale)
-    a   = mean(n gdn)     b = mean(n gn)       c   = mean(dn gdn)
-    gdx = gdx' + r (gdn - a n)
-    gx  = gx' + r (gn - r m gdn - r a dx' - (b - 2 r a m + c) n)
-    gdy = gate gdx                             gy  = gate gx + dgate gdx
+    gn    = gh (1 + scale) + gdh dscale      gdn  = gdh (1 + scale)
+    alpha = mean(n gdn)                      beta = mean(n gn + dn gdn)
+    gdx = gdx_out + r (gdn - alpha n)
+    gx  = gx_out + r (gn - r m gdn - r alpha dx_out - (beta - 2 r alpha m) n)
+    gdy = gate gdx                           gy  = gate gx + dgate gdx
     gshift  = sum(gh)     gscale  = sum(n gh + dn gdh)     ggate  = sum(y gx + dy gdx)
     gdshift = sum(gdh)    gdscale = sum(n gdh)             gdgate = sum(y gdx)
 
-The norms of queries and keys are the same with x' = x and a weight in place of 1 + scale.
-GELU is its tanh form, u s with s = sigmoid(z), z = c (u + 0.044715 u^3), c = 2 sqrt(2 / pi):
+qk_norm has the same norms with these differences: the row is a head of size d, x_out is a query or
+key, and a weight stands in place of 1 + scale. There is no y and no shift.
 
-    a = u s      da = A du, where A = s + u s', s' = s (1 - s) z'
-    gdu = A gda  gu = A ga + A' du gda, where A' = 2 s' + u s'',
-                 s'' = s (1 - s) ((1 - 2 s) z'^2 + z'')
+gelu is the tanh form, u s with s = sigmoid(z). f_u is the derivative of f in u, f_uu the second:
 
-A bias before gelu or qk_norm is added by the product, which has none of its gradient. The kernel is
-given the bias again, for its gradient alone: it sums over tokens while it has them.
+    C1 = 2 sqrt(2 / pi)        C3 = 0.044715 C1          e = s (1 - s)
+    z = C1 u + C3 u^3          z_u = C1 + 3 C3 u^2       z_uu = 6 C3 u
+                               s_u = e z_u               s_uu = e ((1 - 2 s) z_u^2 + z_uu)
+    slope = s + u s_u          slope_u = 2 s_u + u s_uu
+    out = u s                  gu = slope gout + slope_u du gdout
+    dout = slope du            gdu = slope gdout
+
+The linear layer before gelu or qk_norm adds its bias as a constant. gelu and qk_norm take the bias
+for one purpose: they return its gradient. It is the sum of gu or gqkv over all tokens, and their
+backward makes this sum while it has the tokens in registers.
 
 All sums are made in one order: first within blocks of tokens, then over the blocks. There are no
 atomic additions, so that two runs give the same bits.
@@ -46,6 +54,7 @@ atomic additions, so that two runs give the same bits.
 import contextlib
 import math
 import os
+import re
 
 import torch
 from torch import Tensor
@@ -63,13 +72,18 @@ EPS = 1e-6  # of every norm
 MAX_WIDTH = 2048  # of a row: it must fit into the registers of one program
 MAX_ROWS = 32 * 65535  # a grid's second axis ends at 65,535 programs, here of 32 rows
 
-# Of a program: tokens and warps, measured on an H200 with XL/2's shapes.
+# The operators have this module's name, so that two copies of it in one process are apart.
+NAMESPACE = re.sub("^(?=[0-9])|[^0-9A-Za-z_]", "_", __name__)
+
+# Tokens and warps of a program, measured on an H200 with XL/2's shapes.
 NORM_FORWARD = (1, 4)
-NORM_BACKWARD = {False: (16, 4, 1), True: (32, 4, 3)}  # by tangents or not; third: loads in flight
+# By whether there are tangents. The third number is how many loads are in flight.
+NORM_BACKWARD = {False: (16, 4, 1), True: (32, 4, 3)}
 GELU_BACKWARD = (32, 4)
 QK_NORM_FORWARD = (32, 4)
 QK_NORM_BACKWARD = (256, 4)
-GELU_TILE = 2  # tokens at a time
+# Tokens that a program loads at a time.
+GELU_TILE = 2
 QK_NORM_TILE = 32
 
 
@@ -101,12 +115,13 @@ def _transformed():
 
 
 # ---- kernels -------------------------------------------------------------------------------------
-# A row of D numbers is held in two chunks whose sizes are powers of two: 1152 = 1024 + 128. One
-# chunk of 2048 would leave almost half of the threads without work. Names: 1 and 2 at the end mean
-# the first and the second chunk, o an output (gx is the gradient of x' and gxo that of x).
+# add_norm holds a row of D numbers in two chunks whose sizes are powers of two: 1152 = 1024 + 128.
+# One chunk of 2048 would leave almost half of the threads without work. A 1 or 2 at the end of a
+# name is the first or the second chunk. Names in capitals are pointers, and constants of a program.
 
 
-def chunk_widths(D):
+def row_chunks(D):
+    """-> sizes of the two chunks of a row: powers of two, at least 16. There are always two."""
     first = max(16, 1 << (max(D - 1, 1).bit_length() - 1))
     second = max(16, 1 << (max(D - first, 1) - 1).bit_length())
     return first, second
@@ -123,16 +138,17 @@ if triton is not None:
 
     @triton.jit
     def store(P, row, c1, c2, first, second, D: tl.constexpr):
+        """P[row : row + D] = the two chunks, rounded to P's dtype."""
         tl.store(P + row + c1, first.to(P.dtype.element_ty), mask=c1 < D)
         tl.store(P + row + c2, second.to(P.dtype.element_ty), mask=c2 < D)
 
     @triton.jit
-    def add_pairs(a, b, c, d):
-        return a + c, b + d
+    def add_pairs(p, q, more_p, more_q):
+        return p + more_p, q + more_q
 
     @triton.jit
     def fold(first, second):
-        """Both chunks of a row, added to the size of the second."""
+        """The first chunk, added up to the size of the second, plus the second."""
         SECOND: tl.constexpr = second.shape[0]
         RATIO: tl.constexpr = first.shape[0] // SECOND
         return tl.sum(tl.reshape(first, [SECOND, RATIO]), 1) + second
@@ -164,15 +180,16 @@ if triton is not None:
     # fmt: off
     @triton.jit
     def add_norm_forward_kernel(
-        X, LOW, DX, Y, DY, GATE, DGATE, SHIFT, DSHIFT, SCALE, DSCALE, XO, LOWO, DXO, H, DH, R, M,
+        X, LOW, DX, Y, DY, GATE, DGATE, SHIFT, DSHIFT, SCALE, DSCALE,
+        X_OUT, LOW_OUT, DX_OUT, H, DH, R, M,
         gate_stride, shift_stride, scale_stride, T,
         D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, ROWS: tl.constexpr,
         EPS: tl.constexpr,
     ):
         # fmt: on
-        """One program: ROWS tokens of an image. Without Y, XO, LOWO and DXO are not written.
+        """One program: ROWS tokens of an image. Without Y it writes no X_OUT, LOW_OUT and DX_OUT.
 
-        LOW and LOWO: what x and x' have beyond X and XO, or None.
+        X and LOW add up to x, and X_OUT and LOW_OUT to x_out. LOW and LOW_OUT may be None.
         """
         DUAL: tl.constexpr = DX is not None
         ADD: tl.constexpr = Y is not None
@@ -198,21 +215,22 @@ if triton is not None:
                 dx1, dx2 = load(DX, row, c1, c2, D)
             if ADD:
                 y1, y2 = load(Y, row, c1, c2, D)
+                # from here on x is x_out, and below dx is dx_out
                 x1 += gate1 * y1
                 x2 += gate2 * y2
-                store(XO, row, c1, c2, x1, x2, D)
-                if LOWO is not None:
-                    low1 = x1 - rounded(x1, XO)
-                    low2 = x2 - rounded(x2, XO)
-                    store(LOWO, row, c1, c2, low1, low2, D)
+                store(X_OUT, row, c1, c2, x1, x2, D)
+                if LOW_OUT is not None:
+                    low1 = x1 - rounded(x1, X_OUT)
+                    low2 = x2 - rounded(x2, X_OUT)
+                    store(LOW_OUT, row, c1, c2, low1, low2, D)
                 else:
-                    x1 = rounded(x1, XO)
-                    x2 = rounded(x2, XO)
+                    x1 = rounded(x1, X_OUT)
+                    x2 = rounded(x2, X_OUT)
                 if DUAL:
                     dy1, dy2 = load(DY, row, c1, c2, D)
-                    dx1 = rounded(dx1 + dgate1 * y1 + gate1 * dy1, DXO)
-                    dx2 = rounded(dx2 + dgate2 * y2 + gate2 * dy2, DXO)
-                    store(DXO, row, c1, c2, dx1, dx2, D)
+                    dx1 = rounded(dx1 + dgate1 * y1 + gate1 * dy1, DX_OUT)
+                    dx2 = rounded(dx2 + dgate2 * y2 + gate2 * dy2, DX_OUT)
+                    store(DX_OUT, row, c1, c2, dx1, dx2, D)
             if DUAL:
                 square, product = row_sums(x1 * x1, x2 * x2, x1 * dx1, x2 * dx2)
             else:
@@ -234,18 +252,18 @@ if triton is not None:
     # fmt: off
     @triton.jit
     def add_norm_backward_kernel(
-        GX, GDX, GH, GDH, X, DX, Y, DY, GATE, DGATE, SCALE, DSCALE, R, M,
-        GXO, GDXO, GY, GDY, SUMS,
+        GX_OUT, GDX_OUT, GH, GDH, X_OUT, DX_OUT, Y, DY, GATE, DGATE, SCALE, DSCALE, R, M,
+        GX, GDX, GY, GDY, SUMS,
         gate_stride, scale_stride, T,
         D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, ROWS: tl.constexpr,
         STAGES: tl.constexpr,
     ):
         # fmt: on
-        """One program: ROWS tokens of an image. X and DX are x' and dx'; GX and GDX their
-        gradients, or None for zero; GXO and GDXO those of x and dx.
+        """One program: ROWS tokens of an image. GX_OUT and GDX_OUT are None where they are zero.
 
-        X is x' without its low part, an error of one rounding in the gradient alone.
-        SUMS (programs, 3 or 6, D): sums for shift, scale, gate, dshift, dscale, dgate.
+        X_OUT is x_out without its low part, an error of one rounding in the gradient alone.
+        SUMS (programs, 3 or 6, D): gradients of shift, scale, gate, dshift, dscale, dgate, summed
+        over the tokens of a program.
         """
         DUAL: tl.constexpr = GDH is not None
         ADD: tl.constexpr = Y is not None
@@ -272,25 +290,25 @@ if triton is not None:
         for t in tl.range(start, tl.minimum(start + ROWS, T), num_stages=STAGES):
             token = b * T + t
             row = token * D
-            # all that is read, at once
-            x1, x2 = load(X, row, c1, c2, D)
+            # All loads stand together, so that they are in flight at the same time.
+            x_out1, x_out2 = load(X_OUT, row, c1, c2, D)
             gh1, gh2 = load(GH, row, c1, c2, D)
             r = tl.load(R + token)
             if DUAL:
-                dx1, dx2 = load(DX, row, c1, c2, D)
+                dx_out1, dx_out2 = load(DX_OUT, row, c1, c2, D)
                 gdh1, gdh2 = load(GDH, row, c1, c2, D)
                 m = tl.load(M + token)
-            if GX is not None:
-                gx1, gx2 = load(GX, row, c1, c2, D)
+            if GX_OUT is not None:
+                gx_out1, gx_out2 = load(GX_OUT, row, c1, c2, D)
                 if DUAL:
-                    gdx1, gdx2 = load(GDX, row, c1, c2, D)
+                    gdx_out1, gdx_out2 = load(GDX_OUT, row, c1, c2, D)
             if ADD:
                 y1, y2 = load(Y, row, c1, c2, D)
                 if DUAL:
                     dy1, dy2 = load(DY, row, c1, c2, D)
 
-            n1 = r * x1
-            n2 = r * x2
+            n1 = r * x_out1
+            n2 = r * x_out2
             gn1 = gh1 * (1 + scale1)
             gn2 = gh2 * (1 + scale2)
             shift_sum1 += gh1
@@ -298,8 +316,8 @@ if triton is not None:
             scale_sum1 += n1 * gh1
             scale_sum2 += n2 * gh2
             if DUAL:
-                dn1 = r * (dx1 - m * n1)
-                dn2 = r * (dx2 - m * n2)
+                dn1 = r * (dx_out1 - m * n1)
+                dn2 = r * (dx_out2 - m * n2)
                 gn1 += gdh1 * dscale1
                 gn2 += gdh2 * dscale2
                 gdn1 = gdh1 * (1 + scale1)
@@ -310,45 +328,44 @@ if triton is not None:
                 dshift_sum2 += gdh2
                 dscale_sum1 += n1 * gdh1
                 dscale_sum2 += n2 * gdh2
-                # bc is b + c of the formulas, and then b - 2 r a m + c.
-                bc1 = n1 * gn1 + dn1 * gdn1
-                bc2 = n2 * gn2 + dn2 * gdn2
-                a, bc = row_sums(n1 * gdn1, n2 * gdn2, bc1, bc2)
-                a = a / D
-                bc = bc / D - 2 * r * a * m
-                gxo1 = r * (gn1 - r * m * gdn1 - r * a * dx1 - bc * n1)
-                gxo2 = r * (gn2 - r * m * gdn2 - r * a * dx2 - bc * n2)
-                gdxo1 = r * (gdn1 - a * n1)
-                gdxo2 = r * (gdn2 - a * n2)
-                if GX is not None:
-                    gdxo1 += gdx1
-                    gdxo2 += gdx2
-                store(GDXO, row, c1, c2, gdxo1, gdxo2, D)
+                beta1 = n1 * gn1 + dn1 * gdn1
+                beta2 = n2 * gn2 + dn2 * gdn2
+                alpha, beta = row_sums(n1 * gdn1, n2 * gdn2, beta1, beta2)
+                alpha = alpha / D
+                along_n = beta / D - 2 * r * alpha * m
+                gx1 = r * (gn1 - r * m * gdn1 - r * alpha * dx_out1 - along_n * n1)
+                gx2 = r * (gn2 - r * m * gdn2 - r * alpha * dx_out2 - along_n * n2)
+                gdx1 = r * (gdn1 - alpha * n1)
+                gdx2 = r * (gdn2 - alpha * n2)
+                if GX_OUT is not None:
+                    gdx1 += gdx_out1
+                    gdx2 += gdx_out2
+                store(GDX, row, c1, c2, gdx1, gdx2, D)
             else:
-                mean = row_sum(n1 * gn1, n2 * gn2) / D
-                gxo1 = r * (gn1 - mean * n1)
-                gxo2 = r * (gn2 - mean * n2)
-            if GX is not None:
-                gxo1 += gx1
-                gxo2 += gx2
-            store(GXO, row, c1, c2, gxo1, gxo2, D)
+                beta = row_sum(n1 * gn1, n2 * gn2) / D
+                gx1 = r * (gn1 - beta * n1)
+                gx2 = r * (gn2 - beta * n2)
+            if GX_OUT is not None:
+                gx1 += gx_out1
+                gx2 += gx_out2
+            store(GX, row, c1, c2, gx1, gx2, D)
             if ADD:
-                gy1 = gate1 * gxo1
-                gy2 = gate2 * gxo2
-                gate_sum1 += y1 * gxo1
-                gate_sum2 += y2 * gxo2
+                gy1 = gate1 * gx1
+                gy2 = gate2 * gx2
+                gate_sum1 += y1 * gx1
+                gate_sum2 += y2 * gx2
                 if DUAL:
-                    gy1 += dgate1 * gdxo1
-                    gy2 += dgate2 * gdxo2
-                    gate_sum1 += dy1 * gdxo1
-                    gate_sum2 += dy2 * gdxo2
-                    dgate_sum1 += y1 * gdxo1
-                    dgate_sum2 += y2 * gdxo2
-                    store(GDY, row, c1, c2, gate1 * gdxo1, gate2 * gdxo2, D)
+                    gy1 += dgate1 * gdx1
+                    gy2 += dgate2 * gdx2
+                    gate_sum1 += dy1 * gdx1
+                    gate_sum2 += dy2 * gdx2
+                    dgate_sum1 += y1 * gdx1
+                    dgate_sum2 += y2 * gdx2
+                    store(GDY, row, c1, c2, gate1 * gdx1, gate2 * gdx2, D)
                 store(GY, row, c1, c2, gy1, gy2, D)
 
-        rows: tl.constexpr = 6 if DUAL else 3
-        SUMS += tl.program_id(0).to(tl.int64) * rows * D
+        vectors: tl.constexpr = 6 if DUAL else 3
+        SUMS += tl.program_id(0).to(tl.int64) * vectors * D
         store(SUMS, 0, c1, c2, shift_sum1, shift_sum2, D)
         store(SUMS, D, c1, c2, scale_sum1, scale_sum2, D)
         if ADD:
@@ -364,49 +381,53 @@ if triton is not None:
 
     @triton.jit
     def gelu_terms(u):
-        """s = sigmoid(z), A = d(u s)/du, and s (1 - s), z'."""
+        """-> s, slope, e and z_u of the formulas at the top."""
         u2 = u * u
         s = 1 / (1 + tl.exp(-u * (C1 + C3 * u2)))
-        dz = C1 + 3 * C3 * u2
+        z_u = C1 + 3 * C3 * u2
         e = s * (1 - s)
-        return s, s + u * e * dz, e, dz
+        return s, s + u * e * z_u, e, z_u
 
     @triton.jit
-    def gelu_forward_kernel(U, DU, A, DA, N, BLOCK: tl.constexpr):
+    def gelu_forward_kernel(U, DU, OUT, DOUT, numel, BLOCK: tl.constexpr):
+        """One program: BLOCK numbers of numel."""
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        u = tl.load(U + at, mask=at < N, other=0.0).to(tl.float32)
+        u = tl.load(U + at, mask=at < numel, other=0.0).to(tl.float32)
         s, slope, _, _ = gelu_terms(u)
-        tl.store(A + at, (u * s).to(A.dtype.element_ty), mask=at < N)
+        tl.store(OUT + at, (u * s).to(OUT.dtype.element_ty), mask=at < numel)
         if DU is not None:
-            du = tl.load(DU + at, mask=at < N, other=0.0).to(tl.float32)
-            tl.store(DA + at, (slope * du).to(A.dtype.element_ty), mask=at < N)
+            du = tl.load(DU + at, mask=at < numel, other=0.0).to(tl.float32)
+            tl.store(DOUT + at, (slope * du).to(DOUT.dtype.element_ty), mask=at < numel)
 
     # fmt: off
     @triton.jit
     def gelu_backward_kernel(
-        GA, GDA, U, DU, GU, GDU, SUMS, N, D,
+        GOUT, GDOUT, U, DU, GU, GDU, SUMS, N, D,
         ROWS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
     ):
         # fmt: on
-        """One program: COLUMNS columns of ROWS rows, of (N, D). SUMS (programs of axis 1, D): of GU
-        over the rows."""
+        """One program: COLUMNS columns (axis 0) of ROWS rows (axis 1). U and the others are (N, D).
+
+        SUMS (programs of axis 1, D): GU, summed over the rows of a program.
+        """
         c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        first = tl.program_id(1) * ROWS
+        start = tl.program_id(1) * ROWS
         sums = tl.zeros([TILE, COLUMNS], tl.float32)
         for i in range(0, ROWS, TILE):
-            n = first + i + tl.arange(0, TILE)[:, None]
-            inside = (n < N) & (c < D)
-            at = n.to(tl.int64) * D + c
+            row = start + i + tl.arange(0, TILE)[:, None]
+            inside = (row < N) & (c < D)
+            at = row.to(tl.int64) * D + c
             u = tl.load(U + at, mask=inside, other=0.0).to(tl.float32)
-            ga = tl.load(GA + at, mask=inside, other=0.0).to(tl.float32)
-            s, slope, e, dz = gelu_terms(u)
-            gu = slope * ga
-            if GDA is not None:
+            gout = tl.load(GOUT + at, mask=inside, other=0.0).to(tl.float32)
+            s, slope, e, z_u = gelu_terms(u)
+            gu = slope * gout
+            if GDOUT is not None:
                 du = tl.load(DU + at, mask=inside, other=0.0).to(tl.float32)
-                gda = tl.load(GDA + at, mask=inside, other=0.0).to(tl.float32)
-                second = e * ((1 - 2 * s) * dz * dz + 6 * C3 * u)
-                gu += (2 * e * dz + u * second) * du * gda
-                tl.store(GDU + at, (slope * gda).to(GDU.dtype.element_ty), mask=inside)
+                gdout = tl.load(GDOUT + at, mask=inside, other=0.0).to(tl.float32)
+                s_uu = e * ((1 - 2 * s) * z_u * z_u + 6 * C3 * u)
+                slope_u = 2 * e * z_u + u * s_uu
+                gu += slope_u * du * gdout
+                tl.store(GDU + at, (slope * gdout).to(GDU.dtype.element_ty), mask=inside)
             tl.store(GU + at, gu.to(GU.dtype.element_ty), mask=inside)
             sums += gu
         c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -415,26 +436,29 @@ if triton is not None:
     # fmt: off
     @triton.jit
     def qk_norm_forward_kernel(
-        QKV, DQKV, QW, KW, Q, K, DQ, DK, N, H,
-        D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+        QKV, DQKV, Q_WEIGHT, K_WEIGHT, Q, K, DQ, DK, N, heads,
+        d: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
         EPS: tl.constexpr,
     ):
         # fmt: on
-        """One program: a head (axis 0) of ROWS tokens (axis 1). QKV (N, 3, H, D), Q (N, H, D)."""
-        h = tl.program_id(0)
+        """One program: a head (axis 0) of ROWS tokens (axis 1), its query and then its key.
+
+        QKV (N, 3, heads, d), Q and K (N, heads, d). WIDTH: d, rounded up to a power of two.
+        """
+        head = tl.program_id(0)
         c = tl.arange(0, WIDTH)[None, :]
         for part in tl.static_range(2):
             if part == 0:
-                weight = tl.load(QW + c, mask=c < D, other=0.0).to(tl.float32)
+                weight = tl.load(Q_WEIGHT + c, mask=c < d, other=0.0).to(tl.float32)
             else:
-                weight = tl.load(KW + c, mask=c < D, other=0.0).to(tl.float32)
+                weight = tl.load(K_WEIGHT + c, mask=c < d, other=0.0).to(tl.float32)
             for i in range(0, ROWS, TILE):
                 token = (tl.program_id(1) * ROWS + i + tl.arange(0, TILE)[:, None]).to(tl.int64)
-                inside = (token < N) & (c < D)
-                at = ((token * 3 + part) * H + h) * D + c
-                to = (token * H + h) * D + c
+                inside = (token < N) & (c < d)
+                at = ((token * 3 + part) * heads + head) * d + c
+                to = (token * heads + head) * d + c
                 x = tl.load(QKV + at, mask=inside, other=0.0).to(tl.float32)
-                r = tl.rsqrt(tl.sum(x * x, 1)[:, None] / D + EPS)
+                r = tl.rsqrt(tl.sum(x * x, 1)[:, None] / d + EPS)
                 n = r * x
                 if part == 0:
                     tl.store(Q + to, (n * weight).to(Q.dtype.element_ty), mask=inside)
@@ -442,84 +466,91 @@ if triton is not None:
                     tl.store(K + to, (n * weight).to(K.dtype.element_ty), mask=inside)
                 if DQKV is not None:
                     dx = tl.load(DQKV + at, mask=inside, other=0.0).to(tl.float32)
-                    dn = r * (dx - n * (tl.sum(n * dx, 1)[:, None] / D)) * weight
+                    m = tl.sum(n * dx, 1)[:, None] / d
+                    dout = r * (dx - n * m) * weight
                     if part == 0:
-                        tl.store(DQ + to, dn.to(DQ.dtype.element_ty), mask=inside)
+                        tl.store(DQ + to, dout.to(DQ.dtype.element_ty), mask=inside)
                     else:
-                        tl.store(DK + to, dn.to(DK.dtype.element_ty), mask=inside)
+                        tl.store(DK + to, dout.to(DK.dtype.element_ty), mask=inside)
 
     # fmt: off
     @triton.jit
     def qk_norm_gradient(
-        G, DG, QKV, DQKV, W, GQKV, GDQKV, SUMS, N, H, part,
-        D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+        GOUT, GDOUT, QKV, DQKV, WEIGHT, GQKV, GDQKV, SUMS, N, heads, part,
+        d: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
         NORM: tl.constexpr, DUAL: tl.constexpr, EPS: tl.constexpr,
     ):
         # fmt: on
-        """Gradients of the queries, keys (NORM) or values of one head. G (N, H, D) contiguous."""
-        h = tl.program_id(0)
+        """Gradients of the queries (part 0), keys (1) or values (2) of one head.
+
+        GOUT and GDOUT (N, heads, d) are those of the results. Values have no norm (NORM is False).
+        """
+        head = tl.program_id(0)
         c = tl.arange(0, WIDTH)[None, :]
         bias_sum = tl.zeros([TILE, WIDTH], tl.float32)
         weight_sum = bias_sum
         if NORM:
-            weight = tl.load(W + c, mask=c < D, other=0.0).to(tl.float32)
+            weight = tl.load(WEIGHT + c, mask=c < d, other=0.0).to(tl.float32)
         for i in range(0, ROWS, TILE):
             token = (tl.program_id(1) * ROWS + i + tl.arange(0, TILE)[:, None]).to(tl.int64)
-            inside = (token < N) & (c < D)
-            at = ((token * 3 + part) * H + h) * D + c
-            to = (token * H + h) * D + c
-            gx = tl.load(G + to, mask=inside, other=0.0).to(tl.float32)
+            inside = (token < N) & (c < d)
+            at = ((token * 3 + part) * heads + head) * d + c
+            to = (token * heads + head) * d + c
+            gx = tl.load(GOUT + to, mask=inside, other=0.0).to(tl.float32)
             if DUAL:
-                gdx = tl.load(DG + to, mask=inside, other=0.0).to(tl.float32)
-            if NORM:
+                gdx = tl.load(GDOUT + to, mask=inside, other=0.0).to(tl.float32)
+            if NORM:  # gx and gdx are still the gradients of the results
                 x = tl.load(QKV + at, mask=inside, other=0.0).to(tl.float32)
-                r = tl.rsqrt(tl.sum(x * x, 1)[:, None] / D + EPS)
+                r = tl.rsqrt(tl.sum(x * x, 1)[:, None] / d + EPS)
                 n = r * x
                 weight_sum += gx * n
                 gn = gx * weight
                 if DUAL:
                     dx = tl.load(DQKV + at, mask=inside, other=0.0).to(tl.float32)
-                    m = tl.sum(n * dx, 1)[:, None] / D
+                    m = tl.sum(n * dx, 1)[:, None] / d
                     dn = r * (dx - m * n)
                     weight_sum += gdx * dn
                     gdn = gdx * weight
-                    a = tl.sum(n * gdn, 1)[:, None] / D
-                    bc = tl.sum(n * gn + dn * gdn, 1)[:, None] / D - 2 * r * a * m
-                    gx = r * (gn - r * m * gdn - r * a * dx - bc * n)
-                    gdx = r * (gdn - a * n)
+                    alpha = tl.sum(n * gdn, 1)[:, None] / d
+                    beta = tl.sum(n * gn + dn * gdn, 1)[:, None] / d
+                    along_n = beta - 2 * r * alpha * m
+                    gx = r * (gn - r * m * gdn - r * alpha * dx - along_n * n)
+                    gdx = r * (gdn - alpha * n)
                 else:
-                    gx = r * (gn - (tl.sum(n * gn, 1)[:, None] / D) * n)
+                    beta = tl.sum(n * gn, 1)[:, None] / d
+                    gx = r * (gn - beta * n)
             bias_sum += gx
             tl.store(GQKV + at, gx.to(GQKV.dtype.element_ty), mask=inside)
             if DUAL:
                 tl.store(GDQKV + at, gdx.to(GDQKV.dtype.element_ty), mask=inside)
         c = tl.arange(0, WIDTH)
-        SUMS += ((tl.program_id(1) * 5 + part) * H + h) * D
-        tl.store(SUMS + c, tl.sum(bias_sum, 0), mask=c < D)
+        SUMS += ((tl.program_id(1) * 5 + part) * heads + head) * d
+        tl.store(SUMS + c, tl.sum(bias_sum, 0), mask=c < d)
         if NORM:
-            tl.store(SUMS + 3 * H * D + c, tl.sum(weight_sum, 0), mask=c < D)
+            tl.store(SUMS + 3 * heads * d + c, tl.sum(weight_sum, 0), mask=c < d)
 
     # fmt: off
     @triton.jit
     def qk_norm_backward_kernel(
-        GQ, GK, GV, GDQ, GDK, GDV, QKV, DQKV, QW, KW, GQKV, GDQKV, SUMS, N, H,
-        D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+        GQ, GK, GV, GDQ, GDK, GDV, QKV, DQKV, Q_WEIGHT, K_WEIGHT, GQKV, GDQKV, SUMS, N, heads,
+        d: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
         EPS: tl.constexpr,
     ):
         """One program: a head (axis 0) of ROWS tokens (axis 1), queries, keys or values (axis 2).
 
-        SUMS (programs of axis 1, 5, H, D): for the biases of q, k, v and the weights of q and k.
+        SUMS (programs of axis 1, 5, heads, d): gradients of the biases of q, k and v and of the
+        weights of q and k, summed over the tokens of a program.
         """
         DUAL: tl.constexpr = DQKV is not None
         if tl.program_id(2) == 0:
-            qk_norm_gradient(GQ, GDQ, QKV, DQKV, QW, GQKV, GDQKV, SUMS, N, H, 0,
-                           D, WIDTH, ROWS, TILE, True, DUAL, EPS)
+            qk_norm_gradient(GQ, GDQ, QKV, DQKV, Q_WEIGHT, GQKV, GDQKV, SUMS, N, heads, 0,
+                             d, WIDTH, ROWS, TILE, True, DUAL, EPS)
         elif tl.program_id(2) == 1:
-            qk_norm_gradient(GK, GDK, QKV, DQKV, KW, GQKV, GDQKV, SUMS, N, H, 1,
-                           D, WIDTH, ROWS, TILE, True, DUAL, EPS)
+            qk_norm_gradient(GK, GDK, QKV, DQKV, K_WEIGHT, GQKV, GDQKV, SUMS, N, heads, 1,
+                             d, WIDTH, ROWS, TILE, True, DUAL, EPS)
         else:
-            qk_norm_gradient(GV, GDV, QKV, DQKV, QW, GQKV, GDQKV, SUMS, N, H, 2,
-                           D, WIDTH, ROWS, TILE, False, DUAL, EPS)
+            qk_norm_gradient(GV, GDV, QKV, DQKV, Q_WEIGHT, GQKV, GDQKV, SUMS, N, heads, 2,
+                             d, WIDTH, ROWS, TILE, False, DUAL, EPS)
     # fmt: on
 
 
@@ -546,10 +577,29 @@ def _vectors(value, tangent):
     return value, tangent, stride
 
 
+# The kernels trust the shapes that they are given, so each call is checked first. The checks look
+# at shapes alone: torch.compile makes them while it traces, and a CUDA graph has none of them.
+
+
+def _check_shape(function, name, found, wanted):
+    """Raises ValueError unless a tensor is None or has the shape `wanted`."""
+    if found is not None and found.shape != wanted:
+        raise ValueError(f"{function} wants {name} of {tuple(wanted)}, got {tuple(found.shape)}")
+
+
+def _check_together(function, **tensors):
+    """Raises ValueError where some tensors are None and others are not."""
+    missing = [name for name, tensor in tensors.items() if tensor is None]
+    if missing and len(missing) < len(tensors):
+        raise ValueError(
+            f"{function} takes all or none of {', '.join(tensors)}, got no {', '.join(missing)}"
+        )
+
+
 # ---- x + gate y, norm, scale and shift -----------------------------------------------------------
 
 
-@torch.library.custom_op("fused::add_norm", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::add_norm", mutates_args=())
 def _add_norm(
     x: Tensor,
     low: Tensor | None,
@@ -564,9 +614,9 @@ def _add_norm(
     dscale: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> x', its low part, dx', h, dh in `dtype`, and r, m (B, T) float32.
+    """-> x_out, low_out, dx_out, h, dh in `dtype`, and r, m (B, T) in float32.
 
-    The first three are empty without y, and the low part where `dtype` has more than 16 bits.
+    Without y the first three are empty. In a `dtype` of more than 16 bits low_out is empty.
     """
     outputs = _add_norm_empty(x, dx, y, dtype)
     x_out, low_out, dx_out, h, dh, r, m = outputs
@@ -583,7 +633,7 @@ def _add_norm(
             x, low, dx, y, dy, gate, dgate, shift, dshift, scale, dscale,
             x_out, low_out, dx_out, h, dh, r, m,
             gate_stride, shift_stride, scale_stride, T,
-            D, *chunk_widths(D), rows, EPS, num_warps=warps,
+            D, *row_chunks(D), rows, EPS, num_warps=warps,
         )
         # fmt: on
     return outputs
@@ -613,14 +663,14 @@ def _(x, low, dx, y, dy, gate, dgate, shift, dshift, scale, dscale, dtype):
     return _add_norm_empty(x, dx, y, dtype)
 
 
-@torch.library.custom_op("fused::add_norm_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::add_norm_backward", mutates_args=())
 def _add_norm_backward(
-    gx: Tensor | None,
-    gdx: Tensor | None,
+    gx_out: Tensor | None,
+    gdx_out: Tensor | None,
     gh: Tensor,
     gdh: Tensor | None,
-    x: Tensor,
-    dx: Tensor | None,
+    x_out: Tensor,
+    dx_out: Tensor | None,
     y: Tensor | None,
     dy: Tensor | None,
     gate: Tensor | None,
@@ -633,42 +683,42 @@ def _add_norm_backward(
     dx_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of x, dx, y, dy, and sums (B, blocks, 3 or 6, D) as the kernel has them."""
-    outputs = _add_norm_backward_empty(gdh, x, y, x_dtype, dx_dtype)
-    gx_out, gdx_out, gy, gdy, sums = outputs
-    B, T, D = x.shape
+    outputs = _add_norm_backward_empty(gdh, x_out, y, x_dtype, dx_dtype)
+    gx, gdx, gy, gdy, sums = outputs
+    B, T, D = x_out.shape
     dual = gdh is not None
     rows, warps, stages = NORM_BACKWARD[dual]
     if D > 1280:  # else a thread has too few registers for its part of the row
         warps *= 2
-    if D * x.element_size() > 4096:  # what is loaded ahead must fit into shared memory
+    if D * x_out.element_size() > 4096:  # what is loaded ahead must fit into shared memory
         stages = 1
-    gx, gdx, gh, gdh = _dense(gx), _dense(gdx), _dense(gh), _dense(gdh)
-    x, y = _dense(x), _dense(y)
-    dx, dy = (_dense(dx), _dense(dy)) if dual else (None, None)
+    gx_out, gdx_out, gh, gdh = _dense(gx_out), _dense(gdx_out), _dense(gh), _dense(gdh)
+    x_out, y = _dense(x_out), _dense(y)
+    dx_out, dy = (_dense(dx_out), _dense(dy)) if dual else (None, None)
     gate, dgate, gate_stride = _vectors(gate, dgate)
     scale, dscale, scale_stride = _vectors(scale, dscale)
-    with _on(x):
+    with _on(x_out):
         # fmt: off
         add_norm_backward_kernel[(B * -(-T // rows),)](
-            gx, gdx, gh, gdh, x, dx, y, dy, gate, dgate, scale, dscale, r, m,
-            gx_out, gdx_out, gy, gdy, sums,
+            gx_out, gdx_out, gh, gdh, x_out, dx_out, y, dy, gate, dgate, scale, dscale, r, m,
+            gx, gdx, gy, gdy, sums,
             gate_stride, scale_stride, T,
-            D, *chunk_widths(D), rows, stages, num_warps=warps,
+            D, *row_chunks(D), rows, stages, num_warps=warps,
         )
         # fmt: on
     return outputs
 
 
-def _add_norm_backward_empty(gdh, x, y, x_dtype, dx_dtype):
+def _add_norm_backward_empty(gdh, x_out, y, x_dtype, dx_dtype):
     def like(wanted, dtype):
-        return x.new_empty(x.shape if wanted else (0,), dtype=dtype)
+        return x_out.new_empty(x_out.shape if wanted else (0,), dtype=dtype)
 
-    B, T, D = x.shape
+    B, T, D = x_out.shape
     dual = gdh is not None
     add = y is not None
-    y_dtype = y.dtype if add else x.dtype
+    y_dtype = y.dtype if add else x_out.dtype
     rows, _, _ = NORM_BACKWARD[dual]
-    sums = x.new_empty(B, -(-T // rows), 6 if dual else 3, D, dtype=torch.float32)
+    sums = x_out.new_empty(B, -(-T // rows), 6 if dual else 3, D, dtype=torch.float32)
     return (
         like(True, x_dtype),
         like(dual, dx_dtype),
@@ -679,56 +729,46 @@ def _add_norm_backward_empty(gdh, x, y, x_dtype, dx_dtype):
 
 
 @_add_norm_backward.register_fake
-def _(gx, gdx, gh, gdh, x, dx, y, dy, gate, dgate, scale, dscale, r, m, x_dtype, dx_dtype):
-    return _add_norm_backward_empty(gdh, x, y, x_dtype, dx_dtype)
+def _(
+    gx_out, gdx_out, gh, gdh, x_out, dx_out, y, dy, gate, dgate, scale, dscale, r, m,
+    x_dtype, dx_dtype,
+):  # fmt: skip
+    return _add_norm_backward_empty(gdh, x_out, y, x_dtype, dx_dtype)
 
 
 def _save_add_norm(ctx, inputs, output):
     x, _, dx, y, dy, gate, dgate, _, _, scale, dscale, _ = inputs
     x_out, _, dx_out, _, _, r, m = output
     ctx.dtypes = x.dtype, x.dtype if dx is None else dx.dtype
-    add = y is not None
-    dual = dx is not None
-    kept_dx = None
-    if dual:
-        kept_dx = dx_out if add else dx
-    ctx.save_for_backward(x_out if add else x, kept_dx, y, dy, gate, dgate, scale, dscale, r, m)
+    if y is None:
+        x_out = x
+        dx_out = dx
+    elif dx is None:
+        dx_out = None
+    ctx.save_for_backward(x_out, dx_out, y, dy, gate, dgate, scale, dscale, r, m)
     ctx.set_materialize_grads(False)
 
 
-def _add_norm_gradients(ctx, gx, _, gdx, gh, gdh, *others):
-    x, dx, y, dy, gate, dgate, scale, dscale, r, m = ctx.saved_tensors
-    if gx is None and gdx is None and gh is None and gdh is None:
+def _add_norm_gradients(ctx, gx_out, _, gdx_out, gh, gdh, *others):
+    x_out, dx_out, y, dy, gate, dgate, scale, dscale, r, m = ctx.saved_tensors
+    if gx_out is None and gdx_out is None and gh is None and gdh is None:
         return (None,) * 12
-    dual = gdx is not None or gdh is not None
+    dual = gdx_out is not None or gdh is not None
     if y is None:
-        gx, gdx = None, None
-    elif gx is not None or gdx is not None:
-        gx = torch.zeros_like(x) if gx is None else gx
-        gdx = torch.zeros_like(dx) if gdx is None and dual else gdx
+        gx_out, gdx_out = None, None
+    elif gx_out is not None or gdx_out is not None:
+        gx_out = torch.zeros_like(x_out) if gx_out is None else gx_out
+        gdx_out = torch.zeros_like(dx_out) if gdx_out is None and dual else gdx_out
     if gh is None:
-        gh = torch.zeros_like(x, dtype=x.dtype if y is None else y.dtype)
+        gh = torch.zeros_like(x_out, dtype=x_out.dtype if y is None else y.dtype)
     if gdh is None and dual:
         gdh = torch.zeros_like(gh)
     if not dual:  # no gradient comes through the tangent
-        dx, dy, dgate, dscale = None, None, None, None
+        dx_out, dy, dgate, dscale = None, None, None, None
     gx, gdx, gy, gdy, sums = _add_norm_backward(
-        gx,
-        gdx,
-        gh,
-        gdh,
-        x,
-        dx,
-        y,
-        dy,
-        gate,
-        dgate,
-        scale,
-        dscale,
-        r,
-        m,
+        gx_out, gdx_out, gh, gdh, x_out, dx_out, y, dy, gate, dgate, scale, dscale, r, m,
         *ctx.dtypes,
-    )
+    )  # fmt: skip
     sums = sums.sum(1).unsqueeze(2).to(scale.dtype)  # (B, 3 or 6, 1, D)
     gshift, gscale, ggate = sums[:, :3].unbind(1)
     gdshift, gdscale, gdgate = sums[:, 3:].unbind(1) if dual else (None, None, None)
@@ -757,21 +797,41 @@ def add_norm(
     low=None,
     dtype=None,
 ):
-    """x' = x + gate y, h = rms_norm(x') (1 + scale) + shift, and their tangents.
+    """x_out = x + gate y, h = rms_norm(x_out) (1 + scale) + shift, and their tangents.
 
-    x, y, dx, dy (B, T, D); gate, shift, scale and their tangents (B, 1, D). Without y and gate
-    (None), x' = x. low: the value is x + low, and low has no gradient. dtype: of all results;
-    default: x's. Returns (x', low', dx', h, dh), where low' is what x' lost in a dtype of 16 bits,
-    else None.
+    x, y, dx, dy (B, T, D); gate, shift, scale and their tangents (B, 1, D); float32 or bfloat16,
+    in any mixture. Sums and products are made in float32. The tangents are all there, or all None.
+    y and gate are both there, or both None, and then x_out = x.
+
+    low (B, T, D): the value of x is x + low. It has no tangent and gets no gradient.
+    dtype: of all results; x's where it is None.
+
+    Returns (x_out, low_out, dx_out, h, dh), each (B, T, D). low_out is what x_out lost when it was
+    rounded to a dtype of 16 bits; it is None for other dtypes. Without y the first three are x, low
+    and dx themselves. Without tangents dx_out and dh are None. Raises ValueError for other shapes.
     """
+    if x.dim() != 3:
+        raise ValueError(f"add_norm wants x of (B, T, D), got {tuple(x.shape)}")
+    B, _, D = x.shape
+    for name, tokens in dict(dx=dx, y=y, dy=dy, low=low).items():
+        _check_shape("add_norm", name, tokens, x.shape)
+    vectors = dict(
+        gate=gate,
+        dgate=dgate,
+        shift=shift,
+        dshift=dshift,
+        scale=scale,
+        dscale=dscale,
+    )
+    for name, vector in vectors.items():
+        _check_shape("add_norm", name, vector, (B, 1, D))
+    _check_together("add_norm", y=y, gate=gate)
+    if y is None:
+        _check_together("add_norm", dx=dx, dshift=dshift, dscale=dscale)
+    else:
+        _check_together("add_norm", dx=dx, dy=dy, dgate=dgate, dshift=dshift, dscale=dscale)
+
     dtype = dtype or x.dtype
-    B, T, D = x.shape
-    for tokens in (dx, y, dy):
-        if tokens is not None and tokens.shape != x.shape:
-            raise ValueError(f"add_norm takes tokens of one shape, got {x.shape}, {tokens.shape}")
-    for vector in (gate, dgate, shift, dshift, scale, dscale):
-        if vector is not None and vector.shape != (B, 1, D):
-            raise ValueError(f"add_norm takes vectors of shape {(B, 1, D)}, got {vector.shape}")
     x_out, low_out, dx_out, h, dh, _, _ = _add_norm(
         x, low, dx, y, dy, gate, dgate, shift, dshift, scale, dscale, dtype
     )
@@ -786,54 +846,54 @@ def add_norm(
 # ---- GELU ----------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fused::gelu", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::gelu", mutates_args=())
 def _gelu(u: Tensor, du: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     u, du = _dense(u), _dense(du)
-    a = torch.empty_like(u)
-    da = u.new_empty(0) if du is None else torch.empty_like(u)
+    out = torch.empty_like(u)
+    dout = u.new_empty(0) if du is None else torch.empty_like(u)
     block = 1024
     with _on(u):
         grid = (-(-u.numel() // block),)
-        gelu_forward_kernel[grid](u, du, a, da, u.numel(), block, num_warps=4)
-    return a, da
+        gelu_forward_kernel[grid](u, du, out, dout, u.numel(), block, num_warps=4)
+    return out, dout
 
 
 @_gelu.register_fake
 def _(u, du, bias):
-    a = torch.empty_like(u, memory_format=torch.contiguous_format)
-    return a, u.new_empty(0) if du is None else torch.empty_like(a)
+    out = torch.empty_like(u, memory_format=torch.contiguous_format)
+    return out, u.new_empty(0) if du is None else torch.empty_like(out)
 
 
-@torch.library.custom_op("fused::gelu_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::gelu_backward", mutates_args=())
 def _gelu_backward(
-    ga: Tensor, gda: Tensor | None, u: Tensor, du: Tensor | None
+    gout: Tensor, gdout: Tensor | None, u: Tensor, du: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of u and du, and sums (blocks, D) of u's."""
-    outputs = _gelu_backward_empty(ga, gda, u, du)
+    outputs = _gelu_backward_empty(gdout, u)
     gu, gdu, sums = outputs
-    ga, gda, u, du = _dense(ga), _dense(gda), _dense(u), _dense(du)
+    gout, gdout, u, du = _dense(gout), _dense(gdout), _dense(u), _dense(du)
     D = u.size(-1)
     N = u.numel() // D
     rows, warps = GELU_BACKWARD
     columns = min(512, triton.next_power_of_2(D))
     with _on(u):
         gelu_backward_kernel[(-(-D // columns), len(sums))](
-            ga, gda, u, du, gu, gdu, sums, N, D, rows, GELU_TILE, columns, num_warps=warps
+            gout, gdout, u, du, gu, gdu, sums, N, D, rows, GELU_TILE, columns, num_warps=warps
         )
     return outputs
 
 
-def _gelu_backward_empty(ga, gda, u, du):
+def _gelu_backward_empty(gdout, u):
     D = u.size(-1)
     rows, _ = GELU_BACKWARD
     gu = torch.empty_like(u, memory_format=torch.contiguous_format)
-    gdu = u.new_empty(0) if gda is None else torch.empty_like(gu)
+    gdu = u.new_empty(0) if gdout is None else torch.empty_like(gu)
     return gu, gdu, u.new_empty(-(-(u.numel() // D) // rows), D, dtype=torch.float32)
 
 
 @_gelu_backward.register_fake
-def _(ga, gda, u, du):
-    return _gelu_backward_empty(ga, gda, u, du)
+def _(gout, gdout, u, du):
+    return _gelu_backward_empty(gdout, u)
 
 
 def _save_gelu(ctx, inputs, output):
@@ -843,32 +903,39 @@ def _save_gelu(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _gelu_gradients(ctx, ga, gda):
+def _gelu_gradients(ctx, gout, gdout):
     u, du = ctx.saved_tensors
     if du is None:
-        gda = None
-    if ga is None and gda is None:
+        gdout = None
+    if gout is None and gdout is None:
         return None, None, None
-    if ga is None:
-        ga = torch.zeros_like(u)
-    gu, gdu, sums = _gelu_backward(ga, gda, u, du)
+    if gout is None:
+        gout = torch.zeros_like(u)
+    gu, gdu, sums = _gelu_backward(gout, gdout, u, du)
     gbias = None if ctx.bias_dtype is None else sums.sum(0).to(ctx.bias_dtype)
-    return gu, None if gda is None else gdu, gbias
+    return gu, None if gdout is None else gdu, gbias
 
 
 _gelu.register_autograd(_gelu_gradients, setup_context=_save_gelu)
 
 
 def gelu(u, du, bias=None):
-    """The tanh form of GELU and its tangent. bias (D,): that of u, for its gradient alone."""
-    a, da = _gelu(u, du, bias)
-    return a, None if du is None else da
+    """The tanh form of GELU and its tangent: (out, dout), in u's shape and dtype.
+
+    u (..., D) in float32 or bfloat16. du: of u's shape, in either dtype, or None; then dout is
+    None. bias (D,), or None: u holds this bias already, as a constant. It is not added here, and
+    is given for its gradient alone. Raises ValueError for other shapes.
+    """
+    _check_shape("gelu", "du", du, u.shape)
+    _check_shape("gelu", "bias", bias, u.shape[-1:])
+    out, dout = _gelu(u, du, bias)
+    return out, None if du is None else dout
 
 
 # ---- norms of queries and keys -------------------------------------------------------------------
 
 
-@torch.library.custom_op("fused::qk_norm", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::qk_norm", mutates_args=())
 def _qk_norm(
     qkv: Tensor, dqkv: Tensor | None, q_weight: Tensor, k_weight: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -905,7 +972,7 @@ def _(qkv, dqkv, q_weight, k_weight, heads):
     return _qk_norm_empty(qkv, dqkv, heads)
 
 
-@torch.library.custom_op("fused::qk_norm_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::qk_norm_backward", mutates_args=())
 def _qk_norm_backward(
     gq: Tensor,
     gk: Tensor,
@@ -952,9 +1019,9 @@ def _(gq, gk, gv, gdq, gdk, gdv, qkv, dqkv, q_weight, k_weight, heads):
 
 
 class _QKNorm(torch.autograd.Function):
-    """Gives v beside q and k, so that the gradients of all three come together.
+    """Returns v beside q and k, so that the gradients of all three arrive together.
 
-    Not a custom operator, which may not return a view of its input as v is one.
+    v is a view of qkv. A custom operator may not return a view of its input, so this is none.
     """
 
     @staticmethod
@@ -1009,10 +1076,23 @@ def _qk_norm_and_v(qkv, dqkv, q_weight, k_weight, bias, heads):
 
 
 def qk_norm(qkv, dqkv, q_weight, k_weight, heads, bias=None):
-    """qkv (B, T, 3 D) -> q, k, v (B, T, heads, d) and their tangents; q and k normed and weighted.
+    """Queries, keys and values (q, k, v, dq, dk, dv), each (B, T, heads, d) in qkv's dtype.
 
-    bias (3 D,): that of qkv, for its gradient alone.
+    q and k go through an RMS norm and are multiplied by their weights. v and dv are views of qkv
+    and dqkv.
+
+    qkv (B, T, 3 D) with D = heads d, in float32 or bfloat16. dqkv: of qkv's shape and dtype, or
+    None; then dq, dk and dv are None. q_weight, k_weight (d,), float32 or bfloat16. bias (3 D,), or
+    None: qkv holds this bias already, as a constant. It is not added here, and is given for its
+    gradient alone. Raises ValueError for other shapes.
     """
+    if qkv.dim() != 3 or heads < 1 or qkv.size(-1) % (3 * heads):
+        raise ValueError(f"qk_norm wants qkv of (B, T, 3 {heads} d), got {tuple(qkv.shape)}")
+    d = qkv.size(-1) // (3 * heads)
+    _check_shape("qk_norm", "dqkv", dqkv, qkv.shape)
+    _check_shape("qk_norm", "q_weight", q_weight, (d,))
+    _check_shape("qk_norm", "k_weight", k_weight, (d,))
+    _check_shape("qk_norm", "bias", bias, qkv.shape[-1:])
     out = _qk_norm_and_v(qkv, dqkv, q_weight, k_weight, bias, heads)
     if dqkv is None:
         return (*out, None, None, None)

@@ -1,12 +1,14 @@
 """
-The images that fid.py is given: a folder, a .zip, an .npz or an .npy file. A class for each kind.
+The images that fid.py is given: a folder, a .zip, an .npz or an .npy file, or data/NAME. A class
+for each kind.
 
     images = open_images(path)
     len(images), images[3]      # image 3 is uint8 (H, W, 3)
 
 images.py has the rules of which files of a folder or .zip are images, and how one is read. An array
-is uint8 (N, H, W, 3), or (N, H, W, 1), whose gray images are given as RGB. Images are read one at a
-time, because 50,000 of 256 x 256 pixels take 10 GB.
+is uint8 (N, H, W, 3), or (N, H, W, 1), whose gray images are given as RGB. Of data/NAME, which
+prepare.py makes, the training images count. Images are read one at a time, because 50,000 of
+256 x 256 pixels take 10 GB.
 """
 
 import hashlib
@@ -17,6 +19,7 @@ import zipfile
 import numpy as np
 from tqdm import tqdm
 
+from dataset import load_dataset
 from device import ranks_of_torchrun
 from files import FidError, UserError, reading
 from images import (
@@ -30,9 +33,10 @@ from images import (
 )
 
 WANTED = (
-    "fid.py takes a folder or .zip of images, an .npz or .npy of uint8 images (N, H, W, 3), or "
-    "statistics, an .npz or .pkl of mu (D,) and sigma (D, D)"
+    "fid.py takes a folder or .zip of images, an .npz or .npy of uint8 images (N, H, W, 3), the "
+    "data/NAME of prepare.py, or statistics, an .npz or .pkl of mu (D,) and sigma (D, D)"
 )
+TRAIN_IMAGES = "train_images.npy"  # of data/NAME
 READERS_OF_HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -41,12 +45,13 @@ READERS_OF_HEADERS = {
 
 
 def kind_of(path):
-    """What a path is: "folder" (or a .zip of images), "npz", "npy", "pickle" or "other".
+    """What a path is: "data", "folder" (or a .zip of images), "npz", "npy", "pickle" or "other".
 
-    A file is told by its first bytes. Raises OSError.
+    "data" is a folder that prepare.py made. A file is told by its first bytes. Raises OSError.
     """
     if os.path.isdir(path):
-        return "folder"
+        made_by_prepare = [os.path.join(path, name) for name in ("header.json", TRAIN_IMAGES)]
+        return "data" if all(map(os.path.exists, made_by_prepare)) else "folder"
     with open(path, "rb") as file:
         start = file.read(6)
     name = path.lower()
@@ -60,7 +65,7 @@ def kind_of(path):
 
 
 def open_images(path, size=0):
-    """The images of a folder, an .npz or an .npy. Raises FidError.
+    """The images of a folder, an .npz, an .npy or data/NAME. Raises FidError or DataError.
 
     size: of a folder's images, which are then cut as prepare.py imagenet does; 0 leaves them as
     they are.
@@ -69,6 +74,8 @@ def open_images(path, size=0):
         kind = kind_of(path)
         if kind == "folder":
             return FolderImages(path, size)
+        if kind == "data":
+            return DataImages(path)
         if kind == "npz":
             return NpzImages(path)
         if kind == "npy":
@@ -179,6 +186,33 @@ class NpyImages:
 
     def __getitem__(self, i):
         return as_rgb(np.array(self.array[i]))
+
+
+class DataImages:
+    """The training images of data/NAME, mapped."""
+
+    threads = 1
+
+    def __init__(self, path):
+        self.path = path
+        self.remarks = Remarks()
+        header, data = load_dataset(path)
+        shape = header["shape"]
+        is_rgb_or_gray = len(shape) == 3 and shape[0] in (1, 3)
+        if "vae" in header or header["dtype"] != "uint8" or not is_rgb_or_gray:
+            kind = "latents" if "vae" in header else header["dtype"]
+            raise FidError(f"{path}: images must be uint8 of 1 or 3 channels, not {kind} {shape}")
+        self.array = data["train_images"]  # (N, C, H, W)
+        if not len(self.array):
+            raise FidError(f"no training images in {path}")
+        stamp = size_and_time(os.path.join(path, TRAIN_IMAGES))
+        self.about = f"{len(self)} images of {os.path.abspath(path)}, {stamp}"
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, i):
+        return as_rgb(self.array[i].transpose(1, 2, 0))
 
 
 class NpzImages:

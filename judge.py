@@ -1,13 +1,13 @@
 """
-Who scores the samples of study.py and record.py: a small classifier, which compares them with fresh
-images that nobody trained on.
+Scores the samples of study.py and record.py, with a small classifier.
 
     judge = Judge(protocol, fresh, header, data, device)
     judge.real                      # the scores of other fresh images, in the place of samples
     line = judge.score_run(run, steps)    # its scores, and more, for the log
 
-The classifier is trained on the training images. It judges the labels, and its features (256) give
-a Frechet distance; another one is that of pixels, averaged 2 x 2.
+Samples are compared with fresh images, which nobody trained on. The classifier is trained on the
+training images. It judges the labels, and its features (256) give a Frechet distance. Another one
+is that of pixels, averaged 2 x 2; train.py's is of all pixels, so the two do not compare.
 """
 
 import os

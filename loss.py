@@ -36,11 +36,13 @@ from torch import Tensor, nn
 from dual import at_least_float32, column
 
 OBJECTIVES = ("tvm", "meanflow", "improved_meanflow", "alpha_flow", "flow_matching")
-TIMES = ("gap*", "gap", "trunc", "clamp", "two")
-GUIDANCE = ("constant", "inverse", "uniform")
+EULER = ("flow_matching",)  # of s = t alone: sampled by Euler steps with F(x, t, t)
+MEANFLOWS = ("meanflow", "improved_meanflow", "alpha_flow")  # MeanFlow and its relatives
+DETACHED_JVP = ("meanflow", "improved_meanflow")  # no gradient goes through their derivative
 # train.py's constants with which MeanFlow and its relatives are trained.
 MEAN_VELOCITY = dict(times="two", p_equal=0.75, scaled=False)
-EULER = ("flow_matching",)  # of s = t alone: sampled by Euler steps with F(x, t, t)
+TIMES = ("gap*", "gap", "trunc", "clamp", "two")
+GUIDANCE = ("constant", "inverse", "uniform")
 
 
 # ---- times and guidance weights ------------------------------------------------------------------
@@ -318,6 +320,24 @@ def mean_square(x):
 # ---- the loss of a training step -----------------------------------------------------------------
 
 
+def check_objective(objective, times, guidance, kappa=0.5, alpha_min=0.05):
+    """Raises ValueError for arguments of TrainingLoss that are out of range, or do not go together.
+
+    times and guidance: keyword arguments of sample_times and sample_guidance.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {objective!r}")
+    if objective == "meanflow":
+        if guidance.get("sampler", "constant") != "constant":
+            raise ValueError('meanflow takes guidance "constant"')
+        if not 0 <= kappa < 1:
+            raise ValueError(f"meanflow takes kappa at least 0 and below 1, not {kappa:g}")
+    if objective == "alpha_flow" and not 0 < alpha_min <= 1:
+        raise ValueError(f"alpha_flow takes alpha_min above 0 and at most 1, not {alpha_min:g}")
+    sample_times(1, **times)
+    sample_guidance(1, **guidance)
+
+
 class TrainingLoss(nn.Module):
     """The whole training loss as one module: value, terms = loss(x0, y, *loss.draw(x0, seed)).
 
@@ -345,17 +365,7 @@ class TrainingLoss(nn.Module):
         super().__init__()
         self.times = times or {}
         self.guidance = guidance or {}
-        if objective not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {objective!r}")
-        if objective == "meanflow":
-            if self.guidance.get("sampler", "constant") != "constant":
-                raise ValueError('meanflow takes guidance "constant"')
-            if not 0 <= kappa < 1:
-                raise ValueError(f"meanflow takes kappa at least 0 and below 1, not {kappa:g}")
-        if objective == "alpha_flow" and not 0 < alpha_min <= 1:
-            raise ValueError(f"alpha_flow takes alpha_min above 0 and at most 1, not {alpha_min:g}")
-        sample_times(1, **self.times)  # complains now rather than in a step
-        sample_guidance(1, **self.guidance)
+        check_objective(objective, self.times, self.guidance, kappa, alpha_min)
         self.model = model
         self.target = target
         self.label_dropout = label_dropout
@@ -367,14 +377,20 @@ class TrainingLoss(nn.Module):
     @property
     def detaches_jvp(self):
         """Whether no gradient goes through the derivative (for compile_blocks)."""
-        return self.detach_jvp or self.objective in ("meanflow", "improved_meanflow")
+        return self.detach_jvp or self.objective in DETACHED_JVP
 
     def draw(self, x0, seed, first=0, total=None, progress=0.0):
-        """Noise like x0; times t, s, s_fm, weights w (B,); drop (B,) bool: the labels to drop.
+        """What is random in a step, for x0 (B, ...): a list of x1, t, s, s_fm, w, drop.
 
-        They are those of rows first to first + B of a global batch of `total` (default B).
-        progress: the share of the training that is over, in [0, 1]. For alpha_flow r takes the
-        place of s_fm.
+        x1    (B, ...) float32, the noise
+        t, s  (B,) float32, times
+        s_fm  (B,) float32, the time of the term fm; for alpha_flow the time r stands in its place
+        w     (B,) float32, guidance weights
+        drop  (B,) bool, whether a sample loses its label
+
+        All numbers of a global batch of `total` samples (default B) are drawn from `seed`, and
+        rows first to first + B are returned, on x0's device. progress: the share of the training
+        that is over, in [0, 1].
         """
         B = len(x0)
         total = B if total is None else total

@@ -83,21 +83,19 @@ class DiTConfig:
         for name in ("in_channels", "patch_size", "hidden_size", "depth", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        p = self.patch_size
         for side in self.height_and_width:
             if side < 1:
                 raise ValueError(f"input_size must be at least 1, not {self.input_size}")
-            if side % self.patch_size:
-                raise ValueError(
-                    f"input_size {side} is not divisible by patch_size {self.patch_size}"
-                )
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}"
-            )
-        if self.hidden_size % 4:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not divisible by 4 (2D sine-cosine positions)"
-            )
+            if side % p:
+                raise ValueError(f"input_size {side} is not divisible by patch_size {p}")
+        D = self.hidden_size
+        if D % self.num_heads:
+            raise ValueError(f"hidden_size {D} is not divisible by num_heads {self.num_heads}")
+        if D % 4:
+            raise ValueError(f"hidden_size {D} is not divisible by 4 (2D sine-cosine positions)")
+        if int(D * self.mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves no hidden unit")
         for name in ("scaled", "rms_norm", "qk_norm", "mod_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
@@ -169,6 +167,8 @@ class Embedder(nn.Module):
 
 
 class Patches(nn.Module):
+    """Images (B, C, height, width), a tensor or a Dual, -> tokens (B, T, D), row by row."""
+
     def __init__(self, config):
         super().__init__()
         self.proj = nn.Conv2d(
@@ -201,7 +201,7 @@ class Labels(nn.Module):
 
 
 class Scale(nn.Module):
-    """The weight of a query or key norm; a module, as its published name wants it."""
+    """The weight of a query or key norm: a module, for the published name q_norm.weight."""
 
     def __init__(self, dim):
         super().__init__()
@@ -209,6 +209,11 @@ class Scale(nn.Module):
 
 
 class Attention(nn.Module):
+    """Self-attention with RMS norms on queries and keys: (B, T, D) -> (B, T, D).
+
+    mask: as in dual.attend.
+    """
+
     def __init__(self, config):
         super().__init__()
         D = config.hidden_size
@@ -226,18 +231,20 @@ class Attention(nn.Module):
         q, k, v = (linear_map(lambda x: x.transpose(1, 2), x) for x in (q, k, v))  # (B, H, T, d)
         x = attend(q, k, v, mask)  # (B, H, T, d)
         x = linear_map(lambda x: rearrange(x, "b h t d -> b t (h d)"), x)  # (B, T, D)
-        return linear(self.proj, x)
+        return linear(self.proj, x)  # (B, T, D)
 
 
 class MLP(nn.Module):
+    """Two linear layers with a GELU between them: (B, T, D) -> (B, T, D)."""
+
     def __init__(self, config):
         super().__init__()
         inner = int(config.hidden_size * config.mlp_ratio)
         self.fc1 = nn.Linear(config.hidden_size, inner)
         self.fc2 = nn.Linear(inner, config.hidden_size)
 
-    def forward(self, x):
-        return linear(self.fc2, linear_gelu(self.fc1, x))
+    def forward(self, x):  # (B, T, D)
+        return linear(self.fc2, linear_gelu(self.fc1, x))  # (B, T, D)
 
 
 class Modulated(nn.Module):
@@ -248,13 +255,14 @@ class Modulated(nn.Module):
         self.norm = rms_norm if config.rms_norm else layer_norm
         self.mod_norm = config.mod_norm
         self.vectors = vectors
-        # Its SiLU is never called: embed() applies it once, for all blocks. It keeps the names.
+        # The SiLU is never called: embed() applies it once, for all blocks. It gives the weights
+        # their published names.
         self.adaLN_modulation = nn.Sequential(
             nn.SiLU(), nn.Linear(config.hidden_size, vectors * config.hidden_size)
         )
 
     def modulation(self, c):
-        """c (B, D) -> so many vectors (B, 1, D)."""
+        """c (B, D) -> `self.vectors` vectors (B, 1, D)."""
         x = linear(self.adaLN_modulation[1], c)
         x = linear_map(lambda x: x.unflatten(1, (self.vectors, 1, -1)), x)  # (B, vectors, 1, D)
         x = rms_norm(x) if self.mod_norm else linear_map(at_least_float32, x)
@@ -270,7 +278,7 @@ class Block(Modulated):
     def forward(self, x, c, mask=None):  # x (B, T, D), c (B, D), mask as in dual.attend
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)  # (B, 1, D) each
         # x = x + gate1 * attn(norm(x) * (1 + scale1) + shift1), and the same with the MLP. Where
-        # fused.py has kernels, x is a dual.Residual from here on: a sum that the next norm makes.
+        # fused.py has kernels, x is a dual.Residual from here on, whose sum the next norm makes.
         x, h = norm_modulate(x, shift1, scale1, self.norm)
         x = add_gated(x, gate1, self.attn(h, mask))
         x, h = norm_modulate(x, shift2, scale2, self.norm)
@@ -280,13 +288,15 @@ class Block(Modulated):
     def forward_detach_jvp(self, x, c, mask=None):
         """forward, with no gradient through the tangent.
 
-        torch.compile plans the backward when it compiles the forward. Detaching inside the block
-        spares it what a tangent's backward would need.
+        torch.compile plans the backward when it compiles the forward. Since the detach is inside
+        the block, it keeps nothing for the backward of a tangent.
         """
         return detach_tangent(self.forward(x, c, mask))
 
 
 class Final(Modulated):
+    """Tokens (B, T, D) and the condition c (B, D) -> the pixels of each patch, (B, T, p p C)."""
+
     def __init__(self, config):
         super().__init__(config, vectors=2)
         self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.in_channels)
@@ -304,7 +314,8 @@ class DiT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.pos_embed = nn.Parameter(positions(*config.grid, config.hidden_size), False)
+        table = positions(*config.grid, config.hidden_size)  # (1, T, D)
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.x_embedder = Patches(config)
         self.t_embedder = Embedder(config.hidden_size)  # of t
         self.s_embedder = Embedder(config.hidden_size)  # of t - s, under its published name
@@ -312,11 +323,11 @@ class DiT(nn.Module):
         self.y_embedder = Labels(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = Final(config)
-        # Or what compile_blocks puts here. It is called in the place of a block, so hooks of blocks
-        # do not fire.
+        # compile_blocks replaces this function. It is called instead of the block itself, so hooks
+        # of blocks do not fire.
         self.run_block = Block.forward
-        # Activation checkpointing: this many blocks are computed again in the backward. In a pass
-        # without a tangent, which needs less memory, half as many.
+        # Activation checkpointing: this many blocks are computed twice, the second time in the
+        # backward. A pass without tangents needs less memory: there it is half of this number.
         self.checkpoint_blocks = 0
         self.initialize()
 
@@ -395,6 +406,9 @@ class DiT(nn.Module):
         A tangent that is None is zero. Returns (F, dF), both like x, both differentiable by
         backward.
         """
+        # A tangent of None becomes zeros, so that every block takes Duals and torch.compile makes
+        # one program for them. The first block's attention has a tangent in any case, which comes
+        # from the modulation. The zeros cost one convolution in Patches.
         duals = []
         for value, tangent in ((x, dx), (t, dt), (s, ds)):
             duals.append(Dual(value, torch.zeros_like(value) if tangent is None else tangent))
@@ -404,7 +418,7 @@ class DiT(nn.Module):
 
 def compile_blocks(*models, detach_jvp=False, dynamic=False):
     """Compile the blocks of models: one function for all of them, once for each shape of a batch.
-    (On a GPU twice: the first block is given a tensor, the others a dual.Residual.)
+    (On a GPU twice: the first block is given a tensor or a Dual, the others a dual.Residual.)
 
     detach_jvp: for a loss that does not ask for the gradient of a tangent. dynamic: from the second
     batch size on, one program for all sizes (for sampling; a training step has fixed shapes).
@@ -412,7 +426,7 @@ def compile_blocks(*models, detach_jvp=False, dynamic=False):
     # Dynamo keeps 8 programs of a function and then gives up. A process that works with many
     # shapes or networks needs more. A call looks through them, which takes microseconds.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
-    torch._dynamo.config.optimize_ddp = False  # it would cut blocks where DDP's messages end
+    torch._dynamo.config.optimize_ddp = False  # True cuts blocks where DDP's buckets end
     limit = torch._dynamo.config.accumulated_recompile_limit
     torch._dynamo.config.accumulated_recompile_limit = max(limit, 1024)
     function = Block.forward_detach_jvp if detach_jvp else Block.forward
@@ -488,9 +502,15 @@ def check_about(config, about):
     data = about["data"]
     counts = data["class_counts"]
     weights = [about["guidance"][key] for key in ("w", "w_min", "w_max")]
-    for text in (data.get("name", ""), data.get("vae", ""), about.get("objective", "")):
+    texts = [data.get(name, "") for name in ("name", "vae", "dtype")]
+    for text in (*texts, about.get("objective", "")):
         if not isinstance(text, str):
             raise ValueError(f"a name that is no text: {text!r}")
+    if "shape" in data:
+        elements = config.in_channels * math.prod(config.height_and_width)
+        sides = data["shape"]
+        if not all(type(n) is int and n > 0 for n in sides) or math.prod(sides) != elements:
+            raise ValueError(f"images of shape {sides} and a network of {elements} numbers")
     if len(counts) != config.num_classes:
         raise ValueError(f"{len(counts)} class counts for {config.num_classes} classes")
     for name in ("mean", "std"):
@@ -500,7 +520,7 @@ def check_about(config, about):
             )
     if not all(math.isfinite(x) for x in (*counts, *weights, *data["mean"], *data["std"])):
         raise ValueError("a class count, guidance weight, mean or std that is not finite")
-    if min(weights) <= 0:
-        raise ValueError("a guidance weight that is not above 0")
+    if not 0 < min(weights) <= max(weights) < 1e6:
+        raise ValueError("a guidance weight that is not above 0 and below a million")
     if counts and (min(counts) < 0 or sum(counts) == 0):
         raise ValueError("class counts that are negative, or all 0")

@@ -20,7 +20,11 @@ ITERATIONS = 5
 
 
 def matrices_of_blocks(parameters):
-    """Those of {name: parameter} that Muon trains: the blocks' weights of two dimensions."""
+    """Those of {name: parameter} that Muon trains: the blocks' weights of two dimensions.
+
+    In DiT these are, for a width D: attn.qkv (3D x D, as one matrix), attn.proj, mlp.fc1, mlp.fc2
+    and adaLN_modulation (6D x D, which is zero at first).
+    """
     matrices = {}
     for name, p in parameters.items():
         if name.startswith("blocks.") and p.ndim == 2:
@@ -37,7 +41,10 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, weights, lr, momentum=0.95, weight_decay=0.0):
-        """weights: matrices. lr: a number, or a tensor of one."""
+        """weights: matrices. lr: a number, or a tensor of one.
+
+        momentum: its default is Jordan's, and train.py has no constant for it.
+        """
         super().__init__(weights, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()

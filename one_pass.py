@@ -11,7 +11,7 @@ recorded as a CUDA graph. Results are those of PyTorch within the rounding of fl
 AdamW (Loshchilov and Hutter, arXiv 1711.05101), with gradient g, moments m and v, and step n:
 
     m = m + (1 - beta1) (g - m)        v = v + (1 - beta2) (g^2 - v)
-    p = (1 - lr weight_decay) p - lr / (1 - beta1^n) m / (sqrt(v / (1 - beta2^n)) + eps)
+    p = (1 - lr weight_decay) p - lr (m / (1 - beta1^n)) / (sqrt(v / (1 - beta2^n)) + eps)
 
 Then each average a, of decay d: a = a + (1 - d) (p - a).
 """
@@ -24,7 +24,7 @@ try:
 except ImportError:  # without Triton nobody calls step
     triton = None
 
-BLOCK = 1024  # weights of a program
+BLOCK = 1024  # weights per Triton program
 
 
 def state_of(optimizer, p):
@@ -64,7 +64,9 @@ def step(optimizer, averages):
     n = counts[0].double()  # all of them are the same number
     lr = torch.as_tensor(group["lr"], device=n.device)
     shrink = 1 - lr * group["weight_decay"]
-    numbers = torch.stack([shrink, lr / (1 - beta1**n), (1 - beta2**n).rsqrt()]).float()
+    step_size = lr / (1 - beta1**n)
+    scale = (1 - beta2**n).rsqrt()
+    numbers = torch.stack([shrink, step_size, scale]).float()
     for row in rows:
         size = row[0].numel()
         adamw_kernel[(triton.cdiv(size, BLOCK),)](
@@ -98,7 +100,7 @@ if triton:
         i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = i < size
         shrink = tl.load(NUMBERS)  # 1 - lr weight_decay
-        lr = tl.load(NUMBERS + 1)  # over 1 - beta1^n
+        step_size = tl.load(NUMBERS + 1)  # lr / (1 - beta1^n)
         scale = tl.load(NUMBERS + 2)  # 1 / sqrt(1 - beta2^n)
 
         p = tl.load(P + i, inside)
@@ -110,7 +112,7 @@ if triton:
 
         m += rate_m * (g - m)
         v += rate_v * (g * g - v)
-        p = shrink * p - lr * m / (tl.sqrt(v) * scale + eps)
+        p = shrink * p - step_size * m / (tl.sqrt(v) * scale + eps)
         a += rate_a * (p - a)
         b += rate_b * (p - b)
 

@@ -2,8 +2,8 @@
 Options: the table of constants at the top of train.py, and the parser of the other scripts.
 How every script ends is here, too: run and fail.
 
-    steps  = Option(1900, "optimizer steps", least=1, later=True)      # one line a constant
-    config = configure(options_of(globals()), PRESETS, __doc__)             # {name: value}
+    steps  = Option(1600, "optimizer steps", least=1, later=True)      # one line a constant
+    config = configure(options_of(globals()), PRESETS, __doc__, __file__)   # {name: value}
 
 A value is the default, as edited in the file, unless the preset has another; a flag --name=value
 beats both. A constant whose default is a whole number takes whole numbers only. One whose default
@@ -16,9 +16,14 @@ import difflib
 import math
 import os
 import sys
+from concurrent.futures import BrokenExecutor
 from typing import NamedTuple
 
 from files import UserError
+
+# What torch says in a RuntimeError that is no mistake in the code: a GPU or the host has no memory
+# left, or another rank has ended.
+OUTER_FAULTS = ("out of memory", "can't allocate memory", "by peer")
 
 
 class Option(NamedTuple):
@@ -27,6 +32,8 @@ class Option(NamedTuple):
     default: str | int | float | bool
     about: str  # what it is, for --help
     least: float = -math.inf  # the smallest value
+    above: float = -math.inf  # values are larger than this
+    most: float = math.inf  # the largest value
     below: float = math.inf  # values are smaller than this
     choices: tuple = ()  # the only values; empty: any
     later: bool = False  # a continuation of a run may have another value
@@ -37,10 +44,12 @@ def options_of(names):
     return {name: value for name, value in names.items() if isinstance(value, Option)}
 
 
-def configure(options, presets, doc, arguments=None):
+def configure(options, presets, doc, file=None, arguments=None):
     """{name: value} of all options. Exits with one line where a flag or a value is wrong.
 
-    presets: {name: {option: value}}; the option "preset" chooses one.
+    presets: {name: {option: value}}; the option "preset" chooses one. doc: what --help says first.
+    file: the path of the table, whose headings --help shows. arguments: the flags, by default
+    those of the command line.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     wants_help = "-h" in arguments or "--help" in arguments
@@ -53,12 +62,13 @@ def configure(options, presets, doc, arguments=None):
     preset = flags.get("preset", config["preset"])
     if preset:
         if preset not in presets:
-            fail(f"there is no preset {preset!r}{did_you_mean(preset, presets, list(presets))}")
+            there_are = f"there are {', '.join(presets)}"
+            fail(f"there is no preset {preset!r}; {did_you_mean(preset, presets, there_are)}")
         config.update(checked_preset(preset, presets[preset], options))
     config.update(flags)
     if wants_help:
         print(doc)
-        print_options(options, config, presets)
+        print_options(options, config, presets, headings_of(file) if file else {})
         sys.exit()
     for name, value in config.items():
         complaint = out_of_range(name, value, options[name])
@@ -72,7 +82,7 @@ def checked_preset(preset, values, options):
     checked = {}
     for name, value in values.items():
         if name not in options:
-            fail(f"preset {preset}: there is no option {name!r}{did_you_mean(name, options, [])}")
+            fail(f"preset {preset}: there is no option {name!r}; {did_you_mean(name, options)}")
         kind = type(options[name].default)
         text = value if isinstance(value, str) else repr(value)
         checked[name] = parse_value(f"preset {preset}: {name}", text, kind)
@@ -83,7 +93,7 @@ def parse_flag(argument, options):
     """The text "--lr=0.1" -> ("lr", 0.1)."""
     name, equals, text = argument.removeprefix("--").partition("=")
     if name not in options:
-        fail(f"there is no option {name!r}{did_you_mean(name, options, [])}")
+        fail(f"there is no option {name!r}; {did_you_mean(name, options)}")
     if not argument.startswith("--") or not equals:
         fail(f"write --{name}=VALUE, not {argument!r}")
     return name, parse_value(f"--{name}", text, type(options[name].default))
@@ -110,12 +120,10 @@ def parse_value(what, text, kind):
     return value
 
 
-def did_you_mean(name, names, otherwise):
+def did_you_mean(name, names, otherwise="--help lists them"):
     """The end of a complaint about a name: the names that are like it, or else `otherwise`."""
-    near = difflib.get_close_matches(name, names) or otherwise
-    if near:
-        return f"; did you mean {' or '.join(near)}?"
-    return "; --help lists them"
+    near = difflib.get_close_matches(name, names)
+    return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 
 def out_of_range(name, value, o):
@@ -124,11 +132,23 @@ def out_of_range(name, value, o):
         return f"{name} must be one of {', '.join(map(str, o.choices))}, not {value!r}"
     if isinstance(value, str):
         return None
-    if not o.least <= value < o.below:
-        if o.below < math.inf:
-            return f"{name} must be at least {o.least} and below {o.below}, not {value}"
-        return f"{name} must be at least {o.least}, not {value}"
+    if not (o.least <= value <= o.most and o.above < value < o.below):
+        return f"{name} must be {range_of(o)}, not {value}"
     return None
+
+
+def range_of(o):
+    """The range of an option in words, "at least 0 and below 1". Empty where it has none."""
+    limits = []
+    if o.least > -math.inf:
+        limits.append(f"at least {o.least}")
+    if o.above > -math.inf:
+        limits.append(f"above {o.above}")
+    if o.most < math.inf:
+        limits.append(f"at most {o.most}")
+    if o.below < math.inf:
+        limits.append(f"below {o.below}")
+    return " and ".join(limits)
 
 
 def differences(old, config, options, changed=""):
@@ -142,7 +162,7 @@ def differences(old, config, options, changed=""):
     on_purpose = [name.strip() for name in changed.split(",") if name.strip()]
     for name in on_purpose:
         if name not in options:
-            fail(f"change names {name!r}, which is no option{did_you_mean(name, options, [])}")
+            fail(f"change names {name!r}, which is no option; {did_you_mean(name, options)}")
     wrong, new = [], []
     for name, value in config.items():
         if name not in old:
@@ -152,13 +172,33 @@ def differences(old, config, options, changed=""):
     return wrong, new
 
 
-def print_options(options, config, presets):
-    """Print the options with the values that they would have, and what each is."""
+def headings_of(file):
+    """{name of an option: the comment on the line above it} of a file with a table of options."""
+    headings = {}
+    above = ""
+    with open(file, encoding="utf-8") as f:
+        for line in f:
+            if " = Option(" in line and above.startswith("# "):
+                headings[line.split()[0]] = above.removeprefix("# ").strip()
+            above = line
+    return headings
+
+
+def print_options(options, config, presets, headings):
+    """Print the options with the values that they would have, what each is, and its range.
+
+    headings: {name: what stands above that option}.
+    """
     flags = {name: f"--{name}={config[name]!r}" for name in options}
     width = max(len(flag) for flag in flags.values())
     width = min(width, 32)
+    print("[later]: a continuation of a run may have another value.")
     for name, o in options.items():
-        print(f"    {flags[name]:<{width}}  {o.about}")
+        if name in headings:
+            print(f"\n{headings[name]}")
+        limits = f" ({range_of(o)})" if range_of(o) else ""
+        later = " [later]" if o.later else ""
+        print(f"    {flags[name]:<{width}}  {o.about}{limits}{later}")
         choices = presets if name == "preset" else o.choices
         if choices:
             print(f"    {'':<{width}}  one of {', '.join(map(str, choices))}")
@@ -167,8 +207,9 @@ def print_options(options, config, presets):
 def run(main):
     """Run the main() of a script. What goes wrong ends it with one line and an exit code above 0.
 
-    A mistake of the user's, a disk that is full, a GPU without memory: one line. Ctrl-C: 130, as
-    shells have it. A reader that goes away (| head) is no mistake: nothing is said.
+    A mistake of the user's, a disk that is full, a GPU without memory, another rank or process that
+    has ended: one line. Ctrl-C: 130, as shells have it. A reader that goes away (| head) is no
+    mistake: nothing is said. Any other error is a mistake in the code, and keeps its traceback.
     """
     try:
         main()
@@ -179,8 +220,12 @@ def run(main):
         # Python writes the rest of its output as it ends, which would fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (UserError, OSError, RuntimeError, MemoryError) as error:
+    except (UserError, OSError, MemoryError, BrokenExecutor) as error:
         fail(str(error) or "out of memory")
+    except RuntimeError as error:
+        if not any(words in str(error) for words in OUTER_FAULTS):
+            raise
+        fail(error)
 
 
 def fail(message):

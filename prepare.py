@@ -4,7 +4,7 @@ Raw images -> data/NAME/, the memory-mapped arrays that train.py reads.
     python prepare.py digits                          # 1,797 real 8x8 scans, in this repository
     python prepare.py shapes --size 32 --n 60000      # drawn here: 10 classes of coloured shapes
     python prepare.py folder SRC --size 64            # images of your own: one folder a class
-    python prepare.py emoji emoji-datasource-*.tgz    # of npm packages: emoji.py says which
+    python prepare.py emoji emoji-datasource-*.tgz    # from npm packages: emoji.py says which
     python prepare.py cifar10 cifar-10-python.tar.gz  # from its authors' page; or the binary one
     python prepare.py imagenet SRC --size 256         # images -> latents of a VAE, in data/im256
     torchrun --nproc_per_node=8 prepare.py imagenet SRC --size 512
@@ -26,7 +26,7 @@ Latents (kind "latents", with the VAE's name): a latent is drawn anew each epoch
 from its stored posterior, (N, 2C, h, w) float16: C channels of mu, then C of sigma. The network's
 input is (z - mean) / std. train_files.txt holds the file of each row.
 
-left_out.txt says which files were left out.
+left_out.txt says which files were left out and why, if any were.
 
 Each command is one function below, with its options above it. A dataset of your own is one more.
 """
@@ -387,15 +387,16 @@ def imagenet(args):
 
     It has no --overwrite: what took hours is moved away by hand.
     """
-    import latents  # with torch, which takes seconds to import
+    from latents import encode_images  # with torch, which takes seconds to import
+    from vae import SD_VAE
 
     path = args.dst or data_path(args.name or f"im{args.size}")
     path = os.path.normpath(path)  # FOLDER/ is FOLDER
     name = args.name or os.path.basename(path)
     data_path(name)  # raises where it is no name
     data_path(os.path.basename(path))
-    vae = args.vae or latents.SD_VAE
-    latents.encode_images(
+    vae = args.vae or SD_VAE
+    encode_images(
         args.src, path, name, args.size, vae, args.vae_name or vae, args.batch, args.measure
     )
 
@@ -407,11 +408,11 @@ def imagenet(args):
 @with_seed
 def check(args):
     """Print what a folder of data holds, and draw some of it."""
-    import latents  # with torch, which takes seconds to import
+    from check import check_dataset  # with torch, which takes seconds to import
 
     is_path = os.sep in args.name or os.path.exists(os.path.join(args.name, "header.json"))
     path = os.path.normpath(args.name) if is_path else data_path(args.name)
-    latents.check_dataset(path, args.src, args.vae, args.seed)
+    check_dataset(path, args.src, args.vae, args.seed)
 
 
 def refuse_ranks(command):

@@ -3,7 +3,7 @@ The tables and figures of record.py, from its log alone.
 
     python record.py --report [--log=FILE] [--page=FILE]
 
-Beside the log it writes tables.md, record.png and, where the pictures of the runs lie there,
+Beside the log it writes record-tables.md, record.png and, where the pictures of the runs lie there,
 samples.png. The tables also go to the page, in the place of all that follows its marker.
 """
 
@@ -14,7 +14,18 @@ import textwrap
 from typing import NamedTuple
 
 from files import UserError, written
-from study_report import draw_samples, draw_scores, header, over_seeds, read_log, row, safe_name
+from study_report import (
+    NUMBER,
+    check_log,
+    draw_samples,
+    draw_scores,
+    header,
+    over_seeds,
+    read_log,
+    row,
+    safe_name,
+    step_title,
+)
 
 MARKER = "<!-- From here on: python record.py --report --page=THIS -->\n"
 
@@ -77,10 +88,6 @@ def compared(baseline, values):
     base_low, base_high = interval(baseline)
     overlap = low <= base_high and base_low <= high
     return f"{factor:.2f}, {'overlap' if overlap else 'apart'}"
-
-
-def step_title(nfe):
-    return "1 step" if nfe == "1" else f"{nfe} steps"
 
 
 def table_of_ideas(groups, ideas, nfes):
@@ -225,9 +232,10 @@ def report(log, ideas, methods, prefix, page=None):
     the names of the runs' pictures. page: a file that the tables go to as well. Raises UserError.
     """
     first, runs = read_log(log)
+    of_run = dict(idea=str, change=dict, seed=int, seconds=NUMBER)
+    of_scored = dict(step=str, step_ms=NUMBER, steps=int, commit=str)
+    check_log(log, "record.py", first, runs, {}, of_run, of_scored)
     nfes = [str(nfe) for nfe in first["settings"]["nfes"]]
-    if not all("idea" in line for line in runs.values()):
-        raise UserError(f"{log} is not a log of record.py")
     if not any("scores" in line for line in runs.values()):
         raise UserError(f"{log} has no run with scores yet")
 
@@ -241,7 +249,7 @@ def report(log, ideas, methods, prefix, page=None):
     text = text_of_tables(first, of_round, ideas, methods, nfes)
     print(text, end="")
     folder = os.path.dirname(log) or "."
-    with open(os.path.join(folder, "tables.md"), "w") as f:
+    with open(os.path.join(folder, "record-tables.md"), "w") as f:
         f.write(text)
     if page:
         put_into_page(text, page)

@@ -279,16 +279,34 @@ class Report:
 
     def save_samples(self, step):
         """The picture of a step, and where there is a reference its FID. All ranks call this."""
-        network = self.network
-        self.network = whole_network(network)
-        self.attempt(f"samples_{step}.png", self.draw_samples, step)
-        if self.reference is not None:
-            self.log_fid(step)
-        self.network = network
+        divided = self.network
+        if not self.gather_network(f"samples_{step}.png"):
+            return
+        try:
+            self.attempt(f"samples_{step}.png", self.draw_samples, step)
+            if self.reference is not None:
+                self.log_fid(step)
+        finally:
+            self.network = divided
+
+    def gather_network(self, what):
+        """Make self.network whole, where it is divided over the ranks (shard.py).
+
+        All ranks call this. Returns success, the same on all of them. Without it self.network stays
+        as it is, and rank 0 says that there will be no `what`.
+        """
+        try:
+            self.network = whole_network(self.network)
+        except MemoryError as error:
+            if self.rank == 0:
+                self.say_failure(what, error)
+            return False
+        return True
 
     def draw_samples(self, step):
-        """Rows: 1, 2 and 4 steps. Columns: the first ten classes."""
-        classes = list(range(self.header["num_classes"]))[:10] or [0] * 10
+        """Rows: 1, 2 and 4 steps. Columns: ten images, of the classes in turn."""
+        num_classes = max(1, self.header["num_classes"])
+        classes = [i % num_classes for i in range(10)]
         rows = []
         for nfe in (1, 2, 4):
             images, _ = self.images_of(range(len(classes)), nfe, classes)
@@ -366,17 +384,21 @@ class Report:
         train, labels = self.data["train_images"], self.data["train_labels"]
         held_out = self.data["test_images"][chosen]
         held_out_labels = self.data["test_labels"][chosen]
-        judge = None
+        classifier = None
         if self.config["classifier"] == "cnn" and self.header["num_classes"]:
             others = np.setdiff1d(np.arange(len(train)), real)
-            judge = self.train_judge(step, others, held_out, held_out_labels)
+            classifier = self.train_label_classifier(step, others, held_out, held_out_labels)
         print(
             f"{n} samples of the evaluation network against {n} held-out images "
             "(real: training images in their place)"
         )
         print(f"{'steps':>5} {'two-sample':>11} {'label':>7} {'nearest':>8} {'Frechet':>8}")
         against = dict(
-            held_out=held_out, train=train, labels=labels, judge=judge, device=self.device
+            held_out=held_out,
+            train=train,
+            labels=labels,
+            classifier=classifier,
+            device=self.device,
         )
         y = torch.from_numpy(labels[real])
         leave_out = torch.from_numpy(real)  # no image is its own nearest neighbour
@@ -391,21 +413,27 @@ class Report:
             "nearest, well under 1: memorized."
         )
 
-    def train_judge(self, step, rows, held_out, held_out_labels):
-        """Train a classifier on training images `rows`. Tells how it does on held-out images."""
+    def train_label_classifier(self, step, rows, held_out, held_out_labels):
+        """Train a classifier on training images `rows`. Says how it does on held-out images."""
         images, labels = self.data["train_images"][rows], self.data["train_labels"][rows]
-        judge = train_classifier(images, labels, self.header["num_classes"], self.device)
-        right = (classify(judge, held_out).numpy() == held_out_labels).mean()
+        classifier = train_classifier(images, labels, self.header["num_classes"], self.device)
+        right = (classify(classifier, held_out).numpy() == held_out_labels).mean()
         print(f"the classifier names {right:.1%} of held-out images rightly")
         self.log(step=step, classifier_held_out=right)
-        return judge
+        return classifier
 
     def tell_scores(self, step, nfe, n, found):
-        """Print and log a row of the table. nfe: 1, 2, 4 or "real"."""
-        print(
-            f"{nfe:>5} {found['two_sample']:>11.3f} {found['label']:>7.3f} "
-            f"{found['nearest_ratio']:>8.2f} {found['frechet_pixels']:>8.3f}"
-        )
+        """Print and log a row of the table. nfe: 1, 2, 4 or "real".
+
+        A score that says nothing (small_data_scores has when) is "-" there, and null in the log.
+        """
+        columns = (("two_sample", 11, 3), ("label", 7, 3))
+        columns += (("nearest_ratio", 8, 2), ("frechet_pixels", 8, 3))
+        row = [f"{nfe:>5}"]
+        for key, width, digits in columns:
+            shown = f"{found[key]:.{digits}f}" if math.isfinite(found[key]) else "-"
+            row.append(f"{shown:>{width}}")
+        print(*row)
         finite = {key: x if math.isfinite(x) else None for key, x in found.items()}
         self.log(step=step, checkpoint="ckpt.safetensors", nfe=nfe, images=n, **finite)
 

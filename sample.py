@@ -351,8 +351,11 @@ class Plan:
         return labels.numpy()
 
     def columns(self):
-        """How many columns a grid has: one for each class, if these are not too many."""
-        return min(len(self.classes), 32) if self.classes else 10
+        """How many columns a grid has. Each shows one class, where there are at most 32."""
+        if not self.classes:
+            return 10
+        turns = max(1, 10 // len(self.classes))  # a grid of one or two classes is not a thin strip
+        return min(turns * len(self.classes), 32)
 
 
 def make_plan(args, config, about, device):
@@ -484,7 +487,7 @@ def check_images_fit(args, header, shape):
         )
 
 
-def find_missing(parts, args):
+def claim_parts(parts, args):
     """Make the folder of finished batches this run's own. Returns the batches still to be made."""
     parts.hold()
     if not args.fid:
@@ -494,6 +497,20 @@ def find_missing(parts, args):
             parts.remove()
             raise
     return parts.missing()
+
+
+def claim_on_rank_0(parts, args):
+    """`claim_parts` on rank 0. Returns the missing batches, or raises its UserError, on all."""
+    missing, complaint = None, None
+    if ranks_of_torchrun()[0] == 0:
+        try:
+            missing = claim_parts(parts, args)
+        except (UserError, OSError) as error:
+            complaint = str(error)
+    missing, complaint = from_rank_0((missing, complaint))
+    if complaint:
+        raise UserError(complaint)
+    return missing
 
 
 @torch.no_grad()
@@ -515,12 +532,9 @@ def main():
     score = Score(args.fid, args.inception, device) if args.fid else None
     key = key_of(plan, about, model, device, vae, score)
     parts = Parts(args.parts, key, plan.batches())
-    missing = None
-    if rank == 0:
-        missing = find_missing(parts, args)
-        if plan.class_counts:
-            tell_classes(plan.classes, class_names(header))
-    missing = from_rank_0(missing)
+    missing = claim_on_rank_0(parts, args)
+    if rank == 0 and plan.class_counts:
+        tell_classes(plan.classes, class_names(header))
 
     # Each rank makes its share of the batches.
     mine = missing[rank::ranks]

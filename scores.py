@@ -8,9 +8,10 @@ arrays, memory maps or tensors. Distances are Euclidean over all elements of an 
 computed on `device`, which is the CPU unless another one is given.
 
 two_sample      how well a nearest-neighbour classifier tells samples from held-out images: 0.5 best
-label           the share of samples that look like the class that was asked for
+label           the share of samples that look like the class that was asked for, where there are
+                classes
 nearest_ratio   how near samples are to training images: well under 1 means memorized
-frechet_pixels  the Frechet distance of pixels, for small images
+frechet_pixels  the Frechet distance of pixels, for images of at most MOST_ELEMENTS numbers
 """
 
 import math
@@ -26,18 +27,22 @@ from frechet import Moments, frechet_distance
 MOST_ELEMENTS = 4096  # C x H x W of an image: of more the covariance says nothing
 
 
-def small_data_scores(images, y, held_out, train, labels, leave_out=None, judge=None, device="cpu"):
+def small_data_scores(
+    images, y, held_out, train, labels, leave_out=None, classifier=None, device="cpu"
+):
     """The scores of images (N, C, H, W), uint8 or floats, for which the classes y (N,) were asked.
 
     held_out: as many images that were not trained on. train, labels: the training images (M, ...)
     and their classes (M,). leave_out: (N,), the row of `train` that each image is, when training
-    images themselves are scored (else each would find itself). judge: a classifier that says the
-    class, instead of the nearest training image. A score that says nothing is nan: `label` of one
-    class, `frechet_pixels` of images with more than MOST_ELEMENTS.
+    images themselves are scored (else each would find itself). classifier: of train_classifier,
+    which says the class instead of the nearest training image.
+
+    A score that says nothing is nan: `label` where the training images have one class or no
+    labels, and `frechet_pixels` where an image has more than MOST_ELEMENTS numbers.
     """
     label = math.nan
-    if judge is not None:
-        label = share_equal(classify(judge, images), y)
+    if classifier is not None:
+        label = share_equal(classify(classifier, images), y)
     elif labels.max() > 0:
         label = label_accuracy(images, y, train, labels, leave_out, device)
     frechet_pixels = math.nan

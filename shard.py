@@ -1,5 +1,7 @@
 """
-Networks divided over the ranks, by torch's FSDP2: for models larger than one GPU's memory.
+Networks divided over the ranks, by torch's FSDP2: for networks whose training state (weights,
+gradient, two moments, two averages: 24 bytes a weight) does not fit one GPU. Sampling still holds
+one whole network (4 bytes a weight) on each.
 
     shard_weights(nets, device)          # each rank keeps its part of every weight
     parallel = shard_loss(loss)          # its backward takes the mean over the ranks
@@ -8,8 +10,9 @@ Networks divided over the ranks, by torch's FSDP2: for models larger than one GP
 
 A rank keeps 1/ranks of every weight, cut along the first dimension. The weight is then a DTensor,
 and so are its gradient and AdamW's moments. Before a block runs, forward or backward, all ranks
-gather its weights, and free them after it. A backward leaves each rank its part of the gradient's
-mean. All ranks must call whatever runs a network, and gather and whole_network, at the same time.
+gather its weights, and free them after it. A backward leaves each rank its part of the mean
+gradient. All ranks must call whatever runs a network, and gather and whole_network, at the same
+time.
 """
 
 import functools
@@ -32,16 +35,21 @@ for kind in (Dual, Residual):
 def shard_weights(nets, device, bfloat16=False, bfloat16_sums=False):
     """Divide the weights of DiTs over the ranks, in place.
 
-    They may lie on the CPU: one block after another goes to the device, where this rank's part of
-    it stays. bfloat16: the weights of blocks travel as bfloat16, for a forward under autocast. It
-    would round them anyway, but for the weights of query and key norms. bfloat16_sums: gradients
-    travel as bfloat16, otherwise as float32.
+    nets: DiTs of float32 weights. They may lie on the CPU: one block after another goes to the
+    device, where this rank's part of it stays.
+
+    bfloat16: the weights of blocks are gathered as bfloat16, for a forward under autocast. Autocast
+    rounds the linear weights to bfloat16 anyway. The weights of query and key norms it would not:
+    here they are rounded too, a small difference from a run without shard. bfloat16_sums: gradients
+    are summed over the ranks as bfloat16, otherwise as float32.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     sums = torch.bfloat16 if bfloat16_sums else torch.float32
     # Inputs stay as they are: autocast sees to them, and bfloat16 is too coarse for times.
     exact = MixedPrecisionPolicy(reduce_dtype=sums, cast_forward_inputs=False)
-    rounded = MixedPrecisionPolicy(torch.bfloat16, sums, cast_forward_inputs=False)
+    rounded = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=sums, cast_forward_inputs=False
+    )
     for net in nets:
         for block in net.blocks:
             fully_shard(block, mesh=mesh, mp_policy=rounded if bfloat16 else exact)
@@ -50,10 +58,11 @@ def shard_weights(nets, device, bfloat16=False, bfloat16_sums=False):
 
 
 def shard_loss(loss):
-    """A loss whose networks are divided, after compile_blocks: backward takes the mean over ranks.
+    """Wrap a TrainingLoss whose networks went through shard_weights. Call it after compile_blocks.
 
-    Every backward sums its gradients over the ranks, also that of an early term or of a micro-batch
-    that is not the last. Waiting for the last would keep whole gradients, which is what we divide.
+    Backward then leaves each rank its part of the mean gradient. Every backward sums over the
+    ranks, also that of an early term, and that of a micro-batch before the last. Summing once, in
+    the last one, would need memory for a whole gradient on each rank until then.
     """
     for net in loss.children():
         # FSDP2 gathers weights in hooks of a block, so a block must be called, not its forward.
@@ -67,14 +76,14 @@ def shard_loss(loss):
 
 
 def whole(t):
-    """A tensor that is not divided. All ranks call this."""
+    """The full tensor of a DTensor; any other tensor as it is. All ranks call this."""
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def own_part(t, mesh):
-    """This rank's part of a whole tensor that each rank has, in memory of its own.
+    """A whole tensor, which every rank has -> a DTensor of it. It holds a copy of this rank's part.
 
-    mesh: the device_mesh of a divided weight.
+    mesh: the device_mesh of a divided weight. A tensor without dimensions is copied as it is.
     """
     if t.ndim == 0:  # AdamW's count of steps
         return t.clone()
@@ -82,10 +91,10 @@ def own_part(t, mesh):
 
 
 def gather(tensors):
-    """{name: tensor} with whole tensors on the CPU of rank 0, in place of divided ones.
+    """{name: tensor} -> the same with each DTensor replaced by its full tensor, on the CPU.
 
-    The other ranks get None for these. One tensor is gathered at a time, so that the GPU need not
-    hold the whole network.
+    Only rank 0 gets these: the other ranks get None in their place. One tensor is gathered at a
+    time, so that the GPU need not hold the whole network. All ranks call this.
     """
     found = {}
     for name, t in tensors.items():
@@ -97,10 +106,29 @@ def gather(tensors):
 
 
 def whole_network(net):
-    """A copy of a divided network for this rank alone, on its device. Another one as it is."""
+    """A whole copy of a network that went through shard_weights, on this rank's device.
+
+    Any other network is returned as it is. All ranks call this. Raises MemoryError on all of them
+    where one has no memory for the copy.
+    """
     if not isinstance(net, FSDPModule):
         return net
+    tensors = net.state_dict()
+    device = net.pos_embed.device
     with torch.device("meta"):  # nothing to initialize
         copy = DiT(net.config)
-    copy.load_state_dict({name: whole(t) for name, t in net.state_dict().items()}, assign=True)
+    # A rank that ran out of memory while the others gather would leave them waiting. So each makes
+    # room first, also for the tensor that is just gathered, which torch holds twice.
+    largest = max(t.numel() for t in tensors.values())
+    has_room = torch.ones((), device=device)
+    try:
+        copy.to_empty(device=device)
+        torch.empty(2 * largest, device=device)
+    except RuntimeError:  # torch.OutOfMemoryError; on a CPU a plain RuntimeError
+        has_room.zero_()
+    dist.all_reduce(has_room, dist.ReduceOp.MIN)
+    if not has_room:
+        raise MemoryError("a rank has no memory for a whole network")
+    for name, t in copy.state_dict().items():
+        t.copy_(whole(tensors[name]))
     return copy.eval().requires_grad_(False)

@@ -1,5 +1,8 @@
 """
-One training step on random data, made as train.py makes it, to be timed by bench.py and study.py.
+One training step on random data, to be timed by bench.py and study.py.
+
+It is a copy of train.py's step without micro-batches, clipping, the learning-rate schedule, the
+log's sums, and the ranks' agreement on whether all is finite. Change both.
 
     step = TrainingStep(DiTConfig.named("XL/2"), batch=32)
     times = milliseconds(step, 20)
@@ -35,6 +38,7 @@ class FlowMatching(nn.Module):
         self.model = model
 
     def draw(self, x0, seed, first=0, total=None):
+        """Noise like x0 and times (B,). seed, first and total are ignored: each call draws anew."""
         return torch.randn_like(x0), torch.rand(len(x0), device=x0.device)
 
     def forward(self, x0, y, x1, t, backward_part=None):
@@ -60,8 +64,11 @@ class TrainingStep:
         muon=False,
         device="cuda",
     ):
-        """compiled: the blocks, and on a GPU the step as a CUDA graph. shard: weights divided over
-        the ranks of torchrun, without a graph. checkpoint: every block keeps its input only.
+        """config: a DiTConfig. batch: images a step of this rank.
+
+        compiled: the blocks, and on a GPU the step as a CUDA graph. shard: weights divided over
+        the ranks of torchrun, without a graph. checkpoint: all blocks are recomputed in the
+        backward of the pass with a derivative, and half of them in that of the others.
         detach_jvp: no gradient through dF/ds. flow: FlowMatching above, instead of `objective`,
         which is one of loss.OBJECTIVES. muon: the blocks' matrices are trained by Muon.
         """
@@ -78,8 +85,9 @@ class TrainingStep:
         target = copy.deepcopy(self.model).requires_grad_(False)
         evaluated = copy.deepcopy(self.model).requires_grad_(False)
         if shard:
-            shard_weights((self.model, target, evaluated), torch.device(device), device == "cuda")
-            for net in (self.model, target, evaluated):
+            nets = (self.model, target, evaluated)
+            shard_weights(nets, torch.device(device), bfloat16=device == "cuda")
+            for net in nets:
                 net.to_empty(device=device)  # only now is there memory, for this rank's part
                 for p in net.parameters():
                     torch.nn.init.normal_(p.to_local(), std=0.02)  # these do for a speed

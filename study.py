@@ -6,9 +6,9 @@ TVM beside MeanFlow and flow matching: one network, one trainer, one data set, e
     python study.py --tiny                   # all of it at toy size, in a minute on a CPU
 
 The same command again goes on where it was stopped. Everything is in out/study/ (out/study-tiny/):
-log.jsonl (a line of settings and step times, then one a run that finished or diverged), tables.md,
-study.png, samples.png, the judge's weights, and of each run its samples (rows: steps, columns:
-classes) and what train.py said. Checkpoints: out/study-RUN/.
+log.jsonl (a line of settings and step times, then one a run that finished or diverged),
+study-tables.md, study.png, samples.png, the judge's weights, and of each run its samples (rows:
+steps, columns: classes) and what train.py said. Checkpoints: out/study-RUN/.
 
 The protocol, fixed before any run but for what is marked (*):
 - Data: `shapes` and its preset (guidance 2, mu_s 0.4), with the network and the evaluation EMA of
@@ -52,7 +52,7 @@ from tqdm import tqdm
 import options
 from dataset import load_dataset
 from device import find_device
-from files import HERE, UserError
+from files import HERE, UserError, written
 from images import parallel
 from judge import Judge
 from loss import MEAN_VELOCITY
@@ -413,7 +413,7 @@ class Runs:
         with open(self.output_path(run)) as f:
             said = [line for line in re.split(r"[\r\n]", f.read()) if line]
         last = said[-1] if said else "said nothing"
-        if "was not finite" in last:  # the training diverged, which is a result, too
+        if "not finite" in last:  # the training diverged, which is a result, too
             self.finish(run, dict(run=run, steps=job.steps, failed=last))
             return
         del self.active[run]
@@ -426,6 +426,12 @@ def visible_gpus():
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
     return visible.split(",")[:count]
+
+
+def begin_log(log, first):
+    """Write a log's first line, whole or not at all."""
+    with written(log) as f:
+        f.write(json.dumps(first, allow_nan=False).encode() + b"\n")
 
 
 def append_line(log, line):
@@ -463,7 +469,7 @@ def study(protocol, log, tiny):
     def make_judge():
         judge = Judge(protocol, fresh, header, data, device)
         if not os.path.exists(log):
-            append_line(log, dict(first, real=judge.real))
+            begin_log(log, dict(first, real=judge.real))
         return judge
 
     runs = Runs(protocol, log, make_judge, first["step_ms"], device)

@@ -3,7 +3,7 @@ The tables and figures of study.py, from its log alone. record.py uses what it c
 
     python study.py --report [--log=FILE]
 
-Beside the log it writes tables.md, study.png and, where the pictures of the runs lie there,
+Beside the log it writes study-tables.md, study.png and, where the pictures of the runs lie there,
 samples.png.
 """
 
@@ -22,7 +22,7 @@ from files import UserError
 
 SCORES = {
     "features": "Fréchet, features",
-    "pixels": "Fréchet, pixels",
+    "pixels": "Fréchet, pixels averaged 2x2",
     "label": "label accuracy",
     "two_sample": "two-sample accuracy",
     "of_samples": "of samples",
@@ -39,6 +39,18 @@ SAMPLES = (  # the rows of samples.png: title, method, which of the step counts
 # ---- the log -------------------------------------------------------------------------------------
 
 
+# What a report needs of a log: values of these types, and dicts with at least these keys.
+NUMBER = (int, float)
+FORM_OF_SCORES = dict.fromkeys(SCORES, NUMBER)
+FORM_OF_FIRST = dict(
+    settings=dict(nfes=list, images=int),
+    real=FORM_OF_SCORES,
+    device=str,
+    torch=str,
+    date=str,
+)
+
+
 def read_log(path):
     """(the first line, which has the settings; {run: its line}). Raises UserError."""
     try:
@@ -51,6 +63,39 @@ def read_log(path):
     except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
         reason = str(error) or "no line in it"
         raise UserError(f"{path} is not the log of a study: {reason}") from None
+
+
+def fits(value, form):
+    """Whether a value has a form: a type or several, or a dict of the forms that keys must have."""
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            return False
+        return all(key in value and fits(value[key], form[key]) for key in form)
+    return isinstance(value, form)
+
+
+def check_log(path, script, first, runs, form_of_first, form_of_run, form_of_scored):
+    """Raise UserError where a log lacks what a report needs.
+
+    first, runs: of read_log. form_of_run: of every run's line. form_of_scored: what a line with
+    scores has beside these.
+    """
+    wrong = None
+    if not fits(first, {**FORM_OF_FIRST, **form_of_first}):
+        wrong = "its first line"
+    elif not all(isinstance(nfe, int) for nfe in first["settings"]["nfes"]):
+        wrong = "the nfes of its first line"
+    else:
+        scores = {str(nfe): FORM_OF_SCORES for nfe in first["settings"]["nfes"]}
+        for run, line in runs.items():
+            form = form_of_run
+            if "scores" in line:
+                form = {**form_of_run, **form_of_scored, "scores": scores}
+            if not fits(line, form):
+                wrong = f"the line of {run}"
+                break
+    if wrong:
+        raise UserError(f"{path} is not a log of {script}: {wrong} lacks something or is damaged")
 
 
 def mean_distance(line):
@@ -74,9 +119,11 @@ class Results:
 
     def __init__(self, log, methods):
         self.first, lines = read_log(log)
+        of_first = dict(settings=dict(nfes=list, images=int, seconds=NUMBER), step_ms=dict)
+        config = dict(lr=NUMBER, detach_jvp=bool)
+        of_scored = dict(config=config, steps=int, block_rms=list)
+        check_log(log, "study.py", self.first, lines, of_first, {}, of_scored)
         self.settings = self.first["settings"]
-        if "seconds" not in self.settings:
-            raise UserError(f"{log} is not a log of study.py")
         self.nfes = [str(nfe) for nfe in self.settings["nfes"]]
         self.failed = [
             f"{run}: {line['failed']}" for run, line in lines.items() if "failed" in line
@@ -127,6 +174,11 @@ def header(cells):
     return [row(cells), "|" + "---|" * len(cells)]
 
 
+def step_title(nfe):
+    """nfe: text, as in a log."""
+    return "1 step" if nfe == "1" else f"{nfe} steps"
+
+
 def over_seeds(values):
     text = f"{statistics.fmean(values):.3f}"
     if len(values) > 1:
@@ -135,7 +187,7 @@ def over_seeds(values):
 
 
 def tables(results):
-    """The lines of tables.md."""
+    """The lines of study-tables.md."""
     first = results.first
     settings = results.settings
     about = (
@@ -173,7 +225,7 @@ def table_of_methods(results):
 
 
 def table_of_rates(results):
-    steps = [f"{nfe} steps" for nfe in results.nfes]
+    steps = map(step_title, results.nfes)
     lines = header(["Fréchet, features, seed 0", "lr", *steps, "geometric mean"])
     for method, rates in results.rates.items():
         for rate in rates:
@@ -185,8 +237,8 @@ def table_of_rates(results):
 
 def table_of_ablations(results):
     one, *more = results.nfes
-    heads = [f"{title}, {one} step" for title in SCORES.values()]
-    heads += [f"Fréchet, features, {nfe} steps" for nfe in more]
+    heads = [f"{title}, {step_title(one)}" for title in SCORES.values()]
+    heads += [f"Fréchet, features, {step_title(nfe)}" for nfe in more]
     rms = "RMS of blocks, first to last"
     lines = header(["TVM, seed 0", "training steps", "ms", *heads, rms])
     for run, line in results.ablations().items():
@@ -265,7 +317,7 @@ def report(log, methods, prefix):
     folder = os.path.dirname(log) or "."
     text = "\n".join(tables(results))
     print(text)
-    with open(os.path.join(folder, "tables.md"), "w") as f:
+    with open(os.path.join(folder, "study-tables.md"), "w") as f:
         f.write(text + "\n")
     runs_of = {method: results.all_seeds(method) for method in results.best}
     title = f"Equal training time, {results.settings['seconds']:g} s a run"

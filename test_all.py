@@ -22,7 +22,9 @@ Attention has its own specification, tests/test_attention.py.
 """
 
 import copy
+import itertools
 import math
+import operator
 import os
 import re
 import shutil
@@ -163,6 +165,57 @@ def test_rules(ours, reference):
     close(found.value, value, 1e-14)
     close(found.tangent, tangent, 1e-14)
     close(ours(x), value, 1e-14)
+
+
+def operand(kind, seed):
+    """A tensor, Dual or Residual of (2, 3, 4), and its value and tangent in plain tensors."""
+    parts = iter(randn(7, 2, 3, 4, seed=seed))
+
+    def one(is_dual):
+        value = next(parts)
+        if not is_dual:
+            return value, value, torch.zeros_like(value)
+        tangent = next(parts)
+        return Dual(value, tangent), value, tangent
+
+    if kind in ("tensor", "Dual"):
+        return one(kind == "Dual")
+    high, value, tangent = one(kind == "Residual of Duals")
+    gate, gate_value, gate_tangent = one(kind == "Residual of Duals")
+    branch, branch_value, branch_tangent = one(kind == "Residual of Duals")
+    low = next(parts)
+    value = value + low + gate_value * branch_value
+    tangent = tangent + gate_tangent * branch_value + gate_value * branch_tangent
+    return dual.Residual(high, low, gate, branch), value, tangent
+
+
+KINDS = ("tensor", "Dual", "Residual of Duals", "Residual of tensors")
+
+
+@pytest.mark.parametrize("left, right", list(itertools.product(KINDS, KINDS)))
+def test_arithmetic_of_all_kinds(left, right):
+    """+, - and * of a tensor, a Dual or a Residual on either side, against forward mode.
+
+    Torch makes a division by a tensor a product. Other operators have no rule, which is an error.
+    """
+    x, x_value, x_tangent = operand(left, seed=0)
+    y, y_value, y_tangent = operand(right, seed=1)
+    with_rule = [operator.add, operator.sub, operator.mul]
+    without_rule = [operator.matmul]
+    (with_rule if right == "tensor" else without_rule).append(operator.truediv)
+    for f in with_rule:
+        value, tangent = torch.func.jvp(f, (x_value, y_value), (x_tangent, y_tangent))
+        found = f(x, y)
+        assert isinstance(found, Dual) == ("Dual" in left + right)
+        close(dual.value_of(found), value, 1e-14)
+        if isinstance(found, Dual):
+            assert torch.is_tensor(found.value)
+            assert torch.is_tensor(found.tangent)
+            close(found.tangent, tangent, 1e-14)
+    if (left, right) != ("tensor", "tensor"):
+        for f in without_rule:
+            with pytest.raises(TypeError):
+                f(x, y)
 
 
 def test_cat_of_duals_and_tensors():

@@ -42,11 +42,12 @@ import one_pass
 from batches import Batches, why_not_train
 from checkpoint import (
     initialize_from,
-    last_good,
     load_newest,
     save_state,
     save_tensors,
+    states,
     strip_prefix,
+    what_is_saved,
 )
 from dataset import DataError, load_dataset
 from device import (
@@ -65,17 +66,27 @@ from device import (
 )
 from files import HERE, CheckpointError, UserError, hold
 from latents import SD_VAE
-from loss import GUIDANCE, MEAN_VELOCITY, OBJECTIVES, TIMES, TrainingLoss, backward
+from loss import (
+    GUIDANCE,
+    MEAN_VELOCITY,
+    MEANFLOWS,
+    OBJECTIVES,
+    TIMES,
+    TrainingLoss,
+    backward,
+    check_objective,
+)
 from model import SIZES, DiT, DiTConfig, compile_blocks
 from muon import Muon, matrices_of_blocks
 from options import Option, configure, differences, fail, options_of
 from report import Losses, Report, git_commit
-from shard import gather, own_part, shard_loss, shard_weights, whole, whole_network
+from shard import gather, own_part, shard_loss, shard_weights, whole
 
 # ---- constants -----------------------------------------------------------------------------------
 # One line each: the default, what it is, the values that it may have. later=True: a continuation of
-# the run may have another value.
+# the run may have another value. --help shows all of it, and the comment above each group.
 # fmt: off
+# the run and its data
 preset         = Option("",         "a group of constants, below", later=True)
 name           = Option("",         "out/NAME; default: the preset's or dataset's name", later=True)
 dataset        = Option("digits",   "data/NAME; digits and shapes are made when missing")
@@ -83,9 +94,9 @@ vae            = Option("",         "the VAE that the data must be latents of; d
 vae_files      = Option("",         "where the VAE lies; default: Hugging Face hub", later=True)
 device         = Option("",         "cpu, cuda or mps; default: a GPU if any", later=True)
 compile        = Option(True,       "on a GPU: torch.compile and a CUDA graph", later=True)
-seed           = Option(0,          "of weights, data order, noise and times", least=0, below=2**63)
+seed           = Option(0,          "seed of all random numbers", least=0, below=2**63)
 init_from      = Option("",         "a checkpoint to take the first weights from", later=True)
-init_partly    = Option(False,      "take what fits of another network, name the rest", later=True)
+init_partly    = Option(False,      "take the tensors that fit, print the others", later=True)
 change         = Option("",         "what a continuation changes on purpose: lr,beta2", later=True)
 # network (its input size, channels and classes are the data's)
 hidden_size    = Option(64,         "width", least=1)
@@ -93,26 +104,26 @@ depth          = Option(4,          "blocks", least=1)
 num_heads      = Option(4,          "attention heads", least=1)
 patch_size     = Option(2,          "pixels on the side of a token", least=1)
 semi_lipschitz = Option(True,       "False: LayerNorm, no QK norm, plain modulation")
-checkpoint_blocks = Option(0,       "blocks computed again in backward", least=0, later=True)
-time_init      = Option("spectral", "of the time MLPs", choices=("spectral", "normal"))
+checkpoint_blocks = Option(0,       "recomputed in backward; half without jvp", least=0, later=True)
+time_init      = Option("spectral", "first weights of time MLPs", choices=("spectral", "normal"))
 scaled         = Option(True,       "displacement (s-t) w F instead of (s-t) F")
 # objective
 objective      = Option("tvm",      "what is trained: loss.py has the formulas", choices=OBJECTIVES)
-kappa          = Option(0.5,        "MeanFlow only: share of the class velocity in its target")
-alpha_min      = Option(0.05,       "alpha-Flow only: its alpha falls to this, over all steps")
+kappa          = Option(0.5,        "MeanFlow: share of class velocity in target", least=0, below=1)
+alpha_min      = Option(0.05,       "alpha-Flow: what alpha falls to at the end", above=0, most=1)
 times          = Option("gap*",     "how times are drawn: loss.py has the formulas", choices=TIMES)
-mu             = Option(-0.8,       "logit-normal of the gap, or of t (trunc, clamp: try 1)")
-sigma          = Option(1.0,        "its deviation")
-mu_s           = Option(-0.4,       "logit-normal of s")
-sigma_s        = Option(1.0,        "its deviation")
-p_equal        = Option(0.0,        "the probability of t = s")
+mu             = Option(-0.8,       "mean of logit(gap); of logit(t) for trunc, clamp (paper: 1)")
+sigma          = Option(1.0,        "standard deviation of that logit", above=0)
+mu_s           = Option(-0.4,       "mean of logit(s)")
+sigma_s        = Option(1.0,        "standard deviation of that logit", above=0)
+p_equal        = Option(0.0,        "the probability of t = s", least=0, most=1)
 guidance       = Option("constant", "how w is drawn; constant: w itself", choices=GUIDANCE)
-w              = Option(1.25,       "guidance weight, where it is constant; 1: none")
-w_min          = Option(1.0,        "the smallest weight, where it is drawn")
-w_max          = Option(1.0,        "the largest weight, where it is drawn")
+w              = Option(1.25,       "guidance weight, where it is constant; 1: none", above=0)
+w_min          = Option(1.0,        "the smallest weight, where it is drawn", above=0)
+w_max          = Option(1.0,        "the largest weight, where it is drawn", above=0)
 label_dropout  = Option(0.1,        "share of samples that lose their label", least=0, below=1)
 detach_jvp     = Option(False,      "no gradient through dF/ds: faster, biased")
-# optimization (AdamW, and Muon where muon_lr is above 0)
+# optimization (AdamW, and Muon with momentum 0.95 where muon_lr is above 0)
 steps          = Option(1600,       "optimizer steps", least=1, later=True)
 batch_size     = Option(64,         "images a step, of all ranks together", least=1)
 micro_batch    = Option(0,          "images at once; 0: batch_size / ranks", least=0, later=True)
@@ -132,13 +143,13 @@ ema_eval       = Option(0.995,      "decay of the network that is sampled", leas
 log_every      = Option(50,         "steps from line to line of the log", least=1, later=True)
 sample_every   = Option(500,        "steps from picture to picture", least=1, later=True)
 save_every     = Option(500,        "steps from save to save", least=1, later=True)
-keep           = Option(2,          "the last so many states stay", least=1, later=True)
-lock_wait      = Option(30,         "seconds to wait for the old process", least=0, later=True)
-score_images   = Option(2000,       "samples scored at the end, at most", least=1, later=True)
-fid_reference  = Option("",         "statistics: FID every sample_every steps", later=True)
-fid_images     = Option(10000,      "one-step samples for it", least=2, later=True)
-inception      = Option("",         "weights for it; default: downloaded once", later=True)
-classifier     = Option("1-nn",     "who judges labels", choices=("1-nn", "cnn"), later=True)
+keep           = Option(2,          "how many of the newest states stay", least=1, later=True)
+lock_wait      = Option(30,         "seconds to wait for the lock of out/NAME", least=0, later=True)
+score_images   = Option(2000,       "score at most so many samples at the end", least=1, later=True)
+fid_reference  = Option("",         "statistics file: FID every sample_every steps", later=True)
+fid_images     = Option(10000,      "one-step samples for that FID", least=2, later=True)
+inception      = Option("",         "weights for that FID; default: downloaded once", later=True)
+classifier     = Option("1-nn",     "says a sample's class", choices=("1-nn", "cnn"), later=True)
 
 IMAGENET = dict(
     SIZES["XL/2"], vae=SD_VAE, steps=300_000, batch_size=2048, micro_batch=32,
@@ -178,14 +189,20 @@ PRESETS = {
 # fmt: on
 
 OPTIONS = options_of(globals())
-config = configure(OPTIONS, PRESETS, __doc__)
+config = configure(OPTIONS, PRESETS, __doc__, __file__)
 config["name"] = config["name"] or config["preset"] or config["dataset"]
-globals().update(config)  # every Option above becomes its value: lr is now 0.002
+globals().update(config)  # from here on lr is a number, not an Option
+if name != os.path.basename(name) or name in (".", ".."):
+    fail(f'the run\'s name {name!r} must be a plain folder name without "/": give --name=NAME')
 out = os.path.join("out", name)
+times_config = dict(sampler=times, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, p_equal=p_equal)
+guidance_config = dict(sampler=guidance, w=w, w_min=w_min, w_max=w_max)
+try:
+    check_objective(objective, times_config, guidance_config, kappa, alpha_min)
+except ValueError as error:
+    fail(error)
 
 # ---- ranks and device ----------------------------------------------------------------------------
-if name != os.path.basename(name) or name in (".", ".."):
-    fail(f"name names a folder in out/, which {name!r} does not")
 try:
     rank, ranks, _ = ranks_of_torchrun()
     device = find_device(device)
@@ -257,9 +274,9 @@ except ValueError as error:
     fail(error)
 torch.manual_seed(seed)
 model = DiT(model_config).to("cpu" if shard else device)
-if init_from:
+if init_from and not states(out):  # a run that has a state goes on from that
     try:
-        left_out = initialize_from(init_from, model, header, init_partly)
+        left_out = initialize_from(init_from, model, header, partly=init_partly)
     except (CheckpointError, RuntimeError, TypeError, ValueError) as error:
         fail(f"init_from: {error}")
     if rank == 0:
@@ -269,7 +286,7 @@ target = copy.deepcopy(model).requires_grad_(False)  # F*: an EMA of the model, 
 evaluated = copy.deepcopy(model).requires_grad_(False)  # a slower EMA: sampled and kept
 nets = {"model": model, "target": target, "eval": evaluated}
 if shard:
-    shard_weights(nets.values(), device, has_bfloat16, bfloat16_sums)
+    shard_weights(nets.values(), device, bfloat16=has_bfloat16, bfloat16_sums=bfloat16_sums)
 model.checkpoint_blocks = checkpoint_blocks
 parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
 weights = list(parameters.values())
@@ -279,38 +296,33 @@ use_graphs = compiled and device.type == "cuda" and not shard
 matrices = matrices_of_blocks(parameters) if muon_lr else {}  # Muon's; the others are AdamW's
 adamw = torch.optim.AdamW(
     [p for key, p in parameters.items() if key not in matrices],
-    torch.tensor(lr, device=device) if use_graphs else lr,  # a tensor can change under a graph
-    (beta1, beta2),
-    eps,
-    weight_decay,
+    lr=torch.tensor(lr, device=device) if use_graphs else lr,  # a tensor can change under a graph
+    betas=(beta1, beta2),
+    eps=eps,
+    weight_decay=weight_decay,
     fused=device.type != "mps",
     capturable=use_graphs,
 )
 optimizers = [(adamw, lr)]  # with their learning rates
+optimizer_of = dict.fromkeys(parameters, adamw)
 if muon_lr:
     muon_rate = torch.tensor(muon_lr, device=device) if use_graphs else muon_lr
     muon = Muon(matrices.values(), muon_rate, weight_decay=weight_decay)
     optimizers.append((muon, muon_lr))
-optimizer_of = {key: muon if key in matrices else adamw for key in parameters}
-times_config = dict(sampler=times, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, p_equal=p_equal)
-guidance_config = dict(sampler=guidance, w=w, w_min=w_min, w_max=w_max)
-try:
-    loss = TrainingLoss(
-        model,
-        target,
-        times=times_config,
-        guidance=guidance_config,
-        label_dropout=label_dropout,
-        detach_jvp=detach_jvp,
-        objective=objective,
-        kappa=kappa,
-        alpha_min=alpha_min,
-    )
-except ValueError as error:
-    fail(error)
-is_meanflow = objective in ("meanflow", "improved_meanflow", "alpha_flow")
+    optimizer_of.update(dict.fromkeys(matrices, muon))
+loss = TrainingLoss(
+    model,
+    target,
+    times=times_config,
+    guidance=guidance_config,
+    label_dropout=label_dropout,
+    detach_jvp=detach_jvp,
+    objective=objective,
+    kappa=kappa,
+    alpha_min=alpha_min,
+)
 unusual = [name for name, value in MEAN_VELOCITY.items() if config[name] != value]
-if is_meanflow and unusual and rank == 0:
+if objective in MEANFLOWS and unusual and rank == 0:
     usual = " ".join(f"--{name}={value}" for name, value in MEAN_VELOCITY.items())
     given = " ".join(f"--{name}={config[name]}" for name in MEAN_VELOCITY)
     print(f"warning: MeanFlow's own constants are {usual}, not {given}", file=sys.stderr)
@@ -449,6 +461,7 @@ if device.type == "cuda":
     torch.cuda.empty_cache()  # gives back the memory that held the loaded state
 if first_step > steps:
     fail(f"{out} has come to step {first_step} already, beyond steps {steps}")
+saved_step = first_step  # of the last state that was loaded or saved; 0: there is none
 
 precision = "bfloat16" if has_bfloat16 else "float32"
 report.log_start(first_step, about, f"{precision}, {'compiled' if compiled else 'eager'}")
@@ -464,30 +477,32 @@ if first_step > 0:
 # ---- the loop ------------------------------------------------------------------------------------
 if shard:
     parallel = shard_loss(loss)
-elif distributed:
-    parallel = data_parallel(loss, bfloat16_sums, use_graphs)
+elif has_copies:
+    parallel = data_parallel(loss, bfloat16=bfloat16_sums, for_graph=use_graphs)
 else:
     parallel = loss
 # Gradients of several micro-batches add up in .grad, which is zeroed before each step. With one
 # micro-batch .grad is freed before the forward, which then uses its memory (but not that of DDP's
-# messages).
+# buckets).
 accumulates = micro_batch < local_batch
 if accumulates:
     for p in weights:
         p.grad = torch.zeros_like(p)
 
 
-def gradients(x0, y, *drawn, reduces):
+def gradients(x0, y, *drawn, is_last):
     """Forward and backward of a micro-batch: adds its share of this rank's gradient to .grad.
 
-    reduces: .grad then becomes the mean over the ranks, while the last term goes backward. (With
-    shard it does so in every backward.) Returns the terms of the loss.
+    is_last: it is the last one of its step. Its last term's backward makes .grad the mean over the
+    ranks. (With shard every backward adds a mean.) Returns the terms of the loss.
     """
     if not accumulates:
         model.zero_grad()
     backward_part = partial(backward, share=micro_batch / local_batch)
-    keeps = has_copies and not reduces
-    with parallel.no_sync() if keeps else nullcontext():
+    sync = nullcontext()
+    if has_copies and not is_last:
+        sync = parallel.no_sync()  # DDP then only adds to .grad and sends nothing
+    with sync:
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16):
             rest, terms = parallel(x0, y, *drawn, backward_part=backward_part)
         backward_part(rest)
@@ -501,7 +516,9 @@ def update():
     On a GPU this is recorded after the first step, and Python's numbers stay as they were then.
     What changes from step to step must be a tensor, like the learning rate.
     """
-    if use_graphs and not muon_lr:  # the same in one pass over the memory
+    # The same in one pass over the memory. It updates and averages only what AdamW trains, so not
+    # with Muon.
+    if use_graphs and not muon_lr:
         one_pass.step(adamw, [(target_weights, ema_target), (eval_weights, ema_eval)])
         return
     for optimizer, _ in optimizers:
@@ -521,11 +538,11 @@ def record_gradients(*inputs):
     Under torchrun these differ: the earlier ones send nothing. Their graph needs no warm-up, since
     the other has compiled all that it runs.
     """
-    warm_ups = DDP_WARM_UPS if distributed else 3
-    last = Graph(partial(gradients, reduces=distributed), inputs, warm_ups)
+    warm_ups = DDP_WARM_UPS if has_copies else 3
+    last = Graph(partial(gradients, is_last=True), inputs, warm_ups)
     graphs["last"] = graphs["earlier"] = last
-    if distributed and accumulates:
-        earlier = partial(gradients, reduces=False)
+    if has_copies and accumulates:
+        earlier = partial(gradients, is_last=False)
         graphs["earlier"] = Graph(earlier, inputs, warm_ups=0, twin=last)
 
 
@@ -552,6 +569,8 @@ for step in progress:
         x0 = images[first : first + micro_batch].to(device, non_blocking=True)
         y = labels[first : first + micro_batch].to(device, non_blocking=True)
         x0 = (x0 - mean) / std  # (B, C, H, W)
+        # draw() draws the whole global batch from this seed and returns these rows of it. So
+        # micro-batches differ, and neither their size nor the number of ranks changes a number.
         drawn = loss.draw(x0, step_seed, rank * local_batch + first, batch_size, step / steps)
         if use_graphs and not graphs:
             record_gradients(x0, y, *drawn)
@@ -561,7 +580,7 @@ for step in progress:
         if use_graphs:
             terms = graphs["last" if is_last else "earlier"](x0, y, *drawn)
         else:
-            terms = gradients(x0, y, *drawn, reduces=distributed and is_last)
+            terms = gradients(x0, y, *drawn, is_last=is_last)
         losses.add(terms)
 
     grads = [p.grad for p in weights if p.grad is not None]
@@ -591,25 +610,30 @@ for step in progress:
         if skipped_in_a_row == 10:
             fail(
                 "the loss or its gradient was not finite in 10 steps in a row, "
-                f"the last of them {step}; {last_good(out)}"
+                f"the last of them {step}; {what_is_saved(out, saved_step)}"
             )
     if step == first_step:
         gc.collect()
         gc.freeze()  # what is alive now stays: the collector need not walk it again
-        atexit.register(gc.unfreeze)
+        atexit.register(gc.unfreeze)  # their destructors run at exit, too
 
     done = step + 1
     if done % log_every == 0 or done == steps:
         if has_copies and not ranks_agree(weights):
-            fail(f"the ranks' weights have come apart before step {done}; {last_good(out)}")
+            fail(
+                f"the ranks' weights have come apart before step {done}; "
+                f"{what_is_saved(out, saved_step)}"
+            )
         shown = report.log_losses(done, losses, batches, skipped)
         progress.set_postfix_str(shown)
     # No save while steps are being skipped. At the end, a save if the weights are finite.
     at_end = done == steps or stop
     if at_end and skipped_in_a_row and not all(whole(p).isfinite().all() for p in weights):
-        fail(f"the weights at step {done} are not finite; {last_good(out)}")
+        fail(f"the weights at step {done} are not finite; {what_is_saved(out, saved_step)}")
     if (done % save_every == 0 and not skipped_in_a_row) or at_end:
         saved = save(done)
+        if saved:
+            saved_step = done
     if stop:
         break
     if done % sample_every == 0 or done == steps:
@@ -617,14 +641,13 @@ for step in progress:
 
 # ---- the end -------------------------------------------------------------------------------------
 stop_request.restore()
-if not stop:
-    report.network = whole_network(evaluated)  # for the scores
+can_score = not stop and report.gather_network("the scores")  # which rank 0 makes alone
 if distributed:
     dist.barrier()  # where a rank fails torchrun ends the others: not before rank 0 has saved
     graphs.clear()
     dist.destroy_process_group()  # nobody waits while rank 0 scores
 if not saved:
-    fail(f"the save of step {done} failed; {last_good(out)}")
+    fail(f"the save of step {done} failed; {what_is_saved(out, saved_step)}")
 if stop or stop_request.asked():
     # The exit code is not 0: a scheduler or && must know that training or its scores are missing.
     if rank == 0:
@@ -634,7 +657,8 @@ if stop or stop_request.asked():
         )
     sys.exit(stop_request.exit_code())
 if rank == 0:
-    report.log_scores(steps)
+    if can_score:
+        report.log_scores(steps)
     report.save_curve()
     print(
         f"{out}: ckpt.safetensors, samples_{steps}.png, curve.png, log.jsonl. "

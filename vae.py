@@ -2,7 +2,7 @@
 The VAE between images and latents: diffusers' AutoencoderKL. diffusers is imported here alone, and
 only when a VAE is loaded.
 
-    vae = load_vae("stabilityai/sd-vae-ft-ema", device)  # a name on the Hugging Face hub; a folder
+    vae = load_vae(SD_VAE, device)               # a name on the Hugging Face hub, or a folder
     stored = encode(vae, images)                 # uint8 -> posteriors, which prepare.py keeps
     z = draw_latents(stored, seed, indices)      # what train.py trains on, anew each epoch
     images = decode(vae, z)                      # latents -> uint8
@@ -19,8 +19,10 @@ import torch
 
 from files import UserError
 
-# Mean and standard deviation of ImageNet's latents under stabilityai/sd-vae-ft-ema, one a channel,
-# by the size of the images.
+SD_VAE = "stabilityai/sd-vae-ft-ema"  # the default, a name on the Hugging Face hub
+
+# Mean and standard deviation of ImageNet's latents under SD_VAE, one a channel, by the size of the
+# images.
 PUBLISHED = {
     256: (
         [0.86488, -0.27787343, 0.21616915, 0.3738409],

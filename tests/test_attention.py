@@ -754,8 +754,8 @@ def launches_match_float64():
 
 
 def saved_ends(mask):
-    """For each batch, how many keys at the beginning a key mask leaves as they are, and how many
-    there are up to the last that is seen."""
+    """For each sample, the first key whose scores a key mask changes, the first key that is seen,
+    and the one after the last."""
     x = six(mask.size(0), 1, 1, mask.size(3), 8)
     return A._forward_now(*x, mask, 1.0, False, True)[-1].tolist()
 
@@ -801,12 +801,19 @@ def masks_match_float64():
             finite(x, attn_mask=mask)
     just_seen = torch.full((18,), -990000.0)
     assert all((t != 0).any() for t in A.attention_jvp(*x, attn_mask=just_seen))
-    long = torch.ones(4, 1, 1, A.SPAN.value + 2, dtype=torch.bool)  # two spans
+    long = torch.ones(6, 1, 1, A.SPAN.value + 2, dtype=torch.bool)  # two spans
+    Sk = long.size(3)
     long[1, ..., -5:] = False  # padding at the end
     long[2, ..., 7] = False  # a gap
-    long[3] = False
-    Sk = long.size(3)
-    assert saved_ends(long) == [[2**30, Sk], [Sk - 5, Sk - 5], [7, Sk], [0, 0]]
+    long[3, ..., :40] = False  # padding at the beginning, of one span and of two
+    long[4, ..., : Sk - 1] = False
+    long[5] = False
+    ends = [[2**30, 0, Sk], [Sk - 5, 0, Sk - 5], [7, 0, Sk], [0, 40, Sk]]
+    assert saved_ends(long) == [*ends, [0, Sk - 1, Sk], [0, 2**30, 0]]
+    for first, last in ((40, 70), (3, 70), (69, 70), (33, 34)):  # what is seen, of blocks of 16
+        mask = torch.zeros(1, 1, 1, 70, dtype=torch.bool)
+        mask[..., first:last] = True
+        assert max(errors(six(1, 2, 18, 70, 16, Hk=1), attn_mask=mask, enable_gqa=True)) < 2e-6
 
 
 def finite(x, **how):
@@ -816,14 +823,14 @@ def finite(x, **how):
     assert all(t.isfinite().all() for t in (*o, *grads))
 
 
-def forward_of(x, scale):
-    """The forward operator's five outputs."""
-    return A._forward_now(*x, None, scale, False, True)
+def forward_of(x, scale, mask=None):
+    """The forward operator's six outputs."""
+    return A._forward_now(*x, mask, scale, False, True)
 
 
-def backward_of(d, x, outputs, scale):
+def backward_of(d, x, outputs, scale, mask=None):
     """The backward operator's six gradients."""
-    return A._backward_now(*d, *x, None, *outputs, scale, False, [True] * 4)
+    return A._backward_now(*d, *x, mask, *outputs, scale, False, [True] * 4)
 
 
 def low_bits_are_right():
@@ -874,16 +881,29 @@ def low_bits_for_all_widths():
 
 def offsets_of_tk_cancel():
     """What centres scores' tangents, and takes the mean of tK off dQ: without either, float16 errs
-    by 1e-2 here."""
+    by 1e-2 here. Padding, whose tK lacks the offset, changes nothing about it."""
+    seen = torch.arange(77).view(1, 1, 1, 77)
+    paddings = dict(none=None, end=seen < 45, begin=seen >= 40, both=(seen >= 7) & (seen < 16))
     for D in (16, 64):
-        x = [t.half() for t in six(1, 1, 33, 45, D)]
-        d = [t.half() for t in six(1, 1, 33, 45, D, seed=1)[::3]]
+        for name, mask in paddings.items():
+            x = [t.half() for t in six(1, 1, 33, 77, D)]
+            d = [t.half() for t in six(1, 1, 33, 77, D, seed=1)[::3]]
+            x[4] += 64
+            if mask is not None:
+                for t in (x[1], x[2], x[4], x[5]):
+                    t *= mask.view(77, 1)
+            outputs = forward_of(x, D**-0.5, mask)
+            got = backward_of(d, x, outputs, D**-0.5, mask)
+            exact, gradients = in_float64(x, d, attn_mask=mask)
+            pairs = zip((outputs[1], *got), (exact[1], *gradients), strict=True)
+            assert max(rel(a, b) for a, b in pairs) < 6e-4, (D, name)
+        # In a dense mask every row has a first key of its own.
+        window = (seen >= 2 * torch.arange(33).view(33, 1)).half().log()  # 0, or -inf where hidden
+        x = [t.half() for t in six(1, 1, 33, 77, D)]
         x[4] += 64
-        outputs = forward_of(x, D**-0.5)
-        got = backward_of(d, x, outputs, D**-0.5)
-        exact, gradients = in_float64(x, d)
-        pairs = zip((outputs[1], *got), (exact[1], *gradients), strict=True)
-        assert max(rel(a, b) for a, b in pairs) < 6e-4, D
+        x[4][:, :, :32] = 0
+        exact = in_float64(x, d, attn_mask=window)[0]
+        assert rel(forward_of(x, D**-0.5, window)[1], exact[1]) < 6e-4, D
 
 
 def guarded(t):
@@ -1612,7 +1632,7 @@ def test_the_bench_prints_two_tables_in_markdown(quick, monkeypatch, capsys, tmp
         SHAPES=[(2, 2, 16, 8), (1, 2, 2048, 8)],
         make_inputs=lambda shape: (six(1, 2, 4, 4, 8), [None, None]),
         compile_all=lambda quick: None,
-        compiled_maths=lambda: None,
+        compiled_formulas=lambda: None,
         in_turns=lambda functions, d, rounds, calls: {name: times[name] for name in functions},
         times=lambda function, x, d, calls: (0.5, 3.0),
         times_in_a_graph=lambda function, x, d: (0.25, 1.5),
@@ -1874,6 +1894,9 @@ def test_attention_gpu_offsets(D):
     assert max(errors([q, k, v, tq, tk, tv + 8])) < 5e-3
     assert max(errors([q, k, v, tq, tk + 8, tv], is_causal=True)) < 5e-3
     assert max(errors([q, k, v, tq, tk, tv + 8], is_causal=True)) < 5e-3
+    padding = torch.arange(1024, device="cuda") < 100
+    padded = (tk + 8) * ~padding[:, None]
+    assert max(errors([q, k, v, tq, padded, tv], attn_mask=~padding.view(1, 1, 1, 1024))) < 5e-3
     # Two keys of equal scores: half of tO are ties.
     two_keys = [t[:, :, :2] for t in (k, v, tk, tv)]
     ties = [q * 0, *two_keys[:2], tq * 0, two_keys[2], two_keys[3] + 8]

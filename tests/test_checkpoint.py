@@ -81,6 +81,20 @@ def test_checkpoints_notice_damage(folder):
             ckpt.load_tensors("x")
 
 
+def test_dtypes(folder):
+    """Those of whole numbers, too. A tensor of another dtype is named, and nothing is written."""
+    tensors = {}
+    for dtype in ckpt.DTYPES:
+        tensors[str(dtype)] = torch.tensor([[0, 1], [1, 1]], dtype=dtype)
+    ckpt.save_tensors("x", tensors, ABOUT)
+    for loaded in (ckpt.load_tensors("x")[0], safetensors.torch.load_file("x")):
+        assert equal(loaded, tensors)
+        assert all(loaded[key].dtype == t.dtype for key, t in tensors.items())
+    with pytest.raises(ValueError, match="the tensor 'a' is torch.complex64"):
+        ckpt.save_tensors("y", {"a": torch.zeros(2, dtype=torch.complex64)}, ABOUT)
+    assert os.listdir() == ["x"]
+
+
 def test_headers_that_nobody_wrote(folder):
     """Each is one line, whatever stands in the file."""
     tensors = {"a": torch.zeros(2)}
@@ -106,7 +120,7 @@ def test_states(folder, capsys):
     """The last ones are kept, a damaged one is passed over and then replaced, and it takes one
     whole one to go on."""
     assert ckpt.load_newest(".") is None
-    assert ckpt.last_good(".") == "nothing was saved yet"
+    assert ckpt.what_is_saved(".", 0) == "nothing was saved yet"
     for step in (5, 90, 100):
         ckpt.save_state(".", step, {"a": torch.full((9,), float(step))}, ABOUT, keep=2)
     assert list(ckpt.states(".")) == [90, 100]
@@ -117,9 +131,12 @@ def test_states(folder, capsys):
     assert path == "./state_90.safetensors"
     assert (tensors["a"] == 90).all()
     assert capsys.readouterr().err.count("\n") == 1
+    # What is left of a run that has loaded this state, and has not saved another.
+    assert ckpt.what_is_saved(".", 90) == "what was saved last is ./state_90.safetensors"
+    assert ckpt.what_is_saved(".", 0) == "nothing was saved yet"
     ckpt.save_state(".", 95, tensors, ABOUT, keep=2)
     assert list(ckpt.states(".")) == [90, 95]
-    assert ckpt.last_good(".").endswith("./state_95.safetensors")
+    assert ckpt.what_is_saved(".", 95).endswith("./state_95.safetensors")
     for path in ckpt.states(".").values():
         open(path, "w").close()
     with pytest.raises(files.CheckpointError, match="no state in . is whole"):
@@ -238,6 +255,22 @@ def test_init_from(folder, capsys):
     assert "not taken" not in capsys.readouterr().out
     assert not os.path.exists("out/no")
     assert "no checkpoint nowhere" in train("--name=no", "--init_from=nowhere")
+
+
+def test_init_from_is_read_once(folder, capsys):
+    """A run that has a state goes on from that: the file may be gone, or be another one."""
+    make_checkpoint("x.safetensors", depth=2)
+    source = ("--init_from=x.safetensors", "--init_partly=True")
+    assert train("--steps=1", *source) is None
+    assert "not taken" in capsys.readouterr().out
+    assert train("--steps=2", *source) is None
+    said = capsys.readouterr().out
+    assert "not taken" not in said
+    assert "from step 1" in said
+    os.remove("x.safetensors")
+    assert train("--steps=3", *source) is None
+    assert "from step 2" in capsys.readouterr().out
+    assert "no checkpoint x.safetensors" in train("--name=other", *source)
 
 
 def test_init_from_other_units(folder):

@@ -139,7 +139,7 @@ class TwoParts(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first = torch.nn.Linear(512, 1024)  # 2 MB, and so are the messages
+        self.first = torch.nn.Linear(512, 1024)  # 2 MB, and so are DDP's buckets
         self.second = torch.nn.Linear(1024, 512)
 
     def forward(self, x):
@@ -148,7 +148,7 @@ class TwoParts(torch.nn.Module):
 
 
 def test_data_parallel_sends_during_the_last_backward(group_of_one):
-    """Then alone, and what all parts of the step have added up. The first step sends one message;
+    """Then alone, and what all parts of the step have added up. The first step sends one bucket;
     later ones send the gradient of a layer before that of the layer below it is there."""
     torch.manual_seed(0)
     plain = TwoParts()

@@ -170,6 +170,11 @@ def test_prepare_emoji_refuses_damaged_archives(folder):
         f.write(packed)
     assert "cannot read a.tgz: CRC check failed" in run_script("prepare.py", "emoji", "a.tgz")
     assert "cannot read a.tar.xz" in run_script("prepare.py", "emoji", "a.tar.xz")
+    with tarfile.open("sparse.tgz", "w:gz", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("package/package.json")
+        member.pax_headers = {"GNU.sparse.map": "a,b"}
+        archive.addfile(member)
+    assert "cannot read sparse.tgz" in run_script("prepare.py", "emoji", "sparse.tgz")
     assert not os.path.exists("data/emoji")
 
 

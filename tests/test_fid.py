@@ -20,14 +20,26 @@ import scipy.special
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from helpers import HERE, SMALL_FID, randn, seeded_inception, torchrun, write_picture
+from helpers import (
+    HERE,
+    SMALL,
+    SMALL_FID,
+    randn,
+    run_script,
+    seeded_inception,
+    torchrun,
+    write_picture,
+)
 from PIL import Image
+from test_prepare import python_members, write_cifar10
 
+import dataset
 import fid
 import files
 import images
 import imageset
 import inception
+import scores
 import statistics_files
 
 OTHER_STATE = "is of other images, options or number of processes: delete it, or give another"
@@ -449,6 +461,59 @@ def test_arrays_in_other_clothes(pixels, capfd):
     ):
         assert fid_main(name, "b.npz") == want
     assert "named.npz: its array samples is taken" in capfd.readouterr().err
+
+
+def write_data(path, images, **about):
+    """A data/NAME of images (N, H, W, C), with one image to test on."""
+    n, height, width, channels = images.shape
+    with dataset.Writer(path, (channels, height, width), {"train": n, "test": 1}) as writer:
+        for i in range(n):
+            writer.set(i, images[i].transpose(2, 0, 1), 0)
+        writer.set(n, images[0].transpose(2, 0, 1), 0)
+        writer.finish(os.path.basename(path), ["one"], **about)
+
+
+def test_the_training_images_of_data(pixels):
+    """data/NAME has the scores of its training images."""
+    write_data("data/rgb", pixels[:12])
+    want = fid_main("a.npz", "b.npz")
+    assert len(numbers(want)) == 4
+    assert fid_main("data/rgb", "b.npz") == want
+    np.savez("gray.npz", arr_0=pixels[:12, ..., :1])
+    write_data("data/gray", pixels[:12, ..., :1])
+    assert fid_main("data/gray", "b.npz") == fid_main("gray.npz", "b.npz")
+    assert fid_main("--save-stats", "data/rgb", "stats.npz") == ""
+    assert fid_main("--save-stats", "a.npz", "stats_of_a.npz") == ""
+    for found, expected in zip(statistics(), statistics("stats_of_a.npz"), strict=True):
+        assert (found == expected).all()
+
+
+def test_data_that_are_no_images(pixels):
+    write_data("data/two", pixels[:3, ..., :2])
+    assert "uint8 of 1 or 3 channels, not uint8 [2, 20, 24]" in fid_main("data/two", "b.npz")
+    write_data("data/rgb", pixels[:3])
+    options = ("--save-stats", "data/rgb", "stats.npz")
+    assert "goes with --save-stats of a folder" in fid_main(*options, "--size=16")
+    os.truncate("data/rgb/train_images.npy", 500)
+    assert fid_main("data/rgb", "b.npz").startswith("refused: cannot read data/rgb")
+
+
+def test_from_the_archive_of_cifar10_to_fids(pixels, monkeypatch, capsys):
+    """The command of docs/data.md, at toy size."""
+    monkeypatch.setattr(scores, "MOST_ELEMENTS", 0)  # no distance in pixels, which takes a minute
+    write_cifar10("cifar-10-python.tar.gz", python_members())
+    assert run_script("prepare.py", "cifar10", "cifar-10-python.tar.gz") is None
+    assert fid_main("--save-stats", "data/cifar10", "cifar10.npz") == ""
+    small = (*SMALL, "--patch_size=8", "--classifier=1-nn", "--steps=2")
+    assert run_script("train.py", "--preset=cifar10", *small) is None
+    options = ("--fid=cifar10.npz", "--inception=w.pth", "--n=20")
+    capsys.readouterr()
+    for nfe in (1, 2, 4):
+        sampling = ("sample.py", "out/cifar10/ckpt.safetensors", f"--nfe={nfe}")
+        assert run_script(*sampling, *options) is None
+        said = capsys.readouterr().out
+        assert "against cifar10.npz: 20 images in " in said
+        assert numbers(said)[0] > 0
 
 
 def test_a_zip_of_images(pixels):

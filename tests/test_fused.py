@@ -5,6 +5,7 @@ Functions without "test_" in front run in a process of their own, where the inte
 """
 
 import copy
+import importlib.util
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ def kernels_match():
     qk_norm_matches()
     low_parts_add_up()
     odd_residuals_match()
+    copies_do_not_meet()
 
 
 def error(found, wanted):
@@ -86,7 +88,7 @@ def add_norm_matches():
                     wanted += [dual.value_of(total), dual.tangent_of(total)]
                 v, d = narrow[:5], narrow[5:]
                 pairs = [each for pair in zip(v, d) for each in pair]
-                x, _, dx, h, dh = fused.add_norm(*pairs)
+                x, _, dx, h, dh = fused.add_norm(*pairs)  # x_out and dx_out
                 found = [h, dh, x, dx] if adds else [h, dh]
                 check_outputs_and_gradients(found, wanted, narrow, wide)
 
@@ -100,9 +102,7 @@ def gelu_matches():
     for tangents in (True, False):
         wide, narrow = leaves((3, 50, 70), (3, 50, 70) if tangents else None)
         if tangents:
-            wanted = torch.func.jvp(
-                lambda x: functional.gelu(x, approximate="tanh"), (wide[0],), (wide[1],)
-            )
+            wanted = torch.func.jvp(tanh_gelu, (wide[0],), (wide[1],))
         else:
             wanted = tanh_gelu(wide[0]), None
         bias = torch.zeros(70, requires_grad=True)
@@ -166,6 +166,26 @@ def odd_residuals_match():
         assert error(h, wanted) < 1e-6
 
 
+def copies_do_not_meet():
+    """The file twice in one process: each copy has operators of its own, called by its own."""
+    spec = importlib.util.spec_from_file_location("some.package.fused", fused.__file__)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    names = {module._gelu._qualname for module in (fused, copy)}
+    assert names == {"fused::gelu", "some_package_fused::gelu"}
+    u, du = torch.randn(2, 3, 5, 8)
+    wanted = fused.gelu(u, du)
+    fused.GELU_BACKWARD = None  # the copy does not look at it
+    for gelu in (copy.gelu, torch.compile(copy.gelu, fullgraph=True, backend="aot_eager")):
+        leaf = u.clone().requires_grad_()
+        found = gelu(leaf, du)
+        found[0].sum().backward()
+        assert torch.equal(found[0], wanted[0])
+        assert torch.equal(found[1], wanted[1])
+        assert leaf.grad.isfinite().all()
+    fused.GELU_BACKWARD = copy.GELU_BACKWARD
+
+
 def network_matches():
     """Loss and gradients: the formulas in float64, the kernels checkpointed, compiled, detached."""
     torch.manual_seed(0)
@@ -201,6 +221,69 @@ def network_matches():
                 assert (a.double() - b).norm() <= 2e-5 * b.norm(), case
 
 
+B, T, D, HEADS = 2, 4, 32, 2
+TOKENS = (B, T, D)
+VECTORS = (B, 1, D)
+ADD_NORM = dict(
+    x=TOKENS,
+    dx=TOKENS,
+    y=TOKENS,
+    dy=TOKENS,
+    gate=VECTORS,
+    dgate=VECTORS,
+    shift=VECTORS,
+    dshift=VECTORS,
+    scale=VECTORS,
+    dscale=VECTORS,
+    low=TOKENS,
+)
+GELU = dict(u=TOKENS, du=TOKENS, bias=(D,))
+QK_NORM = dict(
+    qkv=(B, T, 3 * D),
+    dqkv=(B, T, 3 * D),
+    q_weight=(D // HEADS,),
+    k_weight=(D // HEADS,),
+    bias=(3 * D,),
+)
+
+
+@pytest.mark.parametrize(
+    "name, shapes, wrong, words",
+    [
+        ("gelu", GELU, dict(du=(1, 1, D)), "wants du of (2, 4, 32), got (1, 1, 32)"),
+        ("gelu", GELU, dict(bias=(D // 2,)), "wants bias of (32,), got (16,)"),
+        ("gelu", GELU, dict(bias=(1, D)), "wants bias of (32,), got (1, 32)"),
+        ("qk_norm", QK_NORM, dict(qkv=(B, T, 3 * D + 1)), "wants qkv of (B, T, 3 2 d), got"),
+        ("qk_norm", QK_NORM, dict(qkv=(T, 3 * D)), "wants qkv of (B, T, 3 2 d), got (4, 96)"),
+        ("qk_norm", QK_NORM, dict(dqkv=(B, 1, 3 * D)), "wants dqkv of (2, 4, 96), got (2, 1, 96)"),
+        ("qk_norm", QK_NORM, dict(q_weight=(4,)), "wants q_weight of (16,), got (4,)"),
+        ("qk_norm", QK_NORM, dict(k_weight=(D,)), "wants k_weight of (16,), got (32,)"),
+        ("qk_norm", QK_NORM, dict(bias=(D,)), "wants bias of (96,), got (32,)"),
+        ("add_norm", ADD_NORM, dict(x=(T, D)), "wants x of (B, T, D), got (4, 32)"),
+        ("add_norm", ADD_NORM, dict(dx=(B, 1, D)), "wants dx of (2, 4, 32), got (2, 1, 32)"),
+        ("add_norm", ADD_NORM, dict(y=(1, T, D)), "wants y of (2, 4, 32), got (1, 4, 32)"),
+        ("add_norm", ADD_NORM, dict(low=(B, T, 1)), "wants low of (2, 4, 32), got (2, 4, 1)"),
+        ("add_norm", ADD_NORM, dict(shift=(B, D)), "wants shift of (2, 1, 32), got (2, 32)"),
+        ("add_norm", ADD_NORM, dict(dgate=(1, 1, D)), "wants dgate of (2, 1, 32), got (1, 1, 32)"),
+        ("add_norm", ADD_NORM, dict(y=None), "takes all or none of y, gate, got no y"),
+        ("add_norm", ADD_NORM, dict(dy=None), "takes all or none of dx, dy, dgate, dshift, dscale"),
+        ("add_norm", ADD_NORM, dict(dx=None, dy=None), "dscale, got no dx, dy"),
+        ("add_norm", ADD_NORM, dict(y=None, gate=None, dscale=None), "dscale, got no dscale"),
+    ],
+)
+def test_wrong_shapes(name, shapes, wrong, words):
+    """What the kernels would read outside of a tensor is refused, in one line."""
+    shapes = {**shapes, **wrong}
+    tensors = {key: None if shape is None else torch.zeros(shape) for key, shape in shapes.items()}
+    heads = dict(heads=HEADS) if name == "qk_norm" else {}
+    with pytest.raises(ValueError) as caught:
+        getattr(fused, name)(**tensors, **heads)
+    message = str(caught.value)
+    assert message.startswith(name)
+    assert words in message
+    assert "\n" not in message
+
+
 def test_formulas_without_kernels(monkeypatch):
     """What the kernels do not take goes through the formulas."""
     x = torch.randn(2, 3, 8)
@@ -219,6 +302,10 @@ def test_a_residual_is_its_sum():
     wanted = x + low + gate * y
     assert torch.equal(found.value, wanted.value) and torch.equal(found.tangent, wanted.tangent)
     residual = dual.Residual(x, low, gate, y)
+    compiled = torch.compile(dual.total, fullgraph=True, backend="aot_eager")
+    for part in (residual, dual.Residual(x.value, low, gate.value, y.value)):
+        assert torch.equal(dual.value_of(compiled(part)), wanted.value)
+    assert torch.equal(compiled(residual).tangent, wanted.tangent)
     layer = torch.nn.Linear(8, 24)
     rules = [dual.silu, dual.gelu, dual.rms_norm, lambda x: x + 1, lambda x: 2 * x - low]
     rules += [lambda x: 1 - x, lambda x: dual.linear_gelu(layer, x)]
@@ -241,7 +328,7 @@ def test_the_backward_does_not_spill(capability, tmp_path):
     """The largest kernel at XL/2's width, compiled for a GPU, keeps its rows in registers."""
     kernel = fused.add_norm_backward_kernel
     tokens, warps, stages = fused.NORM_BACKWARD[True]
-    first, second = fused.chunk_widths(1152)
+    first, second = fused.row_chunks(1152)
     constants = dict(D=1152, FIRST=first, SECOND=second, ROWS=tokens, STAGES=stages)
     kinds = dict.fromkeys(("GATE", "DGATE", "SCALE", "DSCALE", "R", "M", "SUMS"), "*fp32")
     kinds.update(dict.fromkeys(("gate_stride", "scale_stride", "T"), "i32"))

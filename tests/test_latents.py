@@ -1,4 +1,4 @@
-"""vae.py and latents.py: the VAE against its parts, images -> latents, and `prepare.py check`."""
+"""vae.py, latents.py, check.py: the VAE against its parts; images -> latents; prepare.py check."""
 
 import errno
 import gc
@@ -384,13 +384,13 @@ def test_published_latents(folder, source, capsys):
         path = folder / "src" / f"c{i % 2}" / f"{i}.jpg"
         write_picture(path, size=(300, 260), colour=(60 * i, 200, 9))
     vae = source / "vae"
-    named = ("--vae", vae, "--vae-name", latents.SD_VAE)
+    named = ("--vae", vae, "--vae-name", v.SD_VAE)
     assert complain("imagenet", "src", "--size", 256, *named) is None
     assert complain("imagenet", "src", "data/im512/", "--size", 512, *named) is None
     for size, mean in ((256, 0.86488), (512, 1.56)):
         header = dataset.load_dataset(f"data/im{size}")[0]
         assert header["normalization"] == "published" and header["mean"][0] == mean
-        assert header["vae"] == latents.SD_VAE
+        assert header["vae"] == v.SD_VAE
     said = complain("check", "im256", "--vae", vae)
     assert "not about 0 and 1" in said and "prepare.py imagenet --measure" in said
     assert capsys.readouterr().out.count("normalization: published\n") == 2
@@ -411,7 +411,7 @@ def test_published_latents(folder, source, capsys):
     checkpoint = "out/im256_w2/ckpt.safetensors"
     about = ckpt.load_tensors(checkpoint)[1]
     assert about["data"] == dataset.load_dataset("data/im256")[0]
-    assert about["train"]["vae"] == latents.SD_VAE
+    assert about["train"]["vae"] == v.SD_VAE
     two = (checkpoint, "--n", 2)
     assert run_script("sample.py", *two, "--out", "two.npz", "--vae", vae) is None
     assert np.load("two.npz")["arr_0"].shape == (2, 256, 256, 3)

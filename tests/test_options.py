@@ -4,11 +4,15 @@ import ast
 import os
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
+import torch
 from helpers import HERE, run_script, train_config
 
-from options import Option, configure, differences, options_of, out_of_range
+import options
+from files import UserError
+from options import Option, configure, differences, headings_of, options_of, out_of_range
 
 OPTIONS = dict(
     preset=Option("", "a group of constants"),
@@ -22,7 +26,7 @@ PRESETS = {"large": dict(steps=1000, lr=1e-4), "unlike": dict(mode="two", scaled
 
 
 def values(*arguments, options=OPTIONS, presets=PRESETS):
-    return configure(options, presets, "What this is for.", list(arguments))
+    return configure(options, presets, "What this is for.", arguments=list(arguments))
 
 
 def complaint(*arguments, options=OPTIONS, presets=PRESETS):
@@ -76,6 +80,16 @@ def test_ranges_and_choices():
     assert complaint("--mode=no").endswith("mode must be one of gap, two, not 'no'")
     assert values("--lr=0", "--mode=two", "--steps=1")["mode"] == "two"
     assert out_of_range("lr", float("nan"), OPTIONS["lr"])
+    sigma = Option(1.0, "a deviation", above=0)
+    share = Option(0.5, "a share", least=0, most=1)
+    for option, inside, outside, words in (
+        (sigma, (1e-300, 1e300), (0.0, -1.0), "x must be above 0, not "),
+        (share, (0.0, 1.0), (-1e-9, 1.001), "x must be at least 0 and at most 1, not "),
+        (Option(1, "a place", above=0, below=3), (1, 2), (0, 3), "x must be above 0 and below 3"),
+    ):
+        assert not any(out_of_range("x", value, option) for value in inside)
+        for value in outside:
+            assert out_of_range("x", value, option).startswith(words)
     edited = dict(OPTIONS, steps=Option(0, "optimizer steps", least=1))
     assert "steps must be at least 1, not 0" in complaint(options=edited)
 
@@ -83,8 +97,8 @@ def test_ranges_and_choices():
 def test_names_that_are_not_there():
     assert complaint("--step=3").endswith("there is no option 'step'; did you mean steps?")
     assert complaint("--xyz=3").endswith("there is no option 'xyz'; --help lists them")
-    assert "did you mean large?" in complaint("--preset=larg")
-    assert "did you mean large or unlike?" in complaint("--preset=xyz")
+    assert complaint("--preset=larg").endswith("there is no preset 'larg'; did you mean large?")
+    assert complaint("--preset=xyz").endswith("there is no preset 'xyz'; there are large, unlike")
     for flag in ("--steps", "steps=3", "-steps=3", "steps"):
         assert "steps" in complaint(flag)
     assert "write --steps=VALUE, not '--steps'" in complaint("--steps")
@@ -109,14 +123,27 @@ def test_help_says_what_each_constant_is(capsys):
         values("--preset=large", "--help")
     assert stop.value.code is None
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "What this is for."
-    assert "    --steps=1000      optimizer steps" in lines
-    assert "    --lr=0.0001       learning rate" in lines
+    assert lines[:2] == [
+        "What this is for.",
+        "[later]: a continuation of a run may have another value.",
+    ]
+    assert "    --steps=1000      optimizer steps (at least 1) [later]" in lines
+    assert "    --lr=0.0001       learning rate (at least 0 and below 1)" in lines
+    assert "    --name=''         a folder [later]" in lines
     assert lines[lines.index("    --mode='gap'      how times are drawn") + 1].endswith(
         "one of gap, two"
     )
-    assert lines[2].endswith("one of large, unlike")
-    assert len(lines) == 1 + len(OPTIONS) + 2
+    assert lines[3].endswith("one of large, unlike")
+    assert len(lines) == 2 + len(OPTIONS) + 2
+
+
+def test_headings(folder):
+    """The comment on the line above an option is the heading of a group."""
+    (folder / "table.py").write_text(
+        "# not this one\n\n# fmt: off\n# the run\nsteps = Option(3, 'x')\nlr = Option(0.1, 'x')\n"
+        "# network (small)\nwidth = Option(3, 'x')  # no heading\ndepth = Option(3, 'x')\n"
+    )
+    assert headings_of("table.py") == dict(steps="the run", width="network (small)")
 
 
 def test_help_of_train(capsys, folder):
@@ -130,6 +157,14 @@ def test_help_of_train(capsys, folder):
     assert [flag.strip()[2:].split("=")[0] for flag in flags] == names
     assert "--warmup=0" in printed
     assert "steps in which the learning rate rises to lr" in printed
+    lines = printed.splitlines()
+    for heading, first in (
+        ("the run and its data", "preset"),
+        ("network (its input size, channels and classes are the data's)", "hidden_size"),
+        ("objective", "objective"),
+        ("reports", "log_every"),
+    ):
+        assert lines[lines.index(heading) + 1].startswith(f"    --{first}=")
 
 
 def test_a_new_constant_is_one_line(folder):
@@ -167,6 +202,44 @@ def test_differences():
         differences(old, now, OPTIONS, "lrr")
 
 
+# ---- how scripts end -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (UserError("no such\nthing"), "no such thing"),
+        (OSError(28, "No space left on device", "x"), "No space left on device"),
+        (MemoryError(), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "CUDA out of memory. Tried"),
+        (RuntimeError("[pair.cc:547] Connection closed by peer [::1]"), "closed by peer"),
+        (BrokenProcessPool("A process in the pool was terminated"), "was terminated"),
+    ],
+)
+def test_outer_faults_are_one_line(error, words):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit, match=words) as stop:
+        options.run(main)
+    assert "\n" not in stop.value.code
+
+
+def test_more_memory_than_the_host_has():
+    """As torch says it, for a CPU in a plain RuntimeError."""
+    with pytest.raises(SystemExit, match="can't allocate memory: you tried to allocate"):
+        options.run(lambda: torch.empty(10**15))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, ValueError, KeyError])
+def test_mistakes_in_the_code_keep_their_traceback(error):
+    def main():
+        raise error("size mismatch")
+
+    with pytest.raises(error, match="size mismatch"):
+        options.run(main)
+
+
 # ---- train.py ------------------------------------------------------------------------------------
 
 
@@ -197,7 +270,15 @@ def test_train_refuses_flags(folder):
     ):
         name = flag[2:].split("=")[0]
         assert f"{name} must be at least" in train_complains(flag)
-    assert not os.path.exists("data")
+    for flag in ("--sigma=0.0", "--sigma_s=-1.0", "--w=0.0", "--w_min=0.0", "--alpha_min=0.0"):
+        name = flag[2:].split("=")[0]
+        assert f"{name} must be above 0" in train_complains(flag)
+    assert "p_equal must be at least 0 and at most 1, not 2.0" in train_complains("--p_equal=2")
+    assert "kappa must be at least 0 and below 1, not 1.0" in train_complains("--kappa=1")
+    assert "w_min at most w_max" in train_complains("--w_min=2")
+    drawn = ("--guidance=inverse", "--w_max=2")
+    assert "meanflow takes guidance" in train_complains("--objective=meanflow", *drawn)
+    assert not os.path.exists("data")  # nothing has been made
     command = [sys.executable, os.path.join(HERE, "train.py"), "--stepz=3"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1

@@ -70,10 +70,42 @@ def test_images_that_are_not_square(folder, capsys):
     one, other = (ckpt.load_newest(f"out/{name}") for name in ("wide", "whole"))
     assert all(torch.equal(one[1][key], value) for key, value in other[1].items())
     picture = Image.open("out/wide/samples_2.png")
-    # Three rows and two columns of images that are twice as wide as high, with gaps of 2 pixels.
-    assert (picture.width - 2) / 2 == 2 * (picture.height - 4) / 3
+    # Three rows and ten columns of images that are twice as wide as high, with gaps of 2 pixels.
+    assert (picture.width - 18) / 10 == 2 * (picture.height - 4) / 3
     source = "--init_from=out/wide/ckpt.safetensors"
     assert train("--steps=1", "--name=from", source, *flags) is None
+
+
+@pytest.mark.parametrize("classes, columns", [(0, [0] * 10), (3, [0, 1, 2] * 3 + [0])])
+def test_columns_of_a_picture(folder, classes, columns):
+    """Ten, of the classes in turn, also where there are fewer."""
+    asked = []
+
+    def images_of(indices, nfe, classes):
+        asked.append((list(indices), nfe, classes))
+        return np.zeros((len(indices), 8, 8, 1), np.uint8), None
+
+    self = types.SimpleNamespace(
+        header=dict(num_classes=classes), images_of=images_of, picture_path=lambda step: "x.png"
+    )
+    report.Report.draw_samples(self, 3)
+    assert asked == [(list(range(10)), nfe, columns) for nfe in (1, 2, 4)]
+    assert Image.open("x.png").size == (10 * 80 + 9 * 2, 3 * 80 + 2 * 2)
+
+
+def test_scores_that_say_nothing(capsys):
+    """They are "-" in the table, in their columns, and null in the log."""
+    logged = []
+    self = types.SimpleNamespace(log=lambda **line: logged.append(line))
+    found = dict(two_sample=0.5, label=math.nan, nearest_ratio=1.0, frechet_pixels=math.nan)
+    report.Report.tell_scores(self, 7, "real", 20, found)
+    report.Report.tell_scores(self, 7, 4, 20, dict(found, label=0.25, frechet_pixels=1.5))
+    assert capsys.readouterr().out.splitlines() == [
+        " real       0.500       -     1.00        -",
+        "    4       0.500   0.250     1.00    1.500",
+    ]
+    assert (logged[0]["label"], logged[0]["frechet_pixels"]) == (None, None)
+    assert (logged[1]["label"], logged[1]["two_sample"]) == (0.25, 0.5)
 
 
 class Broken(ValueError):

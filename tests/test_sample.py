@@ -255,6 +255,16 @@ def test_grid():
     assert sheet[6, 12] == 255
 
 
+@pytest.mark.parametrize("classes, columns", [([3], 10), ([3, 5], 10), ([0, 1, 2], 9), ([], 10)])
+def test_grids_of_few_classes(classes, columns):
+    """No thin strip, and each column shows one class."""
+    plan = s.Plan(80, 1, 1.0, 0, [1], [1] * 10, classes or None, False, 80, False, False)
+    assert plan.columns() == columns
+    if classes:
+        assert columns % len(classes) == 0
+    assert s.Plan(**{**vars(plan), "classes": list(range(40))}).columns() == 32
+
+
 @pytest.mark.parametrize("channels, shown", [(2, 1), (4, 3), (5, 3)])
 def test_grid_of_other_channels(channels, shown):
     """The pictures of train.py show the first channel, or the first three."""
@@ -687,13 +697,19 @@ def test_files_that_are_no_checkpoints(folder):
     [
         ("config", "depth", 10**9),
         ("config", "mlp_ratio", math.inf),
+        ("config", "mlp_ratio", 0),
         ("config", "scaled", "False"),
+        ("data", "dtype", 2.5),
+        ("data", "shape", 10**25),
+        ("data", "shape", [[[]], 8, 8]),
+        ("data", "shape", [3, 10**25, 8]),
         ("data", "mean", None),
         ("data", "std", [1.0] * 3),
         ("data", "class_counts", [0] * 10),
         ("data", "class_counts", ["1"] * 10),
         ("guidance", "w", math.nan),
         ("guidance", "w", 0),
+        ("guidance", "w", 10**25),
     ],
 )
 def test_checkpoints_that_cannot_be(folder, part, key, value):

@@ -149,17 +149,17 @@ def test_scores_that_say_nothing_are_nan():
 
 
 def test_classifier_learns():
-    """Disks and bars. As the judge of small_data_scores it says the same."""
+    """Disks and bars. Small_data_scores says the same with it."""
     images = [shapes.draw_shape(10 * (i // 2) + 5 * (i % 2), size=12) for i in range(300)]
     images = np.stack(images)
     labels = np.arange(300) % 2
     net = scores.train_classifier(images[:200], labels[:200], 2, "cpu", epochs=8, batch=50)
     right = (scores.classify(net, images[200:]).numpy() == labels[200:]).mean()
     assert right > 0.9
-    by_judge = scores.small_data_scores(
-        images[200:], labels[200:], images[:100], images[:200], labels[:200], judge=net
+    found = scores.small_data_scores(
+        images[200:], labels[200:], images[:100], images[:200], labels[:200], classifier=net
     )
-    assert by_judge["label"] == right
+    assert found["label"] == right
 
 
 def test_classifier_is_a_function_of_its_seed():

@@ -1,10 +1,12 @@
 """shard.py, and train.py with --shard=True: two ranks that keep half of each weight."""
 
 import copy
+import os
 
 import pytest
 import torch
 from helpers import (
+    HERE,
     SMALL,
     close,
     gpu,
@@ -23,6 +25,7 @@ from test_device import group_of_one  # noqa: F401  a fixture
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
+import checkpoint as ckpt
 import shard
 from dual import Dual, Residual, value_of
 from loss import TrainingLoss, backward
@@ -103,6 +106,38 @@ def test_weights_that_are_not_finite(folder, two_ranks):
     assert log_lines("digits")[-1]["step"] == 8
 
 
+WITHOUT_ROOM = """
+import shard
+
+def to_empty(self, device):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+if rank == 1:
+    shard.DiT.to_empty = to_empty
+"""
+
+
+def test_a_rank_without_room_for_a_whole_network(folder, two_ranks):
+    """The other one does not wait for it: both go on without pictures and without scores."""
+    with open(os.path.join(HERE, "train.py")) as f:
+        script = f.read()
+    old = "\n# ---- the loop ---"
+    assert script.count(old) == 1
+    (folder / "train.py").write_text(script.replace(old, WITHOUT_ROOM + old))
+    flags = ("--steps=3", "--sample_every=1", "--shard=True")
+    assert two_ranks(folder / "train.py", *RUN, *flags) == [0, 0], said()
+    failures = [line for line in said().splitlines() if "could not write" in line]
+    assert [line.split("train.py: ")[1] for line in failures] == [
+        f"could not write {what}, and go on without it: "
+        "MemoryError: a rank has no memory for a whole network"
+        for what in ("samples_1.png", "the scores")
+    ]
+    assert list(ckpt.states("out/digits")) == [3]
+    assert not any("nfe" in line for line in log_lines("digits"))
+    assert os.path.exists("out/digits/curve.png")
+    assert not os.path.exists("out/digits/samples_3.png")
+
+
 def test_train_refuses_shard_alone(folder):
     assert "not started by torchrun" in train("--shard=True")
 
@@ -131,7 +166,8 @@ def test_gradients(group_of_one, kind):  # noqa: F811
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
     loss = loss_of(net, target)
     divided = copy.deepcopy(loss)
-    shard.shard_weights(divided.children(), torch.device("cpu"), kind == "bfloat16")
+    device = torch.device("cpu")
+    shard.shard_weights(divided.children(), device, bfloat16=kind == "bfloat16")
     assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in divided.parameters())
     if kind == "compiled":
         torch._dynamo.reset()

@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 
 import pytest
 from helpers import HERE, run_script, until
 from PIL import Image
+from tqdm import tqdm
 
 import record
 import record_report
@@ -117,7 +119,8 @@ def test_study(tiny_study, capsys):
     assert run_script("study.py", "--report", "--log=elsewhere/log.jsonl") is None
     again = capsys.readouterr()
     assert "no samples.png" in again.err
-    assert again.out == text_of("out/study-tiny/tables.md") == text_of("elsewhere/tables.md")
+    assert again.out == text_of("out/study-tiny/study-tables.md")
+    assert again.out == text_of("elsewhere/study-tables.md")
     assert Image.open("elsewhere/study.png").size[0] > 300
 
 
@@ -175,7 +178,7 @@ def test_record(folder, capsys):
     assert run_script("record.py", *flags) is None
     again = capsys.readouterr()
     assert "no samples.png" in again.err
-    assert again.out == text_of("out/record-tiny/tables.md")
+    assert again.out == text_of("out/record-tiny/record-tables.md")
     assert text_of("page.md") == f"# Before\n\n{record_report.MARKER}\n{again.out}"
     assert Image.open("elsewhere/record.png").size[0] > 300
 
@@ -244,6 +247,39 @@ def test_rounds_of_the_record():
         study.time_step(record.TINY, dict(no_such=1))
 
 
+@pytest.mark.parametrize(
+    "last, diverged",
+    [
+        ("the loss or its gradient was not finite in 10 steps in a row, so", True),
+        ("the weights at step 30 are not finite; out/a has no good state", True),
+        ("no room on the disk", False),
+    ],
+)
+def test_divergence_is_a_result(folder, last, diverged):
+    """A run that diverged goes to the log. Another failure does not, so that it is tried again."""
+    os.makedirs(study.TINY.folder)
+    runs = object.__new__(study.Runs)
+    runs.protocol = study.TINY
+    runs.log = "log.jsonl"
+    runs.done = {}
+    runs.failed = {}
+    runs.judge = Future()
+    runs.judge.set_result(None)
+    runs.bar = tqdm(disable=True)
+    with open(runs.output_path("a"), "w") as f:
+        f.write(f"some steps\r{last}\n")
+    job = study.Job(30, None, None)
+    runs.active = {"a": job}
+    runs.note_failure("a", job)
+    assert runs.active == {}
+    if diverged:
+        assert json.loads(text_of("log.jsonl")) == dict(run="a", steps=30, failed=last)
+        assert not runs.failed
+    else:
+        assert runs.failed == {"a": last}
+        assert not os.path.exists("log.jsonl")
+
+
 def test_least_busy_gpu():
     """Runs that are being scored do not count."""
     runs = object.__new__(study.Runs)
@@ -258,8 +294,10 @@ def test_least_busy_gpu():
 def test_record_refuses(folder):
     assert "give --round=1, --round=2 or --report" in run_script("record.py")
     assert "is not the log of a study" in run_script("record.py", "--report", "--log=no")
+    with open(os.path.join(HERE, "assets", "record.jsonl")) as f:
+        first = f.readline()
     with open("log.jsonl", "w") as f:
-        f.write('{"settings": {"nfes": [1]}}\n')
+        f.write(first)
     said = run_script("record.py", "--report", "--log=log.jsonl")
     assert "log.jsonl has no run with scores yet" in said
     with open("page.md", "w") as f:
@@ -279,7 +317,7 @@ def test_damaged_files_of_the_record(folder):
         f.write('{"run": {"cut": 2}')
     study.append_line("log.jsonl", dict(run=3))
     assert text_of("log.jsonl") == '{"run": 1}\n{"run": 3}\n'
-    for text in ("", "[]", '{"TVM": "fast"}'):
+    for text in ("", "[]", '{"TVM": "fast"}', '{"TVM": 0}', '{"TVM": -5}', '{"TVM": NaN}'):
         with open("steps.json", "w") as f:
             f.write(text)
         with pytest.raises(record.UserError, match="steps.json is damaged: delete it"):
@@ -290,6 +328,25 @@ def test_damaged_files_of_the_record(folder):
         assert f"{log} is not a log of {script}" in said
 
 
+@pytest.mark.parametrize("script", ["study.py", "record.py"])
+def test_logs_that_lack_something(folder, script):
+    """One line each, and the tables of what is whole."""
+    with open(os.path.join(HERE, "assets", script.replace(".py", ".jsonl"))) as f:
+        lines = [json.loads(line) for line in f]
+    scored = next(i for i, line in enumerate(lines) if "scores" in line)
+    changes = [(0, "settings", {}), (0, "settings", 3), (0, "real", {}), (0, "date", 5)]
+    changes += [(scored, "scores", {}), (scored, "steps", "9")]
+    if script == "record.py":
+        changes += [(scored, "idea", ["x"]), (scored, "seed", "0")]
+    for i, key, value in changes:
+        damaged = [dict(line) for line in lines]
+        damaged[i][key] = value
+        with open("log.jsonl", "w") as f:
+            f.writelines(json.dumps(line) + "\n" for line in damaged)
+        said = run_script(script, "--report", "--log=log.jsonl")
+        assert f"log.jsonl is not a log of {script}: " in said, key
+
+
 def test_the_record_in_the_repository(folder):
     """Its log gives the tables that the page shows."""
     shutil.copy(os.path.join(HERE, "assets", "record.jsonl"), "record.jsonl")
@@ -297,3 +354,15 @@ def test_the_record_in_the_repository(folder):
     flags = ("--report", "--log=record.jsonl", "--page=page.md")
     assert run_script("record.py", *flags) is None
     assert text_of("page.md") == text_of(os.path.join(HERE, "docs", "record.md"))
+
+
+def test_the_second_run_in_the_repository():
+    """The page has the distances of its log."""
+    page = text_of(os.path.join(HERE, "docs", "record.md"))
+    _, *lines = text_of(os.path.join(HERE, "assets", "record-second.jsonl")).splitlines()
+    runs = {line["idea"]: line for line in map(json.loads, lines)}
+    distance = {idea: f"{run['scores']['1']['features']:.1f}" for idea, run in runs.items()}
+    assert distance == {"TVM": "23.8", "Muon": "4.9", "Muon, 5e-4": "8.0", "Muon, 2e-3": "22.1"}
+    assert f"Muon has {distance['Muon']} at rate 1e-3" in page
+    assert f"{distance['Muon, 5e-4']} at 5e-4 and {distance['Muon, 2e-3']} at 2e-3" in page
+    assert f"and TVM {distance['TVM']}." in page

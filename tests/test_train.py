@@ -38,6 +38,7 @@ import checkpoint as ckpt
 import dataset
 import files
 import model as m
+from batches import Batches
 from loss import TrainingLoss
 from model import DiT, DiTConfig
 from muon import Muon
@@ -168,6 +169,23 @@ def test_batches(folder, monkeypatch):
     expected = torch.from_numpy(data["train_images"][order])
     assert torch.equal(x0, (expected - torch.tensor(127.5)) / 127.5)
     assert isinstance(data["train_images"], np.memmap)
+
+
+def test_batches_come_in_order(folder):
+    """From any step on. Another step than the next one is an error, not another step's batch."""
+    assert run_script("prepare.py", "digits") is None
+    header, data = dataset.load_dataset("data/digits")
+    batches = Batches(header, data, 0, 4, steps=7, device=torch.device("cpu"), rank=0, ranks=1)
+    x0, y = batches.get(2)
+    assert (x0.dtype, x0.shape, y.dtype, y.shape) == (torch.uint8, (4, 1, 8, 8), torch.int64, (4,))
+    for wrong in (2, 7, 0):
+        with pytest.raises(ValueError, match=f"step {wrong} of 7 is not the next one, 3"):
+            batches.get(wrong)
+    for step in (3, 4, 5, 6):
+        x0, _ = batches.get(step)
+        assert torch.equal(x0, torch.from_numpy(data["train_images"][batches.indices(step)]))
+    with pytest.raises(ValueError, match="step 7 of 7 is not the next one"):
+        batches.get(7)
 
 
 class SlowImages:
@@ -384,8 +402,10 @@ def test_train_refuses(folder):
     assert "not divisible by patch_size" in train("--patch_size=3")
     assert "above 0" in train("--w=0.0")
     assert "p_equal" in train("--p_equal=1.5")
-    assert "names a folder" in train("--name=../x")
-    assert "names a folder" in train("--name=..")
+    for flag in ("--name=../x", "--name=..", "--dataset=a/b"):
+        value = flag.split("=")[1]
+        refused = f"the run's name '{value}' must be a plain folder name without \"/\""
+        assert refused in train(flag)
     assert "label_dropout must be above 0" in train("--label_dropout=0")
     drawn = ("--guidance=inverse", "--w_max=2", "--w=1")
     assert "label_dropout must be above 0" in train("--label_dropout=0", *drawn)
