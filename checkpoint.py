@@ -241,6 +241,45 @@ def save_state(folder, step, tensors, about, keep):
                 os.remove(old_path)
 
 
+def check_run(path, tensors, about, nets):
+    """Raises CheckpointError where what load_tensors gave is not the state of a run.
+
+    nets: the names of its networks.
+    """
+    missing = [f"{kind}.pos_embed" for kind in nets if f"{kind}.pos_embed" not in tensors]
+    if not isinstance(about.get("train"), dict):
+        missing.append("constants")
+    step = about.get("step")
+    if type(step) is not int or step < 0:
+        missing.append("step")
+    if missing:
+        raise CheckpointError(f"{path} is not the state of a run: no {', '.join(missing)} in it")
+    name = os.path.basename(path)
+    if name != f"state_{step}.safetensors":
+        raise CheckpointError(f"{path} is the state of step {step}: delete it, or name it so")
+
+
+def optimizer_state(path, tensors, name, weight, kinds):
+    """What a run's state has of the optimizer of one weight: {kind: tensor}, or nothing.
+
+    kinds: what that optimizer keeps. Each is float32 and shaped as the weight, but for "step",
+    which is a number. Raises CheckpointError where something is missing, or shaped otherwise.
+    """
+    found = strip_prefix(tensors, f"optimizer.{name}.")
+    if found and set(found) != set(kinds):
+        raise CheckpointError(
+            f"{path} has {', '.join(sorted(found))} of {name}'s optimizer, not {', '.join(kinds)}"
+        )
+    for kind, t in found.items():
+        shape = () if kind == "step" else tuple(weight.shape)
+        if tuple(t.shape) != shape or t.dtype != torch.float32:
+            raise CheckpointError(
+                f"{path} has a {kind} of {name} that is {t.dtype} {tuple(t.shape)}, "
+                f"not torch.float32 {shape}"
+            )
+    return found
+
+
 def load_newest(folder, device="cpu", quiet=False, keep=torch.clone):
     """(path, tensors, about) of the newest whole state; None where there is no state at all.
 

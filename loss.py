@@ -320,7 +320,7 @@ def mean_square(x):
 # ---- the loss of a training step -----------------------------------------------------------------
 
 
-def check_objective(objective, times, guidance, kappa=0.5, alpha_min=0.05):
+def check_objective(objective, times, guidance, detach_jvp=False, kappa=0.5, alpha_min=0.05):
     """Raises ValueError for arguments of TrainingLoss that are out of range, or do not go together.
 
     times and guidance: keyword arguments of sample_times and sample_guidance.
@@ -332,8 +332,10 @@ def check_objective(objective, times, guidance, kappa=0.5, alpha_min=0.05):
             raise ValueError('meanflow takes guidance "constant"')
         if not 0 <= kappa < 1:
             raise ValueError(f"meanflow takes kappa at least 0 and below 1, not {kappa:g}")
-    if objective == "alpha_flow" and not 0 < alpha_min <= 1:
-        raise ValueError(f"alpha_flow takes alpha_min above 0 and at most 1, not {alpha_min:g}")
+    if objective == "alpha_flow" and not 1e-4 <= alpha_min <= 1:  # less is lost in float32
+        raise ValueError(f"alpha_flow takes alpha_min from 1e-4 to 1, not {alpha_min:g}")
+    if detach_jvp and objective != "tvm":
+        raise ValueError(f"detach_jvp is for the objective tvm, not {objective}")
     sample_times(1, **times)
     sample_guidance(1, **guidance)
 
@@ -365,7 +367,7 @@ class TrainingLoss(nn.Module):
         super().__init__()
         self.times = times or {}
         self.guidance = guidance or {}
-        check_objective(objective, self.times, self.guidance, kappa, alpha_min)
+        check_objective(objective, self.times, self.guidance, detach_jvp, kappa, alpha_min)
         self.model = model
         self.target = target
         self.label_dropout = label_dropout

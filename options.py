@@ -211,21 +211,43 @@ def run(main):
     has ended: one line. Ctrl-C: 130, as shells have it. A reader that goes away (| head) is no
     mistake: nothing is said. Any other error is a mistake in the code, and keeps its traceback.
     """
+    set_up_streams()
     try:
         main()
         sys.stdout.flush()
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as error:
+        end_for(error)
+        raise
+
+
+def end_for(error):
+    """End the script as `run` says for this error. Returns where it is a mistake in the code."""
+    if isinstance(error, KeyboardInterrupt):
         sys.exit(130)
-    except BrokenPipeError:
+    if isinstance(error, BrokenPipeError):
         # Python writes the rest of its output as it ends, which would fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (UserError, OSError, MemoryError, BrokenExecutor) as error:
+    if isinstance(error, (UserError, OSError, MemoryError, BrokenExecutor)):
         fail(str(error) or "out of memory")
-    except RuntimeError as error:
-        if not any(words in str(error) for words in OUTER_FAULTS):
-            raise
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in OUTER_FAULTS):
         fail(error)
+
+
+def set_up_streams(errors_in_one_line=False):
+    """Let names of files that are not UTF-8 be printed.
+
+    errors_in_one_line: for a script without main(), which ends as `run` says.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if errors_in_one_line:
+
+        def hook(kind, error, trace):
+            end_for(error)  # which raises SystemExit, and Python then exits with its code
+            sys.__excepthook__(kind, error, trace)
+
+        sys.excepthook = hook
 
 
 def fail(message):

@@ -172,6 +172,7 @@ class Report:
         first line, compiling are in it.
         """
         if not losses.norms:  # every step was skipped
+            self.log(step=step, skipped=skipped)
             losses.clear()
             batches.waited = 0.0
             return f"{skipped} skipped"
@@ -227,7 +228,8 @@ class Report:
             axes.plot(steps, [by_step[step].get(name, math.nan) for step in steps], label=name)
         title = f"{self.config['name']}, seed {self.config['seed']}"
         axes.set(xlabel="step", ylabel="loss term, mean per element", yscale="log", title=title)
-        axes.legend()
+        if terms:
+            axes.legend()
         axes.grid(alpha=0.3)
         with written(os.path.join(self.out, "curve.png")) as f:
             figure.savefig(f, format="png", dpi=120)

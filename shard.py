@@ -11,8 +11,8 @@ one whole network (4 bytes a weight) on each.
 A rank keeps 1/ranks of every weight, cut along the first dimension. The weight is then a DTensor,
 and so are its gradient and AdamW's moments. Before a block runs, forward or backward, all ranks
 gather its weights, and free them after it. A backward leaves each rank its part of the mean
-gradient. All ranks must call whatever runs a network, and gather and whole_network, at the same
-time.
+gradient. All ranks must call whatever runs a network, and gather, all_finite and whole_network, at
+the same time.
 """
 
 import functools
@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from device import from_all_ranks
 from dual import Dual, Residual
 from model import Block, DiT
 
@@ -103,6 +104,12 @@ def gather(tensors):
             t = t.cpu() if dist.get_rank() == 0 else None
         found[name] = t
     return found
+
+
+def all_finite(tensors):
+    """Whether all numbers are finite, of all ranks' tensors or parts. All ranks call this."""
+    own = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
+    return all(from_all_ranks(all(t.isfinite().all().item() for t in own)))
 
 
 def whole_network(net):

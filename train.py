@@ -41,8 +41,10 @@ from tqdm import tqdm
 import one_pass
 from batches import Batches, why_not_train
 from checkpoint import (
+    check_run,
     initialize_from,
     load_newest,
+    optimizer_state,
     save_state,
     save_tensors,
     states,
@@ -65,7 +67,6 @@ from device import (
     without_torchrun,
 )
 from files import HERE, CheckpointError, UserError, hold
-from latents import SD_VAE
 from loss import (
     GUIDANCE,
     MEAN_VELOCITY,
@@ -78,9 +79,10 @@ from loss import (
 )
 from model import SIZES, DiT, DiTConfig, compile_blocks
 from muon import Muon, matrices_of_blocks
-from options import Option, configure, differences, fail, options_of
+from options import Option, configure, differences, fail, options_of, set_up_streams
 from report import Losses, Report, git_commit
-from shard import gather, own_part, shard_loss, shard_weights, whole
+from shard import all_finite, gather, own_part, shard_loss, shard_weights, whole
+from vae import SD_VAE
 
 # ---- constants -----------------------------------------------------------------------------------
 # One line each: the default, what it is, the values that it may have. later=True: a continuation of
@@ -110,7 +112,7 @@ scaled         = Option(True,       "displacement (s-t) w F instead of (s-t) F")
 # objective
 objective      = Option("tvm",      "what is trained: loss.py has the formulas", choices=OBJECTIVES)
 kappa          = Option(0.5,        "MeanFlow: share of class velocity in target", least=0, below=1)
-alpha_min      = Option(0.05,       "alpha-Flow: what alpha falls to at the end", above=0, most=1)
+alpha_min      = Option(0.05,       "alpha-Flow: what alpha falls to, last", least=1e-4, most=1)
 times          = Option("gap*",     "how times are drawn: loss.py has the formulas", choices=TIMES)
 mu             = Option(-0.8,       "mean of logit(gap); of logit(t) for trunc, clamp (paper: 1)")
 sigma          = Option(1.0,        "standard deviation of that logit", above=0)
@@ -118,9 +120,9 @@ mu_s           = Option(-0.4,       "mean of logit(s)")
 sigma_s        = Option(1.0,        "standard deviation of that logit", above=0)
 p_equal        = Option(0.0,        "the probability of t = s", least=0, most=1)
 guidance       = Option("constant", "how w is drawn; constant: w itself", choices=GUIDANCE)
-w              = Option(1.25,       "guidance weight, where it is constant; 1: none", above=0)
-w_min          = Option(1.0,        "the smallest weight, where it is drawn", above=0)
-w_max          = Option(1.0,        "the largest weight, where it is drawn", above=0)
+w              = Option(1.25,       "guidance weight, where it is constant; 1: none", least=1e-3)
+w_min          = Option(1.0,        "the smallest weight, where it is drawn", least=1e-3)
+w_max          = Option(1.0,        "the largest weight, where it is drawn", least=1e-3)
 label_dropout  = Option(0.1,        "share of samples that lose their label", least=0, below=1)
 detach_jvp     = Option(False,      "no gradient through dF/ds: faster, biased")
 # optimization (AdamW, and Muon with momentum 0.95 where muon_lr is above 0)
@@ -188,6 +190,7 @@ PRESETS = {
 }
 # fmt: on
 
+set_up_streams(errors_in_one_line=True)
 OPTIONS = options_of(globals())
 config = configure(OPTIONS, PRESETS, __doc__, __file__)
 config["name"] = config["name"] or config["preset"] or config["dataset"]
@@ -198,7 +201,7 @@ out = os.path.join("out", name)
 times_config = dict(sampler=times, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, p_equal=p_equal)
 guidance_config = dict(sampler=guidance, w=w, w_min=w_min, w_max=w_max)
 try:
-    check_objective(objective, times_config, guidance_config, kappa, alpha_min)
+    check_objective(objective, times_config, guidance_config, detach_jvp, kappa, alpha_min)
 except ValueError as error:
     fail(error)
 
@@ -362,7 +365,7 @@ about = dict(
 def save(step):
     """Save everything for a continuation, then the evaluation network for sample.py.
 
-    All ranks call this. Returns success.
+    All ranks call this. Returns success. Exits where a number of it is not finite.
     """
     state = {}
     for kind, net in nets.items():
@@ -371,6 +374,8 @@ def save(step):
     for key, p in parameters.items():
         for kind, t in optimizer_of[key].state[p].items():
             state[f"optimizer.{key}.{kind}"] = t
+    if not all_finite(state.values()):
+        fail(f"the state of step {step} is not finite; {what_is_saved(out, saved_step)}")
     state = gather(state)
     return report.attempt(f"the checkpoint of step {step}", write, step, state, errors=OSError)
 
@@ -391,15 +396,11 @@ def resume():
     if not found:
         return 0
     path, state, was = found
-    needed = [f"{kind}.pos_embed" for kind in nets]
-    missing = [key for key in needed if key not in state]
-    missing += [key for key in ("train", "step") if key not in was]
-    if missing:
-        fail(f"{path} is not the state of a run: no {', '.join(missing)} in it")
+    check_run(path, state, was, nets)
     was_muon_lr = was["train"].get("muon_lr", 0.0)
-    if (was_muon_lr > 0) != (muon_lr > 0):
-        by = "Muon" if was_muon_lr > 0 else "AdamW alone"
-        fail(f"{path} was trained by {by}: go on with --muon_lr={was_muon_lr:g}")
+    if (was_muon_lr != 0) != (muon_lr != 0):
+        by = "AdamW alone" if was_muon_lr == 0 else "Muon"
+        fail(f"{path} was trained by {by}: go on with --muon_lr={was_muon_lr}")
     wrong, new = differences(was["train"], config, OPTIONS, change)
     if wrong:
         fail(
@@ -408,8 +409,9 @@ def resume():
         )
     if new and rank == 0:
         print(f"{path} is from before these constants, which have today's value: {', '.join(new)}")
-    if objective == "alpha_flow" and was["train"]["steps"] != steps and rank == 0:
-        print(f"alpha falls over {steps} steps now, and fell over {was['train']['steps']} before")
+    was_steps = was["train"].get("steps")
+    if objective == "alpha_flow" and was_steps != steps and rank == 0:
+        print(f"alpha falls over {steps} steps now, and fell over {was_steps} before")
     if was["data"] != header:
         fail(
             f"{path} was trained on other data than {data_path} holds now: "
@@ -423,8 +425,15 @@ def resume():
                 f"{path} is of another network than these constants make. To begin with what fits "
                 f"of it: --init_from={path} --init_partly=True --name=ANOTHER"
             )
+    begin_anew = []  # weights whose optimizer has kept nothing
     for key, p in parameters.items():
-        optimizer_of[key].state[p] = strip_prefix(state, f"optimizer.{key}.")
+        kinds = ("momentum_buffer",) if key in matrices else ("step", "exp_avg", "exp_avg_sq")
+        optimizer_of[key].state[p] = optimizer_state(path, state, key, p, kinds)
+        if not optimizer_of[key].state[p]:
+            begin_anew.append(key)
+    if begin_anew and rank == 0:
+        names = f"{len(begin_anew)} of {len(parameters)} weights, the first {begin_anew[0]}"
+        print(f"{path} has no state of the optimizer for {names}: it begins anew for these")
     return was["step"]
 
 
@@ -626,10 +635,8 @@ for step in progress:
             )
         shown = report.log_losses(done, losses, batches, skipped)
         progress.set_postfix_str(shown)
-    # No save while steps are being skipped. At the end, a save if the weights are finite.
+    # No save while steps are being skipped, but at the end.
     at_end = done == steps or stop
-    if at_end and skipped_in_a_row and not all(whole(p).isfinite().all() for p in weights):
-        fail(f"the weights at step {done} are not finite; {what_is_saved(out, saved_step)}")
     if (done % save_every == 0 and not skipped_in_a_row) or at_end:
         saved = save(done)
         if saved:
@@ -656,10 +663,14 @@ if stop or stop_request.asked():
             file=sys.stderr,
         )
     sys.exit(stop_request.exit_code())
+if skipped and skipped == done - first_step:
+    fail(f"nothing was learned: the loss or its gradient was not finite in all {skipped} steps")
 if rank == 0:
     if can_score:
         report.log_scores(steps)
     report.save_curve()
+    if skipped:
+        print(f"{skipped} steps were skipped: the loss or its gradient was not finite")
     print(
         f"{out}: ckpt.safetensors, samples_{steps}.png, curve.png, log.jsonl. "
         f"More images: python sample.py {out}/ckpt.safetensors"

@@ -220,6 +220,7 @@ def run_script(script, *arguments):
         return stop.code
     finally:
         sys.argv = argv
+        sys.excepthook = sys.__excepthook__
         gc.freeze = freeze
         if os.path.exists("out"):
             gc.collect()  # the script's globals, its lock among them

@@ -234,6 +234,50 @@ def test_runs_that_do_not_go_on(folder):
     assert "was trained on other data" in train("--steps=3")
 
 
+BIAS = "optimizer.final_layer.linear.bias."
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        (f"{BIAS}exp_avg", torch.zeros(1), "exp_avg of final_layer.linear.bias that is"),
+        (f"{BIAS}exp_avg", "float64", "that is torch.float64"),
+        (f"{BIAS}step", torch.zeros(4), "a step of final_layer.linear.bias that is"),
+        (f"{BIAS}exp_avg_sq", None, "has exp_avg, step of final_layer.linear.bias's optimizer"),
+        ("train", 7, "no constants in it"),
+        ("step", "2", "no step in it"),
+        ("step", -3, "no step in it"),
+        ("step", 3, "is the state of step 3"),
+    ],
+)
+def test_states_that_cannot_be(folder, key, value, words):
+    """One line each, before anything is trained."""
+    assert train("--steps=2") is None
+    path = "out/digits/state_2.safetensors"
+    tensors, about = ckpt.load_tensors(path)
+    if key in about:
+        about[key] = value
+    elif value is None:
+        del tensors[key]
+    else:
+        tensors[key] = tensors[key].double() if value == "float64" else value
+    ckpt.save_tensors(path, tensors, about)
+    assert words in train("--steps=3")
+    assert list(ckpt.states("out/digits")) == [2]
+
+
+def test_a_state_without_an_optimizer(folder, capsys):
+    """It is told, and the optimizer begins anew."""
+    assert train("--steps=2") is None
+    path = "out/digits/state_2.safetensors"
+    tensors, about = ckpt.load_tensors(path)
+    tensors = {name: t for name, t in tensors.items() if not name.startswith("optimizer.")}
+    ckpt.save_tensors(path, tensors, about)
+    assert train("--steps=3") is None
+    assert f"{path} has no state of the optimizer for" in capsys.readouterr().out
+    assert state("digits")[f"{BIAS}step"] == 1
+
+
 # ---- init_from -----------------------------------------------------------------------------------
 
 

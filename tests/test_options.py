@@ -243,6 +243,27 @@ def test_mistakes_in_the_code_keep_their_traceback(error):
 # ---- train.py ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "statement, code, words",
+    [
+        ("raise KeyboardInterrupt", 130, []),
+        ("raise options.UserError('no such\\nfile')", 1, ["-c: no such file"]),
+        ("raise MemoryError", 1, ["-c: out of memory"]),
+        ("raise ValueError('a mistake')", 1, ["Traceback", "a mistake"]),
+        ("print('a\\udcff')", 0, []),
+    ],
+)
+def test_a_script_without_main(statement, code, words):
+    """It ends as those with one do."""
+    script = f"import options\noptions.set_up_streams(errors_in_one_line=True)\n{statement}"
+    environment = {**os.environ, "PYTHONPATH": HERE, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment)
+    said = done.stderr.decode()
+    assert done.returncode == code
+    assert all(text in said for text in words)
+    assert said.count("\n") == len(words) or "Traceback" in words
+
+
 def test_train_refuses_flags(folder):
     assert "did you mean batch_size" in train_complains("--batchsize=3")
     assert "whole number" in train_complains("--steps=1.5")

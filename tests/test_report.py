@@ -253,11 +253,11 @@ def test_losses_by_quarters():
     assert shown.endswith(", 1 skipped")
     assert batches.waited == 0
 
-    # Nothing is logged where every step was skipped, and the time of these steps is forgotten.
+    # Where every step was skipped only that is logged. The time of these steps is forgotten.
     batches.waited = 3.0
     losses.since = 0.0
     assert report.Report.log_losses(self, 8, losses, batches, skipped=2) == "2 skipped"
-    assert len(logged) == 1
+    assert logged[1:] == [dict(step=8, skipped=2)]
     assert batches.waited == 0
     assert losses.since > 0
 

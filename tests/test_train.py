@@ -391,6 +391,21 @@ def test_a_run_that_blows_up_stops(folder):
     # The end of a run is saved all the same.
     assert train("--name=short", "--steps=8", "--lr=1e30", "--score_images=2") is None
     assert all(value.isfinite().all() for value in state("short").values())
+    # A state that is not finite is never saved.
+    complaint = train("--name=big", "--steps=8", "--save_every=1", "--lr=1e38")
+    assert "the state of step 1 is not finite; nothing was saved yet" in complaint
+
+
+def test_a_run_that_only_skips(folder):
+    """It says so, in its log too, and its exit code is not 0."""
+    assert train("--name=a", "--steps=1") is None
+    tensors, about = ckpt.load_tensors("out/a/ckpt.safetensors")
+    ckpt.save_tensors("large.safetensors", {name: 1e30 * t for name, t in tensors.items()}, about)
+    complaint = train("--name=b", "--steps=4", "--init_from=large.safetensors")
+    assert "nothing was learned: the loss or its gradient was not finite in all 4 step" in complaint
+    with open("out/b/log.jsonl") as f:
+        skipped = [line["skipped"] for line in map(json.loads, f) if "skipped" in line]
+    assert skipped == [1, 2, 3, 4]
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -400,7 +415,7 @@ def test_train_refuses(folder):
     assert "no data in" in train("--dataset=nowhere")
     assert "not divisible by micro_batch" in train("--batch_size=8", "--micro_batch=3")
     assert "not divisible by patch_size" in train("--patch_size=3")
-    assert "above 0" in train("--w=0.0")
+    assert "at least 0.001" in train("--w=0.0")
     assert "p_equal" in train("--p_equal=1.5")
     for flag in ("--name=../x", "--name=..", "--dataset=a/b"):
         value = flag.split("=")[1]
