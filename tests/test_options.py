@@ -288,10 +288,13 @@ def test_train_refuses_flags(folder):
         "--seed=-1",
         "--warmup=-1",
         "--label_dropout=1",
+        "--w=0.0",
+        "--w_min=1e-9",
+        "--alpha_min=1e-30",
     ):
         name = flag[2:].split("=")[0]
         assert f"{name} must be at least" in train_complains(flag)
-    for flag in ("--sigma=0.0", "--sigma_s=-1.0", "--w=0.0", "--w_min=0.0", "--alpha_min=0.0"):
+    for flag in ("--sigma=0.0", "--sigma_s=-1.0"):
         name = flag[2:].split("=")[0]
         assert f"{name} must be above 0" in train_complains(flag)
     assert "p_equal must be at least 0 and at most 1, not 2.0" in train_complains("--p_equal=2")
