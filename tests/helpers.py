@@ -9,6 +9,7 @@ run of train.py leaves behind.
 import contextlib
 import functools
 import gc
+import importlib
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import runpy
 import subprocess
 import sys
 import time
+import traceback
 import types
 
 import numpy as np
@@ -244,14 +246,56 @@ def torchrun(script, *arguments, ranks=2):
     return done
 
 
-def interpreted(module, name):
-    """Run a function of a file of tests in Triton's interpreter, in a process of its own."""
+@functools.cache
+def interpreter():
+    """A process with Triton's interpreter, which runs functions of files of tests."""
     path = os.pathsep.join([HERE, os.path.join(HERE, "tests")])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment.update(CUDA_VISIBLE_DEVICES="", PYTHONPATH=path)
-    command = [sys.executable, "-W", "ignore", "-c", f"import {module}; {module}.{name}()"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    changes = dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", "import helpers; helpers.serve()"],
+        env={**os.environ, **changes, "PYTHONPATH": path},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def serve():
+    """Runs each function that is asked for in a child of its own, so that all share the imports."""
+    for line in sys.stdin:
+        module, name = line.split()
+        importlib.import_module(module)
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            code = 0
+            try:
+                getattr(sys.modules[module], name)()
+            except BaseException:
+                code = 1
+                os.write(write, traceback.format_exc().encode()[-3000:])
+            os._exit(code)
+        os.close(write)
+        with os.fdopen(read, errors="replace") as f:
+            text = f.read()
+        code = os.waitpid(child, 0)[1]
+        print(json.dumps([code, text]), flush=True)
+
+
+def interpreted_in(module, name):
+    """Run a function of a file of tests where Triton interprets its kernels on the CPU."""
+    triton = pytest.importorskip("triton")
+    process = interpreter()
+    print(module, name, file=process.stdin, flush=True)
+    code, text = json.loads(process.stdout.readline())
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+    if old and "only 0-dimensional arrays can be converted to Python scalars" in text:
+        pytest.skip(
+            f"the interpreter of triton {triton.__version__} fails with numpy {np.__version__} "
+            "on loop bounds"
+        )
+    assert code == 0, text
 
 
 def compiled_for_gpu(kernel, signature, constants, aligned, capability, options):

@@ -16,17 +16,25 @@ import mmap
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
-import traceback
 import types
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import HERE, close, compiled_for_gpu, gpu, plain_attention, randn, rel, stack_of
+from helpers import (
+    HERE,
+    close,
+    compiled_for_gpu,
+    gpu,
+    interpreted_in,
+    plain_attention,
+    randn,
+    rel,
+    stack_of,
+)
 from torch.autograd import forward_ad as fwAD
 from torch.utils.checkpoint import checkpoint
 
@@ -579,54 +587,7 @@ def test_the_file_carries_its_licence():
 # own, where the interpreter is on.
 
 
-@functools.cache
-def interpreter():
-    """A process with Triton's interpreter, which runs functions of this file by their names."""
-    path = os.pathsep.join([HERE, os.path.dirname(os.path.abspath(__file__))])
-    changes = dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", "import test_attention as t; t.serve()"],
-        env={**os.environ, **changes, "PYTHONPATH": path},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-
-
-def serve():
-    """Runs each function that is asked for in a child of its own, so that all share one import."""
-    for name in sys.stdin:
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            code = 0
-            try:
-                globals()[name.strip()]()
-            except BaseException:
-                code = 1
-                os.write(write, traceback.format_exc().encode()[-3000:])
-            os._exit(code)
-        os.close(write)
-        with os.fdopen(read, errors="replace") as f:
-            text = f.read()
-        code = os.waitpid(child, 0)[1]
-        print(json.dumps([code, text]), flush=True)
-
-
-def interpreted(function):
-    """Runs a function of this file where Triton interprets its kernels on the CPU."""
-    triton = pytest.importorskip("triton")
-    process = interpreter()
-    print(function, file=process.stdin, flush=True)
-    code, text = json.loads(process.stdout.readline())
-    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
-    if old and "only 0-dimensional arrays can be converted to Python scalars" in text:
-        pytest.skip(
-            f"the interpreter of triton {triton.__version__} fails with numpy {np.__version__} "
-            "on loop bounds"
-        )
-    assert code == 0, text
+interpreted = functools.partial(interpreted_in, "test_attention")
 
 
 def test_attention_kernels():

@@ -9,7 +9,7 @@ import importlib.util
 
 import pytest
 import torch
-from helpers import compiled_for_gpu, interpreted, stack_of
+from helpers import compiled_for_gpu, interpreted_in, stack_of
 from torch.nn import functional
 
 import dual
@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 
 @pytest.mark.parametrize("name", ["kernels_match", "network_matches"])
 def test_in_the_interpreter(name):
-    interpreted("test_fused", name)
+    interpreted_in("test_fused", name)
 
 
 def kernels_match():

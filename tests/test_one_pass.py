@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import gpu, interpreted, rel
+from helpers import gpu, interpreted_in, rel
 
 import one_pass
 from device import Graph
@@ -36,7 +36,7 @@ def gradients(n, device="cpu"):
 
 
 def test_in_the_interpreter():
-    interpreted("test_one_pass", "matches_the_formulas")
+    interpreted_in("test_one_pass", "matches_the_formulas")
 
 
 def matches_the_formulas():
