@@ -133,9 +133,13 @@ def attention_reference(
     scale=None,
     enable_gqa=False,
 ):
-    """`attention` in plain PyTorch operations, which every transform can follow."""
-    arguments = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    return attention_jvp_reference(q, k, v, None, None, None, *arguments)[0]
+    """`attention` in plain PyTorch operations, which every transform can follow. They compute in
+    float32 at least; under autocast the inputs are cast before, as those of `attention` are."""
+    name = "attention_reference"
+    checked = _checked(
+        name, q, k, v, None, None, None, attn_mask, dropout_p, is_causal, scale, enable_gqa
+    )
+    return _reference(*checked.tensors, checked.mask, is_causal, checked.scale)[0]
 
 
 def attention_jvp_reference(
@@ -151,7 +155,7 @@ def attention_jvp_reference(
     scale=None,
     enable_gqa=False,
 ):
-    """`attention_jvp` in plain PyTorch operations, which every transform can follow."""
+    """`attention_jvp` in plain PyTorch operations, as `attention_reference`."""
     name = "attention_jvp_reference"
     checked = _checked(
         name, q, k, v, tq, tk, tv, attn_mask, dropout_p, is_causal, scale, enable_gqa

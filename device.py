@@ -156,6 +156,24 @@ def from_all_ranks(value):
     return values
 
 
+def on_rank_0(function, *arguments):
+    """A function's value on rank 0, None on the others. All ranks call this.
+
+    Its UserError or OSError is raised on all of them, as a UserError.
+    """
+    value = None
+    complaint = None
+    if ranks_of_torchrun()[0] == 0:
+        try:
+            value = function(*arguments)
+        except (UserError, OSError) as error:
+            complaint = str(error)
+    complaint = from_rank_0(complaint)
+    if complaint:
+        raise UserError(complaint)
+    return value
+
+
 def data_parallel(module, bfloat16=False, for_graph=False):
     """torch's DistributedDataParallel: a module whose backward takes the mean over the ranks.
 

@@ -224,7 +224,7 @@ class Input:
         self.gaussian = None  # (mu, sigma), of a file or, after `measure`, of the images
         self.notes = ""  # how --save-stats made the statistics of a file
         self.features = None  # (n, 2048), of the images, after `measure`
-        self.few = None  # the remark that the images are too few
+        self.few = ""  # or the remark that the images are too few
         has_images, has_statistics = contents(path)
         # ADM's batches hold both. As samples they are measured; as a reference their published mu
         # and sigma count.
@@ -321,7 +321,7 @@ def check_options(args):
             kind = kind_of(args.samples)
         if args.size < 1 or not args.save_stats or kind != "folder":
             raise FidError(
-                "--size is at least 1 and goes with --save-stats of a folder, "
+                "--size is at least 1 and goes with --save-stats of a folder of image files, "
                 f"not {args.size} and {args.samples}"
             )
     if args.save_stats and os.path.exists(args.reference):
@@ -392,9 +392,8 @@ def main(argv=None):
 
 def print_fid(samples, reference, notes):
     distance = frechet_distance(*samples.gaussian, *reference.gaussian)
-    remarks = [notes, samples.few, reference.few]
-    in_brackets = "".join(f" ({remark})" for remark in remarks if remark)
-    print(f"FID {distance:.4f}{in_brackets}")
+    made_with = f" ({notes})" if notes else ""
+    print(f"FID {distance:.4f}{made_with}{samples.few}{reference.few}")
 
 
 def print_inception_score(features, net):

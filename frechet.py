@@ -75,13 +75,13 @@ class Moments:
         }
 
     def remark_on_few(self):
-        """What to print beside an FID of too few images, or None.
+        """What to print behind an FID of too few images, or "".
 
         The covariance of n images has rank n - 1, which must reach the number of dimensions.
         """
         if len(self.mean) == FEATURES and self.n <= FEATURES:
-            return f"too few images: {self.n} <= {FEATURES}"
-        return None
+            return f" (too few images: {self.n} <= {FEATURES})"
+        return ""
 
     def mean_and_covariance(self):
         """(dim,) and, unbiased, (dim, dim): float64 arrays. Raises FidError for fewer than 2."""

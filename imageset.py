@@ -31,6 +31,7 @@ from images import (
     tell_left_out,
     try_square,
 )
+from pictures import unlike_pictures
 
 WANTED = (
     "fid.py takes a folder or .zip of images, an .npz or .npy of uint8 images (N, H, W, 3), the "
@@ -65,7 +66,7 @@ def kind_of(path):
 
 
 def open_images(path, size=0):
-    """The images of a folder, an .npz, an .npy or data/NAME. Raises FidError or DataError.
+    """The images of a folder, an .npz, an .npy or data/NAME. Raises FidError.
 
     size: of a folder's images, which are then cut as prepare.py imagenet does; 0 leaves them as
     they are.
@@ -197,11 +198,9 @@ class DataImages:
         self.path = path
         self.remarks = Remarks()
         header, data = load_dataset(path)
-        shape = header["shape"]
-        is_rgb_or_gray = len(shape) == 3 and shape[0] in (1, 3)
-        if "vae" in header or header["dtype"] != "uint8" or not is_rgb_or_gray:
-            kind = "latents" if "vae" in header else header["dtype"]
-            raise FidError(f"{path}: images must be uint8 of 1 or 3 channels, not {kind} {shape}")
+        unlike = "latents" if "vae" in header else unlike_pictures(header, header["shape"])
+        if unlike:
+            raise FidError(f"{path}: images must be uint8 of 1 or 3 channels, not {unlike}")
         self.array = data["train_images"]  # (N, C, H, W)
         if not len(self.array):
             raise FidError(f"no training images in {path}")

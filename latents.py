@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from claims import LEFT_OUT, claim, clean_up_after, remove_files, unfinished
 from dataset import Writer, write_left_out
-from device import from_all_ranks, from_rank_0, join_ranks, ranks_of_torchrun
+from device import from_all_ranks, from_rank_0, join_ranks, on_rank_0, ranks_of_torchrun
 from files import written
 from header import DataError
 from images import Remarks, end_with_parent, printable, readable, tell_left_out, try_square
@@ -82,21 +82,11 @@ def encode_images(src, path, name, size, vae_files, vae_name, batch=0, measure=F
     shape = (vae.config.latent_channels, side, side)
 
     join_ranks("gloo", timedelta(days=7))  # torchrun ends all ranks when one of them ends
-    writer = None
-    complaint = None
     if rank == 0:
         tell_notes(labelled)
         tell_left_out(labelled.left_out)
         print("EXIF orientation is not applied, as in ADM's ImageNet", file=sys.stderr)
-        try:
-            writer = begin(path, plan, labelled, shape)
-        except DataError as error:
-            complaint = str(error)
-        except OSError as error:
-            complaint = f"cannot write {path}: {error}"
-    complaint = from_rank_0(complaint)
-    if complaint:
-        raise DataError(complaint)
+    writer = on_rank_0(begin, path, plan, labelled, shape)
     if from_rank_0(plan) != plan:
         raise DataError(f"rank {rank} finds other files in {src} than rank 0")
     encode_rows(path, plan, labelled, vae, rank, ranks)

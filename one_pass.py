@@ -61,7 +61,7 @@ def step(optimizer, averages):
         return
 
     torch._foreach_add_(counts, 1)
-    n = counts[0].double()  # all of them are the same number
+    n = torch.stack(counts).max().double()  # the same of all that had a gradient in all steps
     lr = torch.as_tensor(group["lr"], device=n.device)
     shrink = 1 - lr * group["weight_decay"]
     step_size = lr / (1 - beta1**n)

@@ -23,7 +23,13 @@ from files import UserError
 
 # What torch says in a RuntimeError that is no mistake in the code: a GPU or the host has no memory
 # left, or another rank has ended.
-OUTER_FAULTS = ("out of memory", "can't allocate memory", "by peer")
+OUTER_FAULTS = (
+    "out of memory",
+    "can't allocate memory",
+    "by peer",
+    "remote process exit",
+    "DataLoader worker",
+)
 
 
 class Option(NamedTuple):
@@ -152,24 +158,32 @@ def range_of(o):
 
 
 def differences(old, config, options, changed=""):
-    """What keeps a run with the constants `old` from going on with `config`, and what is new.
+    """What keeps a run with the constants `old` from going on with `config`; what is new; and gone.
 
-    changed: names, with commas between them, of constants that are to change. Returns two lists
-    of text: "lr 0.002 -> 0.1" for what differs and must not, and "warmup=10" for constants that
-    the old run did not know, which have today's value. Exits where `changed` has a name that is
-    no option.
+    changed: names, with commas between them, of constants that are to change. Returns three lists
+    of text: "lr 0.002 -> 0.1" for what differs and must not, "warmup=10" for constants that the old
+    run did not know, which have today's value, and "mlp='swiglu'" for what only the old one knew.
     """
-    on_purpose = [name.strip() for name in changed.split(",") if name.strip()]
-    for name in on_purpose:
-        if name not in options:
-            fail(f"change names {name!r}, which is no option; {did_you_mean(name, options)}")
+    on_purpose = names_in(changed)
     wrong, new = [], []
     for name, value in config.items():
         if name not in old:
             new.append(f"{name}={value!r}")
         elif old[name] != value and not options[name].later and name not in on_purpose:
             wrong.append(f"{name} {old[name]!r} -> {value!r}")
-    return wrong, new
+    gone = [f"{name}={value!r}" for name, value in old.items() if name not in config]
+    return wrong, new, gone
+
+
+def names_in(text):
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def check_change(changed, options):
+    """Exit where `changed`, names with commas between them, has one that is no option."""
+    for name in names_in(changed):
+        if name not in options:
+            fail(f"change names {name!r}, which is no option; {did_you_mean(name, options)}")
 
 
 def headings_of(file):

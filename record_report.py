@@ -4,7 +4,8 @@ The tables and figures of record.py, from its log alone.
     python record.py --report [--log=FILE] [--page=FILE]
 
 Beside the log it writes record-tables.md, record.png and, where the pictures of the runs lie there,
-samples.png. The tables also go to the page, in the place of all that follows its marker.
+samples.png. (Of a log with a name of its own, NAME.jsonl, the first two are NAME-tables.md and
+NAME.png.) The tables also go to the page, in the place of all that follows its marker.
 """
 
 import os
@@ -196,8 +197,9 @@ def text_of_tables(first, of_round, ideas, methods, nfes):
 # ---- figures -------------------------------------------------------------------------------------
 
 
-def draw_figures(first, groups, methods, seconds, folder, prefix):
-    """record.png and samples.png: the methods, and the best of all `groups`."""
+def draw_figures(first, groups, methods, seconds, path, prefix):
+    """The figure `path`, and samples.png beside it: the methods, and the best of all `groups`."""
+    folder = os.path.dirname(path)
     nfes = [str(nfe) for nfe in first["settings"]["nfes"]]
     groups = [group for group in groups if group.runs]
     best = best_group(groups, nfes)
@@ -207,7 +209,7 @@ def draw_figures(first, groups, methods, seconds, folder, prefix):
         if is_method or group is best:
             shown[group.name()] = group.runs
     title = f"Equal training time, {seconds:g} s a run"
-    draw_scores(shown, first, title, os.path.join(folder, "record.png"))
+    draw_scores(shown, first, title, path)
 
     rows = []
     for group in groups:
@@ -249,12 +251,17 @@ def report(log, ideas, methods, prefix, page=None):
     text = text_of_tables(first, of_round, ideas, methods, nfes)
     print(text, end="")
     folder = os.path.dirname(log) or "."
-    with open(os.path.join(folder, "record-tables.md"), "w") as f:
+    name = os.path.splitext(os.path.basename(log))[0]
+    if name == "log":
+        name = "record"
+    with open(os.path.join(folder, f"{name}-tables.md"), "w") as f:
         f.write(text)
     if page:
         put_into_page(text, page)
     seconds = max(of_round)
-    draw_figures(first, of_round[seconds], methods, seconds, folder, prefix)
+    draw_figures(
+        first, of_round[seconds], methods, seconds, os.path.join(folder, f"{name}.png"), prefix
+    )
 
 
 def put_into_page(text, page):

@@ -366,8 +366,7 @@ class Report:
         n = self.config["fid_images"]
         self.log(step=step, nfe=1, fid=score, images=n, reference=self.config["fid_reference"])
         few = moments.remark_on_few()
-        in_brackets = f" ({few})" if few else ""
-        tqdm.write(f"step {step}: FID {score:.3f} of {n} one-step samples{in_brackets}")
+        tqdm.write(f"step {step}: FID {score:.3f} of {n} one-step samples{few}")
 
     # ---- scores ----------------------------------------------------------------------------------
 

@@ -39,7 +39,15 @@ from tqdm import tqdm
 import fid
 from batches import conditions
 from checkpoint import raw_bytes
-from device import Graph, abilities, find_device, from_rank_0, join_ranks, ranks_of_torchrun
+from device import (
+    Graph,
+    abilities,
+    find_device,
+    from_rank_0,
+    join_ranks,
+    on_rank_0,
+    ranks_of_torchrun,
+)
 from dual import column, widest
 from files import UserError
 from loss import EULER
@@ -431,9 +439,7 @@ class Score:
         for features in batches:
             moments.add(torch.from_numpy(features))
         distance = fid.frechet_distance(*moments.mean_and_covariance(), *self.reference)
-        few = moments.remark_on_few()
-        in_brackets = f" ({few})" if few else ""
-        return f"FID {distance:.4f}{in_brackets} against {self.path}"
+        return f"FID {distance:.4f}{moments.remark_on_few()} against {self.path}"
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -499,20 +505,6 @@ def claim_parts(parts, args):
     return parts.missing()
 
 
-def claim_on_rank_0(parts, args):
-    """`claim_parts` on rank 0. Returns the missing batches, or raises its UserError, on all."""
-    missing, complaint = None, None
-    if ranks_of_torchrun()[0] == 0:
-        try:
-            missing = claim_parts(parts, args)
-        except (UserError, OSError) as error:
-            complaint = str(error)
-    missing, complaint = from_rank_0((missing, complaint))
-    if complaint:
-        raise UserError(complaint)
-    return missing
-
-
 @torch.no_grad()
 def main():
     args = parse()
@@ -532,7 +524,7 @@ def main():
     score = Score(args.fid, args.inception, device) if args.fid else None
     key = key_of(plan, about, model, device, vae, score)
     parts = Parts(args.parts, key, plan.batches())
-    missing = claim_on_rank_0(parts, args)
+    missing = from_rank_0(on_rank_0(claim_parts, parts, args))
     if rank == 0 and plan.class_counts:
         tell_classes(plan.classes, class_names(header))
 

@@ -27,8 +27,12 @@ def read_statistics(path):
             found = pickled_statistics(path)
         elif kind == "npz":
             found = npz_statistics(path)
-        else:
+        elif kind == "other":
             raise FidError(f"cannot read {path}: {WANTED}")
+        else:
+            raise FidError(
+                f"{path} holds images: python fid.py --save-stats {path} stats.npz makes statistics"
+            )
         mu = np.asarray(found["mu"])
         sigma = np.asarray(found["sigma"])
         refuse_unless_real(path, mu.dtype, sigma.dtype)

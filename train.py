@@ -13,7 +13,7 @@ Edit the constants in place; a flag such as --lr=1e-3 overrides one. Output, in 
     ckpt.safetensors        the evaluation network, with everything that sample.py needs
     state_STEP.safetensors  weights, both EMAs, optimizer: the same command again goes on from here
     log.jsonl               constants and commit, then losses and scores
-    samples_STEP.png        rows: 1, 2, 4 steps; columns: classes
+    samples_STEP.png        rows: 1, 2, 4 steps; columns: ten images, of the classes in turn
     curve.png               the loss
     lock                    held by the process that trains NAME
 SIGTERM and SIGINT (Ctrl-C) end a run after its step and a save. A second signal, more than two
@@ -60,8 +60,8 @@ from device import (
     data_parallel,
     find_device,
     from_all_ranks,
-    from_rank_0,
     join_ranks,
+    on_rank_0,
     ranks_agree,
     ranks_of_torchrun,
     without_torchrun,
@@ -79,7 +79,15 @@ from loss import (
 )
 from model import SIZES, DiT, DiTConfig, compile_blocks
 from muon import Muon, matrices_of_blocks
-from options import Option, configure, differences, fail, options_of, set_up_streams
+from options import (
+    Option,
+    check_change,
+    configure,
+    differences,
+    fail,
+    options_of,
+    set_up_streams,
+)
 from report import Losses, Report, git_commit
 from shard import all_finite, gather, own_part, shard_loss, shard_weights, whole
 from vae import SD_VAE
@@ -120,9 +128,9 @@ mu_s           = Option(-0.4,       "mean of logit(s)")
 sigma_s        = Option(1.0,        "standard deviation of that logit", above=0)
 p_equal        = Option(0.0,        "the probability of t = s", least=0, most=1)
 guidance       = Option("constant", "how w is drawn; constant: w itself", choices=GUIDANCE)
-w              = Option(1.25,       "guidance weight, where it is constant; 1: none", least=1e-3)
-w_min          = Option(1.0,        "the smallest weight, where it is drawn", least=1e-3)
-w_max          = Option(1.0,        "the largest weight, where it is drawn", least=1e-3)
+w              = Option(1.25,       "guidance weight, if constant; 1: none", least=1e-3, below=1e6)
+w_min          = Option(1.0,        "the smallest weight, if it is drawn", least=1e-3, below=1e6)
+w_max          = Option(1.0,        "the largest weight, if it is drawn", least=1e-3, below=1e6)
 label_dropout  = Option(0.1,        "share of samples that lose their label", least=0, below=1)
 detach_jvp     = Option(False,      "no gradient through dF/ds: faster, biased")
 # optimization (AdamW, and Muon with momentum 0.95 where muon_lr is above 0)
@@ -198,6 +206,7 @@ globals().update(config)  # from here on lr is a number, not an Option
 if name != os.path.basename(name) or name in (".", ".."):
     fail(f'the run\'s name {name!r} must be a plain folder name without "/": give --name=NAME')
 out = os.path.join("out", name)
+check_change(change, OPTIONS)
 times_config = dict(sampler=times, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, p_equal=p_equal)
 guidance_config = dict(sampler=guidance, w=w, w_min=w_min, w_max=w_max)
 try:
@@ -391,8 +400,10 @@ def write_evaluated(step, tensors):
 
 def resume():
     """Load the newest whole state, where there is one. Returns the step to go on from."""
-    own = partial(own_part, mesh=weights[0].device_mesh) if shard else torch.clone
-    found = load_newest(out, device, quiet=rank > 0, keep=own)
+    keep_of = torch.clone
+    if shard:
+        keep_of = partial(own_part, mesh=weights[0].device_mesh)  # of each tensor this rank's part
+    found = load_newest(out, device, quiet=rank > 0, keep=keep_of)
     if not found:
         return 0
     path, state, was = found
@@ -401,12 +412,14 @@ def resume():
     if (was_muon_lr != 0) != (muon_lr != 0):
         by = "AdamW alone" if was_muon_lr == 0 else "Muon"
         fail(f"{path} was trained by {by}: go on with --muon_lr={was_muon_lr}")
-    wrong, new = differences(was["train"], config, OPTIONS, change)
+    wrong, new, gone = differences(was["train"], config, OPTIONS, change)
     if wrong:
         fail(
             f"{path} is of another config ({', '.join(wrong)}): give this run another --name, "
             f"delete {out}, or allow the change with --change=NAME,..."
         )
+    if gone and rank == 0:
+        print(f"{path} had these constants, which are no more: {', '.join(gone)}")
     if new and rank == 0:
         print(f"{path} is from before these constants, which have today's value: {', '.join(new)}")
     was_steps = was["train"].get("steps")
@@ -433,7 +446,7 @@ def resume():
             begin_anew.append(key)
     if begin_anew and rank == 0:
         names = f"{len(begin_anew)} of {len(parameters)} weights, the first {begin_anew[0]}"
-        print(f"{path} has no state of the optimizer for {names}: it begins anew for these")
+        print(f"{path} has no state of the optimizer for {names}: it begins with zeros there")
     return was["step"]
 
 
@@ -442,26 +455,20 @@ try:
     report.load()  # complain now rather than in a day
 except (UserError, OSError, ValueError) as error:
     fail(error)
-complaint = None
-if rank == 0:
-    try:
-        lock = hold(out, lock_wait)  # out/NAME is this process's own until it ends
-    except OSError as error:
-        complaint = f"cannot train in {out}: {error}"
-complaint = from_rank_0(complaint)
-if complaint:
-    fail(complaint)
+try:
+    lock = on_rank_0(hold, out, lock_wait)  # out/NAME is this process's own until it ends
+except UserError as error:
+    fail(f"cannot train in {out}: {error}")
 try:
     first_step = resume()
 except CheckpointError as error:
     fail(error)
-if distributed:
-    first_steps = from_all_ranks(first_step if os.path.isdir(out) else "nowhere")
-    if len(set(first_steps)) > 1:
-        fail(
-            f"the ranks would go on from different steps, {first_steps}: "
-            f"{out} must be one folder that all of them see"
-        )
+first_steps = from_all_ranks(first_step)
+if not all(from_all_ranks(os.path.isdir(out))) or len(set(first_steps)) > 1:
+    fail(
+        f"{out} must be one folder that all ranks see; the steps that they would go on from are "
+        f"{first_steps}"
+    )
 if has_copies:
     for net in nets.values():
         for t in net.state_dict().values():
@@ -635,8 +642,10 @@ for step in progress:
             )
         shown = report.log_losses(done, losses, batches, skipped)
         progress.set_postfix_str(shown)
-    # No save while steps are being skipped, but at the end.
     at_end = done == steps or stop
+    if done == steps and skipped == done - first_step:
+        fail(f"nothing was learned: the loss or its gradient was not finite in all {skipped} steps")
+    # No save while steps are being skipped, but at the end.
     if (done % save_every == 0 and not skipped_in_a_row) or at_end:
         saved = save(done)
         if saved:
@@ -663,8 +672,6 @@ if stop or stop_request.asked():
             file=sys.stderr,
         )
     sys.exit(stop_request.exit_code())
-if skipped and skipped == done - first_step:
-    fail(f"nothing was learned: the loss or its gradient was not finite in all {skipped} steps")
 if rank == 0:
     if can_score:
         report.log_scores(steps)

@@ -155,8 +155,8 @@ def test_a_state_stands_for_its_evaluation_network(folder):
 
 
 def test_a_run_from_before_a_constant(folder, capsys):
-    """What the old state does not know has today's value, which is said. What it knows and today's
-    train.py does not is no matter."""
+    """What the old state does not know has today's value. What today's train.py does not know is
+    gone. Both are said."""
     assert train("--steps=1") is None
     path = "out/digits/state_1.safetensors"
     tensors, about = ckpt.load_tensors(path)
@@ -166,7 +166,9 @@ def test_a_run_from_before_a_constant(folder, capsys):
     ckpt.save_tensors(path, tensors, about)
     capsys.readouterr()
     assert train("--steps=2") is None
-    lines = [line for line in capsys.readouterr().out.splitlines() if "from before" in line]
+    said = capsys.readouterr().out
+    assert f"{path} had these constants, which are no more: gone=3\n" in said
+    lines = [line for line in said.splitlines() if "from before" in line]
     assert lines == [
         f"{path} is from before these constants, which have today's value: kappa=0.5, warmup=0"
     ]

@@ -140,12 +140,12 @@ def test_moments_of_batches():
 def test_moments_say_when_images_are_few():
     wide = Moments(2048)
     wide.n = 2048
-    assert wide.remark_on_few() == "too few images: 2048 <= 2048"
+    assert wide.remark_on_few() == " (too few images: 2048 <= 2048)"
     wide.n = 2049
-    assert wide.remark_on_few() is None
+    assert wide.remark_on_few() == ""
     narrow = Moments(6)
     narrow.add(randn(3, 6))
-    assert narrow.remark_on_few() is None
+    assert narrow.remark_on_few() == ""
 
 
 def test_moments_refuse():

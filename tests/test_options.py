@@ -192,14 +192,15 @@ def test_options_of_a_module():
 def test_differences():
     """What may not change, what may, what is new, what is gone, and what changes on purpose."""
     now = values()
-    assert differences(now, now, OPTIONS) == ([], [])
+    assert differences(now, now, OPTIONS) == ([], [], [])
     old = dict(now, lr=0.5, steps=3, gone=7)
-    assert differences(old, now, OPTIONS) == (["lr 0.5 -> 0.001"], [])
-    assert differences(old, now, OPTIONS, "lr") == ([], [])
+    assert differences(old, now, OPTIONS) == (["lr 0.5 -> 0.001"], [], ["gone=7"])
+    assert differences(old, now, OPTIONS, "lr") == ([], [], ["gone=7"])
     del old["mode"]
-    assert differences(old, now, OPTIONS, "scaled, lr,") == ([], ["mode='gap'"])
+    assert differences(old, now, OPTIONS, "scaled, lr,") == ([], ["mode='gap'"], ["gone=7"])
+    options.check_change("scaled, lr,", OPTIONS)
     with pytest.raises(SystemExit, match="change names 'lrr', which is no option; did you mean lr"):
-        differences(old, now, OPTIONS, "lrr")
+        options.check_change("lrr", OPTIONS)
 
 
 # ---- how scripts end -----------------------------------------------------------------------------

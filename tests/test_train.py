@@ -406,6 +406,7 @@ def test_a_run_that_only_skips(folder):
     with open("out/b/log.jsonl") as f:
         skipped = [line["skipped"] for line in map(json.loads, f) if "skipped" in line]
     assert skipped == [1, 2, 3, 4]
+    assert not ckpt.states("out/b")  # the same command does not take it for a run that went well
 
 
 # ---- what is refused -----------------------------------------------------------------------------
