@@ -86,7 +86,7 @@ def encode_images(src, path, name, size, vae_files, vae_name, batch=0, measure=F
         tell_notes(labelled)
         tell_left_out(labelled.left_out)
         print("EXIF orientation is not applied, as in ADM's ImageNet", file=sys.stderr)
-    writer = on_rank_0(begin, path, plan, labelled, shape)
+    writer = on_rank_0(begin_or_say_why, path, plan, labelled, shape)
     if from_rank_0(plan) != plan:
         raise DataError(f"rank {rank} finds other files in {src} than rank 0")
     encode_rows(path, plan, labelled, vae, rank, ranks)
@@ -117,6 +117,14 @@ def make_plan(labelled, size, batch, vae_name, vae_crc32, measure):
         labels_crc32=f"{zlib.crc32(labels):08x}",
         measure=measure,
     )
+
+
+def begin_or_say_why(path, *arguments):
+    """`begin`, where an OSError becomes a DataError."""
+    try:
+        return begin(path, *arguments)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error}") from None
 
 
 def begin(path, plan, labelled, shape):
