@@ -392,8 +392,8 @@ def main(argv=None):
 
 def print_fid(samples, reference, notes):
     distance = frechet_distance(*samples.gaussian, *reference.gaussian)
-    made_with = f" ({notes})" if notes else ""
-    print(f"FID {distance:.4f}{made_with}{samples.few}{reference.few}")
+    in_brackets = f" ({notes})" if notes else ""
+    print(f"FID {distance:.4f}{in_brackets}{samples.few}{reference.few}")
 
 
 def print_inception_score(features, net):

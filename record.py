@@ -420,9 +420,8 @@ def make_round(protocol, a_round, log, tiny):
 
     def make_judge():
         judge = Judge(protocol, fresh, data_header, data, device)
-        if not os.path.exists(log):
-            first = dict(settings=settings, **study.here_and_now(), real=rounded(judge.real))
-            study.begin_log(log, first)
+        first = dict(settings=settings, **study.here_and_now(), real=rounded(judge.real))
+        study.begin_log(log, first)
         return judge
 
     runs = RoundRuns(protocol, log, make_judge, step_ms, device, a_round)

@@ -429,7 +429,9 @@ def visible_gpus():
 
 
 def begin_log(log, first):
-    """Write a log's first line, whole or not at all."""
+    """Write a log's first line, whole or not at all. A log that is there stays as it is."""
+    if os.path.exists(log):
+        return
     with written(log) as f:
         f.write(json.dumps(first, allow_nan=False).encode() + b"\n")
 
@@ -468,8 +470,7 @@ def study(protocol, log, tiny):
 
     def make_judge():
         judge = Judge(protocol, fresh, header, data, device)
-        if not os.path.exists(log):
-            begin_log(log, dict(first, real=judge.real))
+        begin_log(log, dict(first, real=judge.real))
         return judge
 
     runs = Runs(protocol, log, make_judge, first["step_ms"], device)

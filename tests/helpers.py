@@ -402,12 +402,17 @@ def log_lines(name):
     return [json.loads(text) for text in texts if text.endswith("}")]
 
 
-def write_dataset(name, shape, train=24, test=8, classes=2):
-    """Random images of a shape (C, H, W) as data/NAME, in classes of one size. 0: no labels."""
-    rng = np.random.default_rng(0)
+def write_dataset(name, shape, train=24, test=8, classes=2, images=None):
+    """Images (N, C, H, W), by default random ones of a shape (C, H, W), as data/NAME.
+
+    Classes are of one size. 0: no labels.
+    """
+    if images is None:
+        rng = np.random.default_rng(0)
+        images = rng.integers(0, 256, (train + test, *shape), dtype=np.uint8)
     writer = dataset.Writer(f"data/{name}", shape, {"train": train, "test": test})
     for i in range(train + test):
-        writer.set(i, rng.integers(0, 256, shape, dtype=np.uint8), i % max(1, classes))
+        writer.set(i, images[i], i % max(1, classes))
     writer.finish(name, [f"class {c}" for c in range(classes)])
 
 

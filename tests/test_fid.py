@@ -28,12 +28,12 @@ from helpers import (
     run_script,
     seeded_inception,
     torchrun,
+    write_dataset,
     write_picture,
 )
 from PIL import Image
 from test_prepare import python_members, write_cifar10
 
-import dataset
 import fid
 import files
 import images
@@ -463,24 +463,20 @@ def test_arrays_in_other_clothes(pixels, capfd):
     assert "named.npz: its array samples is taken" in capfd.readouterr().err
 
 
-def write_data(path, images, **about):
-    """A data/NAME of images (N, H, W, C), with one image to test on."""
-    n, height, width, channels = images.shape
-    with dataset.Writer(path, (channels, height, width), {"train": n, "test": 1}) as writer:
-        for i in range(n):
-            writer.set(i, images[i].transpose(2, 0, 1), 0)
-        writer.set(n, images[0].transpose(2, 0, 1), 0)
-        writer.finish(os.path.basename(path), ["one"], **about)
+def write_data(name, pixels):
+    """Images (N, H, W, C) as data/NAME, the last of them to test on."""
+    images = np.moveaxis(pixels, -1, 1)
+    write_dataset(name, images.shape[1:], len(images) - 1, 1, classes=1, images=images)
 
 
 def test_the_training_images_of_data(pixels):
     """data/NAME has the scores of its training images."""
-    write_data("data/rgb", pixels[:12])
+    write_data("rgb", pixels[:13])
     want = fid_main("a.npz", "b.npz")
     assert len(numbers(want)) == 4
     assert fid_main("data/rgb", "b.npz") == want
     np.savez("gray.npz", arr_0=pixels[:12, ..., :1])
-    write_data("data/gray", pixels[:12, ..., :1])
+    write_data("gray", pixels[:13, ..., :1])
     assert fid_main("data/gray", "b.npz") == fid_main("gray.npz", "b.npz")
     assert fid_main("--save-stats", "data/rgb", "stats.npz") == ""
     assert fid_main("--save-stats", "a.npz", "stats_of_a.npz") == ""
@@ -489,9 +485,9 @@ def test_the_training_images_of_data(pixels):
 
 
 def test_data_that_are_no_images(pixels):
-    write_data("data/two", pixels[:3, ..., :2])
+    write_data("two", pixels[:3, ..., :2])
     assert "uint8 of 1 or 3 channels, not 2 channels" in fid_main("data/two", "b.npz")
-    write_data("data/rgb", pixels[:3])
+    write_data("rgb", pixels[:3])
     options = ("--save-stats", "data/rgb", "stats.npz")
     assert "goes with --save-stats of a folder" in fid_main(*options, "--size=16")
     os.truncate("data/rgb/train_images.npy", 500)
