@@ -50,6 +50,8 @@ MODES = {  # of a step: what TrainingStep is given, and passes that its products
     "checkpointed": (dict(checkpoint=True), 11),
     "detach_jvp": (dict(detach_jvp=True), 9),
     "flow_matching": (dict(flow=True), 3),
+    "muon": (dict(muon=True), 11),  # Muon's own products, some 7 TFLOP for XL/2, do not count
+    "bfloat16_sums": (dict(bfloat16_sums=True), 11),
     "sharded": (dict(shard=True), 11),
     "sharded_checkpointed": (dict(shard=True, checkpoint=True), 11),
 }
@@ -124,7 +126,8 @@ def step_table(size, input_size, batch, modes):
     )
     for mode in modes:
         options, passes = MODES[mode]
-        if options.get("shard") and not dist.is_initialized():
+        needs_ranks = options.get("shard") or options.get("bfloat16_sums")
+        if needs_ranks and not dist.is_initialized():
             show(f"{mode:>20} | needs torchrun")
             continue
         try:

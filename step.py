@@ -62,6 +62,7 @@ class TrainingStep:
         flow=False,
         objective="tvm",
         muon=False,
+        bfloat16_sums=False,
         device="cuda",
     ):
         """config: a DiTConfig. batch: images a step of this rank.
@@ -71,6 +72,7 @@ class TrainingStep:
         backward of the pass with a derivative, and half of them in that of the others.
         detach_jvp: no gradient through dF/ds. flow: FlowMatching above, instead of `objective`,
         which is one of loss.OBJECTIVES. muon: the blocks' matrices are trained by Muon.
+        bfloat16_sums: the ranks of torchrun send their gradients as bfloat16.
         """
         torch.manual_seed(0)
         torch._dynamo.reset()
@@ -125,7 +127,7 @@ class TrainingStep:
         if shard:
             self.parallel = shard_loss(self.loss)
         elif self.has_copies:
-            self.parallel = data_parallel(self.loss, for_graph=self.use_graphs)
+            self.parallel = data_parallel(self.loss, bfloat16_sums, for_graph=self.use_graphs)
 
         shape = (config.in_channels, *config.height_and_width)
         self.images = torch.randn(BATCHES, batch, *shape)
