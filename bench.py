@@ -219,12 +219,12 @@ def memory_rate(size=2**31):
 
 
 def trainer_table(preset, input_size, batch):
-    """Its speed and its waits for data, after the first quarter of 40 steps, by its own log."""
+    """Its speed and its waits for data, after the first quarter of 100 steps, by its own log."""
     name = "bench-trainer"
     write_random_latents(name, input_size)
     shutil.rmtree(f"out/{name}", ignore_errors=True)
     flags = [f"--preset={preset}", f"--dataset={name}", f"--name={name}"]
-    flags += [f"--batch_size={batch}", "--steps=40", "--log_every=10"]
+    flags += [f"--batch_size={batch}", "--steps=100", "--log_every=25"]
     if subprocess.run([sys.executable, os.path.join(HERE, "train.py"), *flags]).returncode:
         raise UserError("train.py failed")
     with open(f"out/{name}/log.jsonl") as f:

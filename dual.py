@@ -314,6 +314,9 @@ def linear_gelu(layer, x):
     x = total(x)
     if not has_kernels(x, before=layer):
         return gelu(linear(layer, x))
+    dtype = product_dtype(x)
+    if not isinstance(x, Dual) and dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        return fused.linear_gelu(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
     u = linear_constant_bias(layer, x)
     return pair(*fused.gelu(value_of(u), tangent_of(u), layer.bias))
 
@@ -369,6 +372,7 @@ def values_and_tangents(*parts):
 
 def product_dtype(x):
     """The dtype in which a linear layer computes."""
+    x = value_of(x)
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype

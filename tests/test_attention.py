@@ -1709,7 +1709,10 @@ def test_attention_gpu_causal_and_not_square(D, monkeypatch):
 
 @gpu
 def test_attention_gpu_masks_that_hide_nothing(monkeypatch):
-    """The same to the bit as without a mask; hidden keys at the end as if they were not there."""
+    """The same as without a mask; and hidden keys at the end are as if they were not there.
+
+    Not to the bit: centres are estimated in two ways, so each result is rounded in its own way.
+    """
     monkeypatch.setattr(A, "FUSED", "require")
 
     def all_of(x, mask=None):
@@ -1719,8 +1722,8 @@ def test_attention_gpu_masks_that_hide_nothing(monkeypatch):
 
     x = six(2, 2, 128, 256, 64, torch.bfloat16, "cuda")
     mask = torch.ones(2, 1, 1, 256, dtype=torch.bool, device="cuda")
-    pairs = zip(all_of(x), all_of(x, mask), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    for a, b in zip(all_of(x), all_of(x, mask), strict=True):
+        assert rel(a, b) < 3e-3
     mask[..., 100:] = False
     few = [t if i % 3 == 0 else t[:, :, :100] for i, t in enumerate(x)]
     for a, b in zip(all_of(x, mask), all_of(few), strict=True):

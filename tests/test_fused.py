@@ -9,7 +9,8 @@ import importlib.util
 
 import pytest
 import torch
-from helpers import compiled_for_gpu, interpreted_in, stack_of
+from helpers import compiled_for_gpu, gpu, interpreted_in, stack_of
+from torch import nn
 from torch.nn import functional
 
 import dual
@@ -340,3 +341,22 @@ def test_the_backward_does_not_spill(capability, tmp_path):
     made = compiled_for_gpu(kernel, signature, constants, aligned, capability, options)
     assert stack_of(made, tmp_path) == 0
     assert made.metadata.shared <= 99 * 1024
+
+
+@gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gpu_linear_gelu(compiled):
+    """Without gradients dual.linear_gelu is one kernel in bfloat16. In float32 it is exact."""
+    torch.manual_seed(0)
+    layer = nn.Linear(72, 144, device="cuda")
+    nn.init.normal_(layer.bias)
+    x = torch.randn(2, 33, 72, device="cuda").bfloat16().float()
+    exact = x.double() @ layer.weight.double().t() + layer.bias.double()
+    run = torch.compile(dual.linear_gelu, fullgraph=True) if compiled else dual.linear_gelu
+    for half in (True, False):
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=half):
+            out = run(layer, x)
+        assert out.dtype == (torch.bfloat16 if half else torch.float32)
+        assert error(out, tanh_gelu(exact)) < (5e-3 if half else 1e-6)
+    with pytest.raises(ValueError, match="linear_gelu wants x of"):
+        fused.linear_gelu(x[..., 1:], layer.weight, layer.bias)
