@@ -65,9 +65,9 @@ KERNELS = {  # kinds of GPU kernels by what their names hold; the first kind tha
 OTHER = "other"
 # Tensors (B, T, D) in bfloat16 that fused.py must read or write in a block, in a compiled step:
 # value and tangent forward and backward, the target network at both points, and the value alone
-# forward and backward. docs/performance.md has the table.
+# forward and backward. docs/performance.md has the table. (The target's GELU is in its product.)
 TENSORS_OF_ADD_NORM = 20 + 25.5 + 24 + 12 + 13.5
-TENSORS_OF_GELU = 16 + 24 + 16 + 8 + 12
+TENSORS_OF_GELU = 16 + 24 + 0 + 8 + 12
 TENSORS_OF_QK_NORM = 8 + 16 + 8 + 4 + 8
 BYTES_OF_UPDATE = 44  # a weight: it, its gradient, two moments and two averages, read or written
 

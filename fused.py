@@ -947,7 +947,7 @@ def _(x, weight, bias):
 
 
 def linear_gelu(x, weight, bias):
-    """The tanh form of GELU of x W^T + b, in one kernel of cuBLASLt: (..., N), without a derivative.
+    """GELU in its tanh form of x W^T + b: (..., N), in one kernel of cuBLASLt. No derivative.
 
     x (..., D), weight (N, D), bias (N,): CUDA tensors in bfloat16. The product is not rounded
     before its GELU. (In float32 cuBLASLt's GELU is wrong by 2e-6, so dual.py does not take it.)

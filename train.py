@@ -195,6 +195,7 @@ PRESETS = {
     ),
     "im512_w2p25": dict(IMAGENET, dataset="im512", w=2.25, grad_clip=1.0),
     "im256_short": dict(IMAGENET, dataset="im256", w=2.0, steps=200_000, batch_size=1024),
+    "im256_record": dict(IMAGENET, dataset="im256", w=2.0, muon_lr=1e-4),  # not the paper's
 }
 # fmt: on
 

@@ -361,6 +361,9 @@ def test_published_presets(capsys, folder):
     short = helped_config(capsys, "--preset=im256_short")
     assert short["batch_size"] == 1024
     assert short["steps"] == 200_000
+    w2 = helped_config(capsys, "--preset=im256_w2")
+    record = helped_config(capsys, "--preset=im256_record")
+    assert record == {**w2, "preset": "im256_record", "muon_lr": 1e-4}
 
 
 def helped_config(capsys, *arguments):
