@@ -146,9 +146,8 @@ def missing_parts(about):
 def load_checkpoint(path, device="cpu", needs_about=True):
     """The network of a file -> (its tensors, about). Of a state it is the evaluation network."""
     tensors, about = load_tensors(path, device, needs_about)
-    if "eval.pos_embed" in tensors:
-        tensors = strip_prefix(tensors, "eval.")
-    return tensors, about
+    evaluated = strip_prefix(tensors, "eval.")  # no part of a network can have this name
+    return evaluated or tensors, about
 
 
 def strip_prefix(tensors, prefix):
@@ -174,7 +173,7 @@ def initialize_from(path, model, header, partly):
     config = type(model.config)(**was["config"])
     now = {**vars(model.config), **units(header)}
     before = {**vars(config), **units(was["data"])}
-    before["time_init"] = now["time_init"]  # says only how weights start, and these are loaded
+    now.pop("time_init", None)  # says only how weights start, and these are loaded
     differ = [f"{key} {before[key]!r} -> {now[key]!r}" for key in now if before[key] != now[key]]
     if differ:
         raise CheckpointError(
@@ -246,7 +245,7 @@ def check_run(path, tensors, about, nets):
 
     nets: the names of its networks.
     """
-    missing = [f"{kind}.pos_embed" for kind in nets if f"{kind}.pos_embed" not in tensors]
+    missing = [f"weights of {kind}" for kind in nets if not strip_prefix(tensors, f"{kind}.")]
     if not isinstance(about.get("train"), dict):
         missing.append("constants")
     step = about.get("step")

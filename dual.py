@@ -71,7 +71,7 @@ def value_of(x):
 
 
 def tangent_of(x):
-    """The tangent of a Dual; None of a tensor."""
+    """The tangent of a Dual; None for a tensor."""
     x = total(x)
     return x.tangent if isinstance(x, Dual) else None
 
@@ -99,7 +99,7 @@ def split(f, x):
 
 
 def cat(parts, dim):
-    """torch.cat of tensors and Duals. A tensor among Duals is a constant."""
+    """torch.cat of tensors and Duals, for your own networks. A tensor among Duals is a constant."""
     parts = [total(part) for part in parts]
     if not any(isinstance(part, Dual) for part in parts):
         return torch.cat(parts, dim)

@@ -132,7 +132,7 @@ def choose_classes(text, header, num_classes):
 def make_images(model, about, classes, rows, nfe, seed, vae=None):
     """Samples row by row, a column a class: uint8 (rows * columns, H, W, C)."""
     header = about["data"]
-    device = model.pos_embed.device
+    device = next(model.parameters()).device
     n = rows * len(classes)
     x1, _ = noise_and_labels(seed, range(n), noise_shape(model.config, header))
     y = conditions(torch.tensor(classes * rows), header).to(device)

@@ -5,7 +5,7 @@ Zhou, Parger, Haque, Song, arXiv 2511.19797; equation numbers are the paper's.
 Conventions, everywhere in this project:
     x0 data, x1 noise ~ N(0, I), x_t = (1-t) x0 + t x1, v = x1 - x0
     t = 1 is noise, t = 0 is data, 0 <= s <= t <= 1
-    F(x, t, s, y, w)  the network; y a class or "no class", w the guidance weight
+    F(x, t, s, y, w)  the network; y a class, or none ("no class"); w the guidance weight
     k = w in the scaled parameterization (config.scaled), else 1
     f(x, t, s) = (s-t) k F(x, t, s)   displacement from time t to time s
     u(x, s)    = k F(x, s, s)         velocity at time s
@@ -36,11 +36,11 @@ from torch import Tensor, nn
 from dual import at_least_float32, column
 
 OBJECTIVES = ("tvm", "meanflow", "improved_meanflow", "alpha_flow", "flow_matching")
-EULER = ("flow_matching",)  # of s = t alone: sampled by Euler steps with F(x, t, t)
+EULER = ("flow_matching",)  # trained at s = t only: sampled by Euler steps with F(x, t, t)
 MEANFLOWS = ("meanflow", "improved_meanflow", "alpha_flow")  # MeanFlow and its relatives
 DETACHED_JVP = ("meanflow", "improved_meanflow")  # no gradient goes through their derivative
-# train.py's constants with which MeanFlow and its relatives are trained.
-MEAN_VELOCITY = dict(times="two", p_equal=0.75, scaled=False)
+# The constants of train.py with which MeanFlow and its relatives are trained.
+MEANFLOW_CONSTANTS = dict(times="two", p_equal=0.75, scaled=False)
 TIMES = ("gap*", "gap", "trunc", "clamp", "two")
 GUIDANCE = ("constant", "inverse", "uniform")
 
@@ -72,12 +72,7 @@ def sample_times(
     Then, with probability p_equal, t becomes s (with "two", s becomes t).
     Raises ValueError for arguments out of range.
     """
-    if sigma <= 0 or sigma_s <= 0:
-        raise ValueError(f"sigma and sigma_s must be above 0, not {sigma:g} and {sigma_s:g}")
-    if not 0 <= p_equal <= 1:
-        raise ValueError(f"p_equal must be in [0, 1], not {p_equal:g}")
-    if sampler not in TIMES:
-        raise ValueError(f"times must be one of {', '.join(TIMES)}, not {sampler!r}")
+    check_times(sampler, mu, sigma, mu_s, sigma_s, p_equal)
 
     def normal():
         return torch.randn(n, dtype=torch.float64, device=device, generator=generator)
@@ -112,6 +107,16 @@ def sample_times(
     return t.float(), s.float(), s_fm.float()
 
 
+def check_times(sampler="gap*", mu=-0.8, sigma=1.0, mu_s=-0.4, sigma_s=1.0, p_equal=0.0):
+    """Raises ValueError for arguments of sample_times that are out of range."""
+    if sigma <= 0 or sigma_s <= 0:
+        raise ValueError(f"sigma and sigma_s must be above 0, not {sigma:g} and {sigma_s:g}")
+    if not 0 <= p_equal <= 1:
+        raise ValueError(f"p_equal must be in [0, 1], not {p_equal:g}")
+    if sampler not in TIMES:
+        raise ValueError(f"times must be one of {', '.join(TIMES)}, not {sampler!r}")
+
+
 def sample_guidance(
     n, device="cpu", sampler="constant", w=1.0, w_min=1.0, w_max=1.0, generator=None
 ):
@@ -123,6 +128,17 @@ def sample_guidance(
 
     Raises ValueError for arguments out of range.
     """
+    check_guidance(sampler, w, w_min, w_max)
+    if sampler == "constant":
+        return torch.full((n,), float(w), device=device)
+    r = torch.rand(n, device=device, generator=generator)
+    if sampler == "inverse":
+        return 1 / (1 / w_max + r * (1 / w_min - 1 / w_max))
+    return w_min + r * (w_max - w_min)
+
+
+def check_guidance(sampler="constant", w=1.0, w_min=1.0, w_max=1.0):
+    """Raises ValueError for arguments of sample_guidance that are out of range."""
     if min(w, w_min) <= 0 or w_max < w_min:
         raise ValueError(
             "guidance weights must be above 0, and w_min at most w_max, "
@@ -130,12 +146,6 @@ def sample_guidance(
         )
     if sampler not in GUIDANCE:
         raise ValueError(f"guidance must be one of {', '.join(GUIDANCE)}, not {sampler!r}")
-    if sampler == "constant":
-        return torch.full((n,), float(w), device=device)
-    r = torch.rand(n, device=device, generator=generator)
-    if sampler == "inverse":
-        return 1 / (1 / w_max + r * (1 / w_min - 1 / w_max))
-    return w_min + r * (w_max - w_min)
 
 
 # ---- objectives ----------------------------------------------------------------------------------
@@ -148,8 +158,8 @@ class Term(NamedTuple):
     loss: Tensor  # (B,), of which the mean is minimized
     error: Tensor  # (B,), what the log shows: the loss before any weighting
     time: Tensor  # (B,) in [0, 1]; the log has the mean error of each quarter of it
-    # Backward goes through it before the next term is computed, which saves memory. Never the last
-    # term: its backward must reach every trained weight, since it sends the gradients.
+    # Backward runs on this term before the next one is computed, which frees its activations. The
+    # last term is never early: in its backward DDP sums the gradients over the ranks.
     early: bool = False
 
 
@@ -186,7 +196,7 @@ def tvm_loss(model, target, x0, y, x1, t, s, s_fm, w, detach_jvp=False):
 
     terminal = mean_square(df - u_end) / w.square()
     terminal = terminal * (t != s)  # at t = s fm alone trains the velocity
-    yield Term("terminal", terminal, terminal, t, early=True)  # frees what dF/ds has kept
+    yield Term("terminal", terminal, terminal, t, early=True)
 
     F_fm = at_least_float32(model(x_fm, s_fm, s_fm, y, w))
     fm = mean_square(k * F_fm - u_fm) / w.square()
@@ -209,23 +219,23 @@ def flow_matching_loss(model, target, x0, y, x1, s_fm, w):
 
 
 def meanflow_loss(model, x0, y, x1, t, s, w, drop, kappa=0.5, c=1e-3, p=1.0):
-    """MeanFlow in the symbols above, where k F is the mean velocity from t to s. One term:
+    """MeanFlow in the symbols above, where k F is the average velocity from t to s. One term:
 
         loss = || k F - [v~ + (s-t) k (v~ dF/dx + dF/dt)] ||^2  times a weight 1/(|| ||^2 + c)^p
         v~   = omega v + kappa k F(x_t, t, t, y) + (1-omega-kappa) k F(x_t, t, t, none)
 
-    The bracket and the weight are constants. F is the trained network throughout. omega =
-    w (1-kappa), which makes the guidance weight w as in fm. v~ = v where the class is dropped
-    (drop (B,) bool, y is "no class" there) or w = 1. w is one constant.
+    No gradient flows through the bracket or the weight. F is the trained network throughout.
+    omega = w (1-kappa), which makes the guidance weight w as in fm. v~ = v where the class is
+    dropped (drop (B,) bool, y is "no class" there) or w = 1. w is one constant.
     """
     w_column = column(w, x0)
     k = w_column if model.config.scaled else 1
     v = x1 - x0
     x_t = x0 + column(t, x0) * v
     with torch.no_grad():
-        u, u_none = with_and_without_class(model, x_t, t, y, w)
-        guided = (1 - kappa) * (w_column * v + (1 - w_column) * k * u_none)
-        guided = guided + kappa * k * u
+        F_class, F_none = with_and_without_class(model, x_t, t, y, w)
+        guided = (1 - kappa) * (w_column * v + (1 - w_column) * k * F_none)
+        guided = guided + kappa * k * F_class
         v_guided = torch.where(column(~drop & (w != 1), x0), guided, v)  # v~
     F, dF = model.jvp(x_t, t, s, y, w, dx=v_guided, dt=torch.ones_like(t))
     F, dF = at_least_float32(F), at_least_float32(dF)
@@ -234,13 +244,13 @@ def meanflow_loss(model, x0, y, x1, t, s, w, drop, kappa=0.5, c=1e-3, p=1.0):
 
 
 def improved_meanflow_loss(model, x0, y, x1, t, s, w, drop, c=1e-3, p=1.0):
-    """Improved MeanFlow (arXiv 2512.02012) without its second head. k F is the mean velocity.
+    """Improved MeanFlow (arXiv 2512.02012) without its second head. k F is the average velocity.
 
         loss = || V - v_g ||^2  times a weight 1/(|| ||^2 + c)^p
         V    = k F + (t-s) sg[k (u dF/dx + dF/dt)],  u = sg[k F(x_t, t, t, y)]
         v_g  = w v + (1-w) sg[k F(x_t, t, t, none)]
 
-    sg[] is a constant. V estimates the velocity at t from the mean velocity, so this is flow
+    sg[] is a constant. V estimates the velocity at t from the average velocity, so this is flow
     matching with another network. The derivative goes along the network's own velocity u:
     MeanFlow's goes along that of one pair of data and noise. v_g = v where the class is dropped.
     """
@@ -259,7 +269,7 @@ def improved_meanflow_loss(model, x0, y, x1, t, s, w, drop, c=1e-3, p=1.0):
 
 
 def alpha_flow_loss(model, x0, y, x1, t, s, r, w, drop, c=1e-3, p=1.0):
-    """alpha-Flow (arXiv 2510.20771): MeanFlow without a derivative. k F is the mean velocity.
+    """alpha-Flow (arXiv 2510.20771): MeanFlow without a derivative. k F is the average velocity.
 
         loss = || k F(x_t, t, s) - sg[alpha v_g + (1-alpha) k F(x_r, r, s)] ||^2
                times a weight 1/(|| ||^2 + c)^p
@@ -278,9 +288,9 @@ def alpha_flow_loss(model, x0, y, x1, t, s, r, w, drop, c=1e-3, p=1.0):
         v_g = guided_velocity(v, k * F_none, w, drop)
         x_r = x_t + column(r - t, x0) * v_g
         F_rest = at_least_float32(model(x_r, r, s, y, w))
-        mean_velocity = alpha * v_g + (1 - alpha) * k * F_rest
+        average_velocity = alpha * v_g + (1 - alpha) * k * F_rest
     F = at_least_float32(model(x_t, t, s, y, w))
-    error = mean_square(k * F - mean_velocity)
+    error = mean_square(k * F - average_velocity)
     yield Term("alpha_flow", error * adaptive_weight(error, p, c), error, t)
 
 
@@ -336,8 +346,8 @@ def check_objective(objective, times, guidance, detach_jvp=False, kappa=0.5, alp
         raise ValueError(f"alpha_flow takes alpha_min from 1e-4 to 1, not {alpha_min:g}")
     if detach_jvp and objective != "tvm":
         raise ValueError(f"detach_jvp is for the objective tvm, not {objective}")
-    sample_times(1, **times)
-    sample_guidance(1, **guidance)
+    check_times(**times)
+    check_guidance(**guidance)
 
 
 class TrainingLoss(nn.Module):
@@ -423,12 +433,12 @@ class TrainingLoss(nn.Module):
         if self.objective == "flow_matching":
             return flow_matching_loss(model, target, x0, y, x1, s_fm, w_or_1)
         if self.objective == "meanflow":
-            # The weight itself, here and below: these networks are given w without a class, too.
+            # MeanFlow and its relatives are given w, not 1, where the label is dropped.
             return meanflow_loss(model, x0, y, x1, t, s, w, drop, self.kappa)
         if self.objective == "improved_meanflow":
             return improved_meanflow_loss(model, x0, y, x1, t, s, w, drop)
         if self.objective == "alpha_flow":
-            r = s_fm  # as draw has it
+            r = s_fm  # draw() puts r in its place
             return alpha_flow_loss(model, x0, y, x1, t, s, r, w, drop)
         raise ValueError(f"no branch here for objective {self.objective!r}")
 

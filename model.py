@@ -146,7 +146,7 @@ class Embedder(nn.Module):
         )
 
     def forward(self, a):  # (B,)
-        dtype = self.mlp[0].weight.dtype
+        dtype = self.mlp[0].weight.dtype  # the SiLU of self.mlp is never called: it gives names
         x = linear_map(lambda features: features.to(dtype), self.features(a))  # (B, 256)
         return linear(self.mlp[2], silu(linear(self.mlp[0], x)))  # (B, D)
 
@@ -440,11 +440,11 @@ def spectral_norm(weight):
 
     On one thread: with more, LAPACK takes minutes while another process uses the same cores.
     """
-    wide = weight if weight.size(0) < weight.size(1) else weight.T
-    wide = wide.double()
+    matrix = weight if weight.size(0) < weight.size(1) else weight.T
+    matrix = matrix.double()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    norm = torch.linalg.eigvalsh(wide @ wide.T)[-1].sqrt()
+    norm = torch.linalg.eigvalsh(matrix @ matrix.T)[-1].sqrt()
     torch.set_num_threads(threads)
     return norm
 
@@ -478,23 +478,19 @@ def load_model(path, device="cpu"):
     tensors, about = load_checkpoint(path, device)
     try:
         config = DiTConfig(**about["config"])
-        check_depth(config, tensors)
+        if config.depth > len(tensors):  # a billion blocks would take all memory
+            raise ValueError(f"a depth of {config.depth}, and {len(tensors)} tensors")
         check_about(config, about)
         with torch.device("meta"):  # nothing to initialize
             model = DiT(config)
-        weights = {name: t.float() for name, t in tensors.items()}
-        model.load_state_dict(weights, assign=True)
+        for name, t in tensors.items():
+            if t.is_floating_point():
+                tensors[name] = t.float()
+        model.load_state_dict(tensors, assign=True)  # raises where a name or a shape is another
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path} does not fit its own config: {reason}") from None
     return model.eval().requires_grad_(False), about
-
-
-def check_depth(config, tensors):
-    """Raises ValueError before a wrong depth takes the memory of a billion blocks."""
-    blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
-    if config.depth != len(blocks):
-        raise ValueError(f"a depth of {config.depth} and {len(blocks)} blocks")
 
 
 def check_about(config, about):

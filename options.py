@@ -42,7 +42,7 @@ class Option(NamedTuple):
     most: float = math.inf  # the largest value
     below: float = math.inf  # values are smaller than this
     choices: tuple = ()  # the only values; empty: any
-    later: bool = False  # a continuation of a run may have another value
+    later: bool = False  # a resumed run may have another value
 
 
 def options_of(names):
@@ -175,6 +175,17 @@ def differences(old, config, options, changed=""):
     return wrong, new, gone
 
 
+def refuse_idle_flags(arguments=None, **has_effect):
+    """Exit for a flag of the command line that has no effect beside the other constants.
+
+    has_effect: of options, whether they have one. arguments: the flags, by default those given.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for name, matters in has_effect.items():
+        if not matters and any(flag.startswith(f"--{name}=") for flag in arguments):
+            fail(f"--{name} has no effect with these constants: leave it out")
+
+
 def names_in(text):
     return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -206,7 +217,7 @@ def print_options(options, config, presets, headings):
     flags = {name: f"--{name}={config[name]!r}" for name in options}
     width = max(len(flag) for flag in flags.values())
     width = min(width, 32)
-    print("[later]: a continuation of a run may have another value.")
+    print("[later]: a resumed run may have another value.")
     for name, o in options.items():
         if name in headings:
             print(f"\n{headings[name]}")

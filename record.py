@@ -65,7 +65,7 @@ import options
 import study
 from files import UserError, written
 from judge import Judge
-from loss import MEAN_VELOCITY
+from loss import MEANFLOW_CONSTANTS
 from record_report import flags_of, report
 
 # ---- the ideas -----------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def at_rate(idea, lr):
 
 
 IMPROVED_MEANFLOW = Idea(
-    dict(MEAN_VELOCITY, objective="improved_meanflow"),
+    dict(MEANFLOW_CONSTANTS, objective="improved_meanflow"),
     "its loss, without its second head",
     "arXiv 2512.02012",
     23,
@@ -95,7 +95,7 @@ IMPROVED_MEANFLOW_MUON = IMPROVED_MEANFLOW._replace(
     lines=23 + 54,
 )
 ALPHA_FLOW = Idea(
-    dict(MEAN_VELOCITY, objective="alpha_flow"),
+    dict(MEANFLOW_CONSTANTS, objective="alpha_flow"),
     "MeanFlow without a derivative",
     "arXiv 2510.20771",
     26,
@@ -121,7 +121,7 @@ IDEAS = {
     "lr 2e-3": Idea(dict(lr=2e-3), "twice the rate", "a constant"),
     # other methods
     "MeanFlow": Idea(
-        dict(MEAN_VELOCITY, objective="meanflow", kappa=0.5, lr=2e-3),
+        dict(MEANFLOW_CONSTANTS, objective="meanflow", kappa=0.5, lr=2e-3),
         "as in study.py, at its best rate there",
         "arXiv 2505.13447",
         19,

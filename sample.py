@@ -7,7 +7,7 @@ A checkpoint -> images.
     python sample.py ckpt.safetensors --nfe 4 --fid reference.npz    # the FID of 50,000 images
     torchrun --nproc_per_node=8 -- sample.py ckpt.safetensors --n 50000 --out samples.npz
 
-(torchrun has an --n of its own; the -- before sample.py ends its options.)
+(torchrun would take --n for an abbreviation of its own options; the -- before sample.py ends them.)
 
 The sampler stands first: `sample`. Then come the noise, and the command: its options, the classes,
 what is made (`Plan`), the score, and `main`, which has all steps in their order.
@@ -102,7 +102,7 @@ def prepare_to_sample(model, bfloat16=True, compiled=True):
 
     The blocks compile at the first call.
     """
-    device = model.pos_embed.device
+    device = next(model.parameters()).device
     has_bfloat16, can_compile = abilities(device)
     model.run_block = Block.forward
     if compiled and can_compile:
@@ -117,7 +117,7 @@ def make_sampler(model, nfe, euler=False, bfloat16=True, compiled=True):
     images of the one before. With bfloat16 the weights of the model's linear layers are rounded in
     place, once, instead of at every call: give it a copy of a model that you train or save.
     """
-    has_bfloat16, can_compile = abilities(model.pos_embed.device)
+    has_bfloat16, can_compile = abilities(next(model.parameters()).device)
     bfloat16 = bfloat16 and has_bfloat16
     compiled = compiled and can_compile
     context = prepare_to_sample(model, bfloat16, compiled)

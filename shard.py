@@ -121,7 +121,7 @@ def whole_network(net):
     if not isinstance(net, FSDPModule):
         return net
     tensors = net.state_dict()
-    device = net.pos_embed.device
+    device = next(net.parameters()).device
     with torch.device("meta"):  # nothing to initialize
         copy = DiT(net.config)
     # A rank that ran out of memory while the others gather would leave them waiting. So each makes

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 import one_pass
+from batches import conditions
 from device import DDP_WARM_UPS, Graph, data_parallel
 from dual import column
 from loss import Term, TrainingLoss, backward
@@ -131,7 +132,9 @@ class TrainingStep:
 
         shape = (config.in_channels, *config.height_and_width)
         self.images = torch.randn(BATCHES, batch, *shape)
-        self.labels = torch.randint(config.num_classes, (BATCHES, batch))
+        names = dict(class_names=[str(label) for label in range(config.num_classes)])
+        labels = torch.randint(config.num_classes, (BATCHES * batch,))
+        self.labels = conditions(labels, names).unflatten(0, (BATCHES, batch))
         if device == "cuda":
             self.images = self.images.pin_memory()
             self.labels = self.labels.pin_memory()
@@ -176,7 +179,7 @@ class TrainingStep:
 
 
 def milliseconds(step, steps):
-    """Of each of so many steps, by the wall clock: from one step's return to the next one's.
+    """The milliseconds of each of `steps` steps, by the wall clock, from return to return.
 
     A step waits for its gradients, as train.py's does. Its update runs while the host prepares the
     next step.

@@ -55,7 +55,7 @@ from device import find_device
 from files import HERE, UserError, written
 from images import parallel
 from judge import Judge
-from loss import MEAN_VELOCITY
+from loss import MEANFLOW_CONSTANTS
 from model import DiTConfig
 from shapes import draw_shape
 from step import TrainingStep, milliseconds
@@ -65,7 +65,7 @@ from study_report import mean_distance, read_log, report, safe_name
 
 METHODS = {  # what each changes in train.py's constants
     "tvm": {},
-    "meanflow": dict(MEAN_VELOCITY, objective="meanflow", kappa=0.5),
+    "meanflow": dict(MEANFLOW_CONSTANTS, objective="meanflow", kappa=0.5),
     "flow_matching": dict(objective="flow_matching"),
 }
 TIMED = {  # the steps that are timed: what each changes in train.py's constants

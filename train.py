@@ -69,7 +69,7 @@ from device import (
 from files import HERE, CheckpointError, UserError, hold
 from loss import (
     GUIDANCE,
-    MEAN_VELOCITY,
+    MEANFLOW_CONSTANTS,
     MEANFLOWS,
     OBJECTIVES,
     TIMES,
@@ -86,6 +86,7 @@ from options import (
     differences,
     fail,
     options_of,
+    refuse_idle_flags,
     set_up_streams,
 )
 from report import Losses, Report, git_commit
@@ -93,8 +94,8 @@ from shard import all_finite, gather, own_part, shard_loss, shard_weights, whole
 from vae import SD_VAE
 
 # ---- constants -----------------------------------------------------------------------------------
-# One line each: the default, what it is, the values that it may have. later=True: a continuation of
-# the run may have another value. --help shows all of it, and the comment above each group.
+# One line each: the default, what it is, the values that it may have. later=True: a resumed run may
+# have another value. --help shows all of it, and the comment above each group.
 # fmt: off
 # the run and its data
 preset         = Option("",         "a group of constants, below", later=True)
@@ -107,14 +108,14 @@ compile        = Option(True,       "on a GPU: torch.compile and a CUDA graph", 
 seed           = Option(0,          "seed of all random numbers", least=0, below=2**63)
 init_from      = Option("",         "a checkpoint to take the first weights from", later=True)
 init_partly    = Option(False,      "take the tensors that fit, print the others", later=True)
-change         = Option("",         "what a continuation changes on purpose: lr,beta2", later=True)
+change         = Option("",         "what a resumed run changes on purpose: lr,beta2", later=True)
 # network (its input size, channels and classes are the data's)
 hidden_size    = Option(64,         "width", least=1)
 depth          = Option(4,          "blocks", least=1)
 num_heads      = Option(4,          "attention heads", least=1)
 patch_size     = Option(2,          "pixels on the side of a token", least=1)
 semi_lipschitz = Option(True,       "False: LayerNorm, no QK norm, plain modulation")
-checkpoint_blocks = Option(0,       "blocks computed twice; half without jvp", least=0, later=True)
+checkpoint_blocks = Option(0,       "blocks that recompute activations", least=0, later=True)
 time_init      = Option("spectral", "first weights of time MLPs", choices=("spectral", "normal"))
 scaled         = Option(True,       "displacement (s-t) w F instead of (s-t) F")
 # objective
@@ -139,11 +140,11 @@ batch_size     = Option(64,         "images a step, of all ranks together", leas
 micro_batch    = Option(0,          "images at once; 0: batch_size / ranks", least=0, later=True)
 bfloat16_sums  = Option(False,      "gradients travel between ranks as bfloat16", later=True)
 shard          = Option(False,      "each rank keeps a part of all weights (FSDP2)", later=True)
-lr             = Option(3e-3,       "learning rate", least=0)
-muon_lr        = Option(2e-3,       "Muon's, for matrices of blocks; 0: AdamW has them", least=0)
-warmup         = Option(0,          "steps in which the learning rate rises to lr", least=0)
-beta1          = Option(0.9,        "decay of the first moment", least=0, below=1)
-beta2          = Option(0.95,       "decay of the second moment", least=0, below=1)
+lr             = Option(3e-3,       "AdamW's learning rate", least=0)
+muon_lr        = Option(2e-3,       "Muon's, for blocks' matrices; 0: AdamW trains all", least=0)
+warmup         = Option(0,          "steps in which both learning rates rise", least=0)
+beta1          = Option(0.9,        "AdamW's decay of the first moment", least=0, below=1)
+beta2          = Option(0.95,       "AdamW's decay of the second moment", least=0, below=1)
 eps            = Option(1e-8,       "AdamW's epsilon", least=0)
 weight_decay   = Option(0.0,        "decoupled", least=0)
 grad_clip      = Option(0.0,        "largest gradient norm; 0: no clipping", least=0)
@@ -214,6 +215,18 @@ try:
     check_objective(objective, times_config, guidance_config, detach_jvp, kappa, alpha_min)
 except ValueError as error:
     fail(error)
+refuse_idle_flags(
+    w=guidance == "constant",
+    w_min=guidance != "constant",
+    w_max=guidance != "constant",
+    mu=times != "two",
+    sigma=times != "two",
+    kappa=objective == "meanflow",
+    alpha_min=objective == "alpha_flow",
+    init_partly=init_from != "",
+    fid_images=fid_reference != "",
+    inception=fid_reference != "",
+)
 
 # ---- ranks and device ----------------------------------------------------------------------------
 try:
@@ -287,7 +300,10 @@ except ValueError as error:
     fail(error)
 torch.manual_seed(seed)
 model = DiT(model_config).to("cpu" if shard else device)
-if init_from and not states(out):  # a run that has a state goes on from that
+if init_from and states(out):  # a run that has a state goes on from that
+    if rank == 0:
+        print(f"init_from: not used, since {out} has a state to go on from")
+elif init_from:
     try:
         left_out = initialize_from(init_from, model, header, partly=init_partly)
     except (CheckpointError, RuntimeError, TypeError, ValueError) as error:
@@ -307,6 +323,8 @@ target_weights = [target.get_parameter(key) for key in parameters]
 eval_weights = [evaluated.get_parameter(key) for key in parameters]
 use_graphs = compiled and device.type == "cuda" and not shard
 matrices = matrices_of_blocks(parameters) if muon_lr else {}  # Muon's; the others are AdamW's
+if muon_lr and not matrices:
+    fail("Muon trains the blocks' matrices, and this network has none: give --muon_lr=0")
 adamw = torch.optim.AdamW(
     [p for key, p in parameters.items() if key not in matrices],
     lr=torch.tensor(lr, device=device) if use_graphs else lr,  # a tensor can change under a graph
@@ -334,17 +352,17 @@ loss = TrainingLoss(
     kappa=kappa,
     alpha_min=alpha_min,
 )
-unusual = [name for name, value in MEAN_VELOCITY.items() if config[name] != value]
+unusual = [name for name, value in MEANFLOW_CONSTANTS.items() if config[name] != value]
 if objective in MEANFLOWS and unusual and rank == 0:
-    usual = " ".join(f"--{name}={value}" for name, value in MEAN_VELOCITY.items())
-    given = " ".join(f"--{name}={config[name]}" for name in MEAN_VELOCITY)
+    usual = " ".join(f"--{name}={value}" for name, value in MEANFLOW_CONSTANTS.items())
+    given = " ".join(f"--{name}={config[name]}" for name in MEANFLOW_CONSTANTS)
     print(f"warning: MeanFlow's own constants are {usual}, not {given}", file=sys.stderr)
 if compiled:
     compile_blocks(model, target, detach_jvp=loss.detaches_jvp)
 
 
 def learning_rate(step, peak):
-    """Of a step, the first being 0; peak is lr or muon_lr. For a schedule, change this function."""
+    """The rate of a step; steps count from 0. peak: lr or muon_lr. For a schedule, change this."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak
@@ -375,7 +393,7 @@ about = dict(
 def save(step):
     """Save everything for a continuation, then the evaluation network for sample.py.
 
-    All ranks call this. Returns success. Exits where a number of it is not finite.
+    All ranks call this. Returns success. Exits if a value is not finite.
     """
     state = {}
     for kind, net in nets.items():
@@ -401,9 +419,9 @@ def write_evaluated(step, tensors):
 
 def resume():
     """Load the newest whole state, where there is one. Returns the step to go on from."""
-    keep_of = torch.clone
+    keep_of = torch.clone  # what is kept of a tensor of the state
     if shard:
-        keep_of = partial(own_part, mesh=weights[0].device_mesh)  # of each tensor this rank's part
+        keep_of = partial(own_part, mesh=weights[0].device_mesh)  # this rank's part
     found = load_newest(out, device, quiet=rank > 0, keep=keep_of)
     if not found:
         return 0
@@ -465,7 +483,8 @@ try:
 except CheckpointError as error:
     fail(error)
 first_steps = from_all_ranks(first_step)
-if not all(from_all_ranks(os.path.isdir(out))) or len(set(first_steps)) > 1:
+sees_folder = from_all_ranks(os.path.isdir(out))
+if not all(sees_folder) or len(set(first_steps)) > 1:
     fail(
         f"{out} must be one folder that all ranks see; the steps that they would go on from are "
         f"{first_steps}"
@@ -533,9 +552,8 @@ def update():
     On a GPU this is recorded after the first step, and Python's numbers stay as they were then.
     What changes from step to step must be a tensor, like the learning rate.
     """
-    # The same in one pass over the memory. It updates and averages only what AdamW trains, so not
-    # with Muon.
     if use_graphs and not muon_lr:
+        # In one kernel what stands below. To change the optimizer or an EMA, delete these lines.
         one_pass.step(adamw, [(target_weights, ema_target), (eval_weights, ema_eval)])
         return
     for optimizer, _ in optimizers:
@@ -646,7 +664,7 @@ for step in progress:
     at_end = done == steps or stop
     if done == steps and skipped == done - first_step:
         fail(f"nothing was learned: the loss or its gradient was not finite in all {skipped} steps")
-    # No save while steps are being skipped, but at the end.
+    # Do not save while steps are being skipped, except at the end.
     if (done % save_every == 0 and not skipped_in_a_row) or at_end:
         saved = save(done)
         if saved:

@@ -125,7 +125,7 @@ def test_help_says_what_each_constant_is(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == [
         "What this is for.",
-        "[later]: a continuation of a run may have another value.",
+        "[later]: a resumed run may have another value.",
     ]
     assert "    --steps=1000      optimizer steps (at least 1) [later]" in lines
     assert "    --lr=0.0001       learning rate (at least 0 and below 1)" in lines
@@ -156,7 +156,7 @@ def test_help_of_train(capsys, folder):
     flags = [line for line in printed.splitlines() if line.startswith("    --")]
     assert [flag.strip()[2:].split("=")[0] for flag in flags] == names
     assert "--warmup=0" in printed
-    assert "steps in which the learning rate rises to lr" in printed
+    assert "steps in which both learning rates rise" in printed
     lines = printed.splitlines()
     for heading, first in (
         ("the run and its data", "preset"),
@@ -376,3 +376,10 @@ def helped_config(capsys, *arguments):
             name, value = flag.split("=", 1)
             config[name] = ast.literal_eval(value)
     return config
+
+
+def test_flags_without_effect():
+    flags = ["--w=2", "--kappa=0.1"]
+    options.refuse_idle_flags(flags, w=True, kappa=True, mu=False)
+    with pytest.raises(SystemExit, match="--kappa has no effect with these constants"):
+        options.refuse_idle_flags(flags, w=True, kappa=False)

@@ -258,11 +258,11 @@ def test_constants_reach_their_places(folder, monkeypatch):
     monkeypatch.setattr("loss.TrainingLoss", Spy)
     monkeypatch.setattr(torch.optim, "AdamW", spied_adamw)
     flags = (*TINY_NETWORK, "--batch_size=600", "--micro_batch=300", "--score_images=2")
-    flags += ("--detach_jvp=True", "--kappa=0.25", "--label_dropout=0.3", "--lr=0.001")
-    flags += ("--beta1=0.8", "--beta2=0.7", "--eps=1e-6", "--weight_decay=0.5", "--alpha_min=0.2")
+    flags += ("--detach_jvp=True", "--label_dropout=0.3", "--lr=0.001")
+    flags += ("--beta1=0.8", "--beta2=0.7", "--eps=1e-6", "--weight_decay=0.5")
     assert run_script("train.py", "--steps=2", *flags) is None
     assert optimizers[0] == (1e-3, (0.8, 0.7), 1e-6, 0.5)
-    expected = dict(label_dropout=0.3, detach_jvp=True, objective="tvm", kappa=0.25, alpha_min=0.2)
+    expected = dict(label_dropout=0.3, detach_jvp=True, objective="tvm")
     assert expected.items() <= objectives[0].items()
     # The average is no function of the weights to autograd, which would keep all steps in memory.
     assert not any(p.requires_grad for p in targets[0].parameters())
@@ -275,6 +275,10 @@ def test_constants_reach_their_places(folder, monkeypatch):
             assert abs(error[quarters == quarter].mean() / mean - 1) < 1e-5
     assert run_script("train.py", "--steps=1", "--name=other", "--seed=1", *flags) is None
     assert len({noise[0].sum().item() for noise in noises}) == 6
+    for objective, name in (("meanflow", "kappa"), ("alpha_flow", "alpha_min")):
+        flags = (f"--objective={objective}", f"--{name}=0.25", f"--name={objective}")
+        assert train("--steps=1", "--score_images=2", *flags) is None
+        assert objectives[-1][name] == 0.25
 
 
 def test_warmup(folder, monkeypatch):
@@ -423,11 +427,13 @@ def test_train_refuses(folder):
         refused = f"the run's name '{value}' must be a plain folder name without \"/\""
         assert refused in train(flag)
     assert "label_dropout must be above 0" in train("--label_dropout=0")
-    drawn = ("--guidance=inverse", "--w_max=2", "--w=1")
+    drawn = ("--guidance=inverse", "--w_max=2")
     assert "label_dropout must be above 0" in train("--label_dropout=0", *drawn)
     assert "data/digits holds pixels" in train("--vae=x")
     assert "vae_files is for latents" in train("--vae_files=x")
     assert "which are both 1" in train("--guidance=uniform")
+    assert "--w_max has no effect" in train("--w_max=2")
+    assert "--mu has no effect" in train("--times=two", "--mu=1")
     assert "bfloat16_sums is for GPUs" in train("--bfloat16_sums=True", "--device=cpu")
     assert not os.path.exists("out")
 
