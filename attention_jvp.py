@@ -105,6 +105,7 @@ TUNE = True  # False: GPUs without a table of tiles take small ones, and nothing
 CACHE = os.environ.get("ATTENTION_JVP_CACHE", "~/.cache/attention_jvp")  # where tuning is kept
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # kernels on CPU tensors, for tests
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_HEAD_SIZE = 256
 FLOAT32_UP_TO = 160  # the largest head size in float32 where a program has 99 KB of shared memory
 MAX_GRID = 65535  # programs along the second and third axis of a launch
@@ -544,7 +545,7 @@ if triton is not None:
                 S = tl.where(mask != 0, S, float("-inf"))
             else:
                 mask = mask.to(tl.float32)
-                S = tl.where(inside & (mask > HIDDEN), S + mask * (1 / scale), float("-inf"))
+                S = tl.where(inside & ~(mask <= HIDDEN), S + mask * (1 / scale), float("-inf"))
         return S
 
     @triton.jit
@@ -557,7 +558,7 @@ if triton is not None:
             return tl.zeros_like(mask).to(tl.float32), inside & (mask != 0)
         else:
             mask = mask.to(tl.float32)
-            return mask, inside & (mask > HIDDEN)
+            return mask, inside & ~(mask <= HIDDEN)  # NaN is seen, and makes NaN
 
     @triton.jit
     def extremes(a, b, c, x, y, z):
@@ -574,21 +575,21 @@ if triton is not None:
         return tl.where(untouched, 2**30, j), tl.where(seen, j, 2**30), tl.where(seen, j + 1, 0)
 
     @triton.jit
-    def seen_keys(free, begin, end, MASK, st, b, Sk):
+    def seen_keys(mask_from, seen_from, seen_to, MASK, st, b, Sk):
         """Of a key mask: the first key whose scores it changes, the first key that is seen, and the
         one after the last that is seen. The first three arguments: `extremes_of_span` of the first
-        SPAN keys. Where no key is seen, begin is 2**30 and end is 0."""
+        SPAN keys. Where no key is seen, the second is 2**30 and the third 0."""
         for n0 in range(SPAN, Sk, SPAN):
-            next_free, next_begin, next_end = extremes_of_span(MASK, st, b, n0, Sk)
-            free = tl.minimum(free, next_free)
-            begin = tl.minimum(begin, next_begin)
-            end = tl.maximum(end, next_end)
-        return tl.reduce((free, begin, end), 0, extremes)
+            next_mask_from, next_seen_from, next_seen_to = extremes_of_span(MASK, st, b, n0, Sk)
+            mask_from = tl.minimum(mask_from, next_mask_from)
+            seen_from = tl.minimum(seen_from, next_seen_from)
+            seen_to = tl.maximum(seen_to, next_seen_to)
+        return tl.reduce((mask_from, seen_from, seen_to), 0, extremes)
 
     @triton.jit
     def load_seen(SEEN, b):
-        """What `seen_keys` found: keys before `free` need no mask, and all that are seen lie from
-        `begin` up to `end`."""
+        """What `seen_keys` found: keys before `mask_from` need no mask, and all that are seen lie
+        from `seen_from` up to `seen_to`."""
         SEEN += 3 * b
         return tl.load(SEEN), tl.load(SEEN + 1), tl.load(SEEN + 2)
 
@@ -643,7 +644,7 @@ if triton is not None:
         if GROUP > 1:
             hk = h // GROUP
         if MASKED == KEY_MASK:  # loaded first, because the loop's length depends on it
-            free, begin, end = extremes_of_span(MASK, stmask, b, 0, Sk)
+            mask_from, seen_from, end = extremes_of_span(MASK, stmask, b, 0, Sk)
         q = load(Q, b, h, m0, Sq, stq, W, BM, FULL, False)
         if TQ is not None:
             tq = load(TQ, b, h, m0, Sq, sttq, W, BM, FULL, False)
@@ -656,13 +657,13 @@ if triton is not None:
         scale2 = scale * LOG2E
         if MASKED == KEY_MASK:
             # The backward takes these numbers from SEEN.
-            free, begin, end = seen_keys(free, begin, end, MASK, stmask, b, Sk)
+            mask_from, seen_from, end = seen_keys(mask_from, seen_from, end, MASK, stmask, b, Sk)
             if SEEN is not None:
                 if m0 == 0 and h == 0:
-                    tl.store(SEEN + 3 * b, free)
-                    tl.store(SEEN + 3 * b + 1, begin)
+                    tl.store(SEEN + 3 * b, mask_from)
+                    tl.store(SEEN + 3 * b + 1, seen_from)
                     tl.store(SEEN + 3 * b + 2, end)
-            start = begin // BN * BN
+            start = seen_from // BN * BN
         else:
             start = 0
             end = Sk
@@ -676,7 +677,7 @@ if triton is not None:
             if MASKED == KEY_MASK:
                 # Before the products of tS, which then run while the maximum of S is found. (For
                 # the other masks, which hide in every block, that takes too many registers.)
-                if n0 + BN > free:
+                if n0 + BN > mask_from:
                     i = (m0 + tl.arange(0, BM))[:, None]
                     j = (n0 + tl.arange(0, BN))[None, :]
                     S = hide(S, MASK, stmask, b, h, i, j, Sq, Sk, scale, MASKED, CAUSAL)
@@ -704,7 +705,7 @@ if triton is not None:
                     mean = tl.sum(P * tS, 1) / tl.maximum(tl.sum(P, 1), 1e-30) * scale
                     centre = tl.where(m == float("-inf"), mean, centre)
                 elif n0 == start:
-                    if CENTRE_BY_P or MASKED == KEY_MASK:
+                    if CENTRE_BY_P or CAUSAL or MASKED == KEY_MASK:
                         centre = tl.sum(P * tS, 1) / tl.sum(P, 1) * scale
                     else:
                         centre = tl.sum(tS, 1) * (scale / tl.minimum(BN, Sk))
@@ -776,11 +777,11 @@ if triton is not None:
         i = m0 + tl.arange(0, BM)
         row = tl.cast(bh, tl.int64) * Sq + i
         if MASKED == KEY_MASK:
-            free, first_key, end = load_seen(SEEN, b)
-            start = first_key // BN * BN
+            mask_from, seen_from, end = load_seen(SEEN, b)
+            start = seen_from // BN * BN
         else:
             start = 0
-            first_key = 0
+            seen_from = 0
             end = Sk
         o = load(O, b, h, m0, Sq, sto, W, BM, False, False)
         do = load(DO, b, h, m0, Sq, stdo, W, BM, False, False)
@@ -842,7 +843,7 @@ if triton is not None:
                 S = dot_t(q, k, None, PREC)
                 j = (n0 + tl.arange(0, BN))[None, :]
                 if HIDES:
-                    if MASKED != KEY_MASK or n0 + BN > free:
+                    if MASKED != KEY_MASK or n0 + BN > mask_from:
                         qi = i[:, None]
                         S = hide(S, MASK, stmask, b, h, qi, j, Sq, Sk, scale, MASKED, CAUSAL)
                 P = tl.exp2(S * (scale * LOG2E) - lse[:, None])
@@ -861,9 +862,12 @@ if triton is not None:
                 if SCORES_MOVE and TK is not None:
                     # Rows of Gt sum to zero before they are rounded. What rounding leaves of the
                     # sum, delta, would be multiplied by a large common part of tK. Taking the mean
-                    # of the first rows off tK changes nothing else.
-                    first_rows = load(TK0, b, hk, first_key, end, sttk, W, 16, False, False)
-                    count = tl.minimum(end - first_key, 16)
+                    # of the first rows off tK changes nothing else. Under a causal mask these are
+                    # the rows that all queries of the block see.
+                    if CAUSAL:
+                        end = tl.minimum(Sk, m0 + 1)
+                    first_rows = load(TK0, b, hk, seen_from, end, sttk, W, 16, False, False)
+                    count = tl.minimum(end - seen_from, 16)
                     if MASKED == KEY_MASK:
                         count = tl.maximum(count, 1)  # where no key is seen
                     share = tl.sum(delta, 1)[:, None] / (-8 * count)
@@ -898,7 +902,7 @@ if triton is not None:
         bh, b, hk, n0 = block_of(Sk, H, BN, FLAT, False)
         j = (n0 + tl.arange(0, BN))[:, None]
         if MASKED == KEY_MASK:
-            free, first_key, last_key = load_seen(SEEN, b)
+            mask_from, seen_from, seen_to = load_seen(SEEN, b)
         if ADDS:
             added, seen = key_mask(MASK, stmask, b, j, Sk)
         k = load(K, b, hk, n0, Sk, stk, W, BN, False, False)
@@ -927,7 +931,7 @@ if triton is not None:
             span = tl.cdiv(Sq, BM) * BM - start
             end = start + GROUP * span
         if MASKED == KEY_MASK:  # zeros for keys that no query sees
-            end = tl.where((n0 + BN <= first_key) | (n0 >= last_key), start, end)
+            end = tl.where((n0 + BN <= seen_from) | (n0 >= seen_to), start, end)
         for at in range(start, end, BM):
             m0 = at
             h = hk
@@ -1004,7 +1008,7 @@ if triton is not None:
         if MASKED == KEY_MASK:
             # A row here belongs to one key, so that a hidden key spoils its own row alone: it
             # becomes zeros here, once. The mask is loaded again to keep registers free.
-            if n0 + BN > free:
+            if n0 + BN > mask_from:
                 added, seen = key_mask(MASK, stmask, b, j, Sk)
                 if DV is not None:
                     dv = where(seen, dv)
@@ -1295,11 +1299,16 @@ def _known(gpu):
 def tuned_tile(description, gpu, tiles, build, measure):
     """The fastest tile and its milliseconds: as found before, or found now and kept.
 
-    None where no tile can be built. This process then does not try again; the next one does."""
+    None where no tile can be built or timed. This process then does not try again; the next one
+    does."""
 
     def tune():
         _say(f"choosing tiles for {gpu} on first use: some seconds a kernel, kept in {path}")
-        found = _fastest(tiles, build, measure)
+        try:
+            found = _fastest(tiles, build, measure)
+        except torch.OutOfMemoryError:
+            _say("too little memory to time tiles: this process takes small ones")
+            found = None
         if found is None:
             return None
         tile, milliseconds = found
@@ -1376,6 +1385,7 @@ def _plan(call, tile, streamed, tma, together):
     over_queries = call.name in ("forward", "row", "dq", "dtq")
     own = tile.queries if over_queries else tile.keys
     other = tile.keys if over_queries else tile.queries
+    assert max(own, other) * MAX_ROW <= 2**31
     unit = 8 if all(s % 8 == 0 for st in call.strides for s in st[:3]) else 1
     # call.strides are in the order of the tensors, without the mask, which is the seventh of those.
     loop_strides = {call.strides[i if i < 6 else i - 1] for i in streamed}
@@ -1455,11 +1465,7 @@ def _choose_tile(call, build):
         _say("captured in a CUDA graph before its tiles were tuned: run it once before the capture")
         return safe, None, False
     gpu = torch.cuda.get_device_name(call.device)
-    try:
-        found = tuned_tile(_describe(call), gpu, _candidates(call), build, _milliseconds)
-    except torch.OutOfMemoryError:
-        _say("too little memory to time tiles: this call takes small ones")
-        return safe, None, False
+    found = tuned_tile(_describe(call), gpu, _candidates(call), build, _milliseconds)
     return (safe, None, True) if found is None else (*found, True)
 
 
@@ -1841,6 +1847,8 @@ def _only_autograd(tensors):
             return False
         if torch._C._functorch.is_legacy_batchedtensor(x):
             return False
+        if x.is_neg() or x._is_zerotensor():  # lazy views, which the dispatcher makes real
+            return False
     return True
 
 
@@ -1974,6 +1982,12 @@ class _Checked(NamedTuple):
 def _checked(name, q, k, v, tq, tk, tv, attn_mask, dropout_p, is_causal, scale, enable_gqa):
     # fmt: on
     """One set of checks for both functions, with and without tangents."""
+    for x in (q, k, v):
+        if not torch.is_tensor(x):
+            raise ValueError(f"{name} wants q, k and v as tensors, got {type(x).__name__}")
+    for x in (tq, tk, tv):
+        if x is not None and not torch.is_tensor(x):
+            raise ValueError(f"{name} wants tangents as tensors or None, got {type(x).__name__}")
     if _autocast_at_work(q.device.type) and q.dtype != torch.float64:
         _check_dtypes(name, (q, k, v, tq, tk, tv), same=False)
         dtype = torch.get_autocast_dtype(q.device.type)
@@ -1982,6 +1996,8 @@ def _checked(name, q, k, v, tq, tk, tv, attn_mask, dropout_p, is_causal, scale, 
     _check_shapes(name, q, k, v, tq, tk, tv, enable_gqa)
     if dropout_p != 0:
         raise ValueError(f"{name} has no dropout: dropout_p must be 0.0, got {dropout_p}")
+    if torch.is_tensor(scale):  # its gradient and tangent would be lost
+        raise ValueError(f"{name} wants scale as a number: multiply q by a learned one")
     scale = q.size(3) ** -0.5 if scale is None else float(scale)
     if not 0 < scale < math.inf:
         raise ValueError(f"{name} wants a finite scale > 0, got {scale}")
@@ -2000,10 +2016,10 @@ def _check_dtypes(name, tensors, same):
     """Floating tensors on one device, and of one dtype where `same`."""
     device = tensors[0].device
     dtype = tensors[0].dtype
-    good = dtype.is_floating_point
+    good = dtype in FLOATS
     for x in tensors:
         if x is not None:
-            right = x.dtype == dtype if same else x.dtype.is_floating_point
+            right = x.dtype == dtype if same else x.dtype in FLOATS
             good = good and right and x.device == device
     if not good:
         kinds = ", ".join(f"{x.dtype} on {x.device}" for x in tensors if x is not None)
@@ -2012,8 +2028,11 @@ def _check_dtypes(name, tensors, same):
 
 def _check_shapes(name, q, k, v, tq, tk, tv, enable_gqa):
     def wrong(text=""):
-        tensors = (q, k, v, tq, tk, tv)
-        shapes = ", ".join("None" if x is None else str(tuple(x.shape)) for x in tensors)
+        # Text that torch.compile can trace.
+        shapes = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        if tq is not None or tk is not None or tv is not None:
+            for x in (tq, tk, tv):
+                shapes += ", None" if x is None else f", {tuple(x.shape)}"
         return ValueError(
             f"{name} wants q, tq (B, H, Sq, D), k, tk (B, H, Sk, D) and v, tv (B, H, Sk, Dv)"
             f"{text}, got {shapes}"
@@ -2031,7 +2050,7 @@ def _check_shapes(name, q, k, v, tq, tk, tv, enable_gqa):
     if q.size(1) != k.size(1):
         if not enable_gqa:
             raise wrong(", or enable_gqa=True for fewer heads in k and v")
-        if k.size(1) == 0 or q.size(1) % k.size(1) != 0:
+        if not 0 < k.size(1) <= q.size(1) or q.size(1) % k.size(1) != 0:
             raise wrong(", the heads of q being a multiple of those of k and v")
 
 

@@ -245,7 +245,7 @@ def check_run(path, tensors, about, nets):
 
     nets: the names of its networks.
     """
-    missing = [f"weights of {kind}" for kind in nets if not strip_prefix(tensors, f"{kind}.")]
+    missing = [f"{kind}.*" for kind in nets if not strip_prefix(tensors, f"{kind}.")]
     if not isinstance(about.get("train"), dict):
         missing.append("constants")
     step = about.get("step")

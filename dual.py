@@ -268,6 +268,7 @@ def has_kernels(x, *vectors, before=None):
         # The kernels take the layer's weight and bias and do not call it. A layer of another class
         # must be called, and one with hooks.
         hooks = len(before._forward_pre_hooks) + len(before._forward_hooks)
+        hooks += len(before._backward_pre_hooks) + len(before._backward_hooks)
         if type(before) is not nn.Linear or before.bias is None or hooks:
             return False
     if vectors and x.ndim != 3:

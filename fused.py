@@ -588,6 +588,20 @@ def _check_shape(function, name, found, wanted):
         raise ValueError(f"{function} wants {name} of {tuple(wanted)}, got {tuple(found.shape)}")
 
 
+def _check_dtypes(function, **tensors):
+    """Raises ValueError unless tensors are None, float32 or bfloat16."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"{function} wants {name} in float32 or bfloat16, not {tensor.dtype}")
+
+
+def _no_more(ctx, *_):
+    raise RuntimeError(
+        "fused.py: the kernels' backward has no derivative of its own; for gradients of gradients "
+        "set FUSED = False"
+    )
+
+
 def _check_together(function, **tensors):
     """Raises ValueError where some tensors are None and others are not."""
     missing = [name for name, tensor in tensors.items() if tensor is None]
@@ -782,6 +796,7 @@ def _add_norm_gradients(ctx, gx_out, _, gdx_out, gh, gdh, *others):
 
 
 _add_norm.register_autograd(_add_norm_gradients, setup_context=_save_add_norm)
+_add_norm_backward.register_autograd(_no_more)
 
 
 def add_norm(
@@ -826,6 +841,7 @@ def add_norm(
     )
     for name, vector in vectors.items():
         _check_shape("add_norm", name, vector, (B, 1, D))
+    _check_dtypes("add_norm", x=x, dx=dx, y=y, dy=dy, low=low, **vectors)
     _check_together("add_norm", y=y, gate=gate)
     if y is None:
         _check_together("add_norm", dx=dx, dshift=dshift, dscale=dscale)
@@ -918,6 +934,7 @@ def _gelu_gradients(ctx, gout, gdout):
 
 
 _gelu.register_autograd(_gelu_gradients, setup_context=_save_gelu)
+_gelu_backward.register_autograd(_no_more)
 
 
 def gelu(u, du, bias=None):
@@ -927,6 +944,7 @@ def gelu(u, du, bias=None):
     None. bias (D,), or None: u holds this bias already, as a constant. It is not added here, and
     is given for its gradient alone. Raises ValueError for other shapes.
     """
+    _check_dtypes("gelu", u=u, du=du)
     _check_shape("gelu", "du", du, u.shape)
     _check_shape("gelu", "bias", bias, u.shape[-1:])
     out, dout = _gelu(u, du, bias)
@@ -1046,6 +1064,9 @@ def _(gq, gk, gv, gdq, gdk, gdv, qkv, dqkv, q_weight, k_weight, heads):
     return _qk_norm_backward_empty(qkv, dqkv, heads)
 
 
+_qk_norm_backward.register_autograd(_no_more)
+
+
 class _QKNorm(torch.autograd.Function):
     """Returns v beside q and k, so that the gradients of all three arrive together.
 
@@ -1116,6 +1137,7 @@ def qk_norm(qkv, dqkv, q_weight, k_weight, heads, bias=None):
     """
     if qkv.dim() != 3 or heads < 1 or qkv.size(-1) % (3 * heads):
         raise ValueError(f"qk_norm wants qkv of (B, T, 3 {heads} d), got {tuple(qkv.shape)}")
+    _check_dtypes("qk_norm", qkv=qkv, dqkv=dqkv, q_weight=q_weight, k_weight=k_weight)
     d = qkv.size(-1) // (3 * heads)
     _check_shape("qk_norm", "dqkv", dqkv, qkv.shape)
     _check_shape("qk_norm", "q_weight", q_weight, (d,))

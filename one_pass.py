@@ -16,6 +16,8 @@ AdamW (Loshchilov and Hutter, arXiv 1711.05101), with gradient g, moments m and 
 Then each average a, of decay d: a = a + (1 - d) (p - a).
 """
 
+import contextlib
+
 import torch
 
 try:
@@ -44,8 +46,10 @@ def step(optimizer, averages):
     optimizer: torch.optim.AdamW of one group of float32 weights; its learning rate may be a tensor.
     averages: two of (tensors, decay), each with a tensor for each weight, in the same order.
     A weight without a gradient stays as it is, and so do its averages; all others must have had one
-    in all steps. Raises ValueError for tensors that are not contiguous or not float32.
+    in all steps. Raises ValueError for other options of AdamW, and for tensors that are not
+    contiguous, float32, on one device and as large as their weight.
     """
+    check_options(optimizer)
     (group,) = optimizer.param_groups
     (first, first_decay), (second, second_decay) = averages
     beta1, beta2 = group["betas"]
@@ -67,28 +71,35 @@ def step(optimizer, averages):
     step_size = lr / (1 - beta1**n)
     scale = (1 - beta2**n).rsqrt()
     numbers = torch.stack([shrink, step_size, scale]).float()
-    for row in rows:
-        size = row[0].numel()
-        adamw_kernel[(triton.cdiv(size, BLOCK),)](
-            *row,
-            numbers,
-            size,
-            1 - beta1,
-            1 - beta2,
-            group["eps"],
-            1 - first_decay,
-            1 - second_decay,
-            BLOCK,
-        )
+    rates = (1 - beta1, 1 - beta2, group["eps"], 1 - first_decay, 1 - second_decay)
+    # Triton launches on the current device.
+    with torch.cuda.device(n.device) if n.is_cuda else contextlib.nullcontext():
+        for row in rows:
+            size = row[0].numel()
+            adamw_kernel[(triton.cdiv(size, BLOCK),)](*row, numbers, size, *rates, BLOCK)
+
+
+def check_options(optimizer):
+    if len(optimizer.param_groups) != 1:
+        raise ValueError(f"one group of weights, not {len(optimizer.param_groups)}")
+    for option in ("amsgrad", "maximize"):
+        if optimizer.param_groups[0][option]:
+            raise ValueError(f"AdamW without {option}")
 
 
 def check(rows):
     for row in rows:
+        p = row[0]
         for t in row:
             if not t.is_contiguous() or t.dtype != torch.float32:
                 raise ValueError(
                     "weights, gradients, moments and averages must be contiguous and float32, "
                     f"not {t.dtype} with strides {t.stride()}"
+                )
+            if t.shape != p.shape or t.device != rows[0][0].device:
+                raise ValueError(
+                    f"a weight {tuple(p.shape)} on {rows[0][0].device} has a gradient, moment or "
+                    f"average {tuple(t.shape)} on {t.device}"
                 )
 
 
@@ -97,7 +108,7 @@ if triton:
     @triton.jit(do_not_specialize=["rate_m", "rate_v", "eps", "rate_a", "rate_b"])
     def adamw_kernel(P, G, M, V, A, B, NUMBERS, size, rate_m, rate_v, eps, rate_a, rate_b,
                     BLOCK: tl.constexpr):  # fmt: skip
-        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = i < size
         shrink = tl.load(NUMBERS)  # 1 - lr weight_decay
         step_size = tl.load(NUMBERS + 1)  # lr / (1 - beta1^n)

@@ -82,7 +82,7 @@ class TrainingStep:
         self.distributed = dist.is_initialized()
         self.ranks = dist.get_world_size() if self.distributed else 1
         self.rank = dist.get_rank() if self.distributed else 0
-        self.has_copies = self.distributed and not shard  # of the weights, on each rank
+        self.uses_ddp = self.distributed and not shard
         with torch.device("meta" if shard else device):
             self.model = DiT(config)
         target = copy.deepcopy(self.model).requires_grad_(False)
@@ -127,7 +127,7 @@ class TrainingStep:
         self.parallel = self.loss
         if shard:
             self.parallel = shard_loss(self.loss)
-        elif self.has_copies:
+        elif self.uses_ddp:
             self.parallel = data_parallel(self.loss, bfloat16_sums, for_graph=self.use_graphs)
 
         shape = (config.in_channels, *config.height_and_width)

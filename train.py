@@ -255,7 +255,7 @@ if shard and not distributed:
     fail("shard divides weights over the ranks of torchrun, and this is not started by torchrun")
 if shard and muon_lr:
     fail("Muon takes whole matrices, and shard divides them: add --muon_lr=0, or leave shard out")
-has_copies = distributed and not shard  # of the weights, on each rank
+uses_ddp = distributed and not shard
 has_bfloat16, can_compile = abilities(device)
 compiled = compile and can_compile
 
@@ -489,7 +489,7 @@ if not all(sees_folder) or len(set(first_steps)) > 1:
         f"{out} must be one folder that all ranks see; the steps that they would go on from are "
         f"{first_steps}"
     )
-if has_copies:
+if uses_ddp:
     for net in nets.values():
         for t in net.state_dict().values():
             dist.broadcast(t, 0)  # so that they cannot differ
@@ -513,7 +513,7 @@ if first_step > 0:
 # ---- the loop ------------------------------------------------------------------------------------
 if shard:
     parallel = shard_loss(loss)
-elif has_copies:
+elif uses_ddp:
     parallel = data_parallel(loss, bfloat16=bfloat16_sums, for_graph=use_graphs)
 else:
     parallel = loss
@@ -536,7 +536,7 @@ def gradients(x0, y, *drawn, is_last):
         model.zero_grad()
     backward_part = partial(backward, share=micro_batch / local_batch)
     sync = nullcontext()
-    if has_copies and not is_last:
+    if uses_ddp and not is_last:
         sync = parallel.no_sync()  # DDP then only adds to .grad and sends nothing
     with sync:
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16):
@@ -573,10 +573,10 @@ def record_gradients(*inputs):
     Under torchrun these differ: the earlier ones send nothing. Their graph needs no warm-up, since
     the other has compiled all that it runs.
     """
-    warm_ups = DDP_WARM_UPS if has_copies else 3
+    warm_ups = DDP_WARM_UPS if uses_ddp else 3
     last = Graph(partial(gradients, is_last=True), inputs, warm_ups)
     graphs["last"] = graphs["earlier"] = last
-    if has_copies and accumulates:
+    if uses_ddp and accumulates:
         earlier = partial(gradients, is_last=False)
         graphs["earlier"] = Graph(earlier, inputs, warm_ups=0, twin=last)
 
@@ -654,7 +654,7 @@ for step in progress:
 
     done = step + 1
     if done % log_every == 0 or done == steps:
-        if has_copies and not ranks_agree(weights):
+        if uses_ddp and not ranks_agree(weights):
             fail(
                 f"the ranks' weights have come apart before step {done}; "
                 f"{what_is_saved(out, saved_step)}"

@@ -413,10 +413,18 @@ def test_attention_autocast_and_errors():
         (q, k[..., :4], v, tq, tk, tv),
         (q.long(),) * 6,
         (q.to(torch.complex64),) * 6,
+        (q.to(torch.float8_e4m3fn),) * 6,
         (q[..., :0],) * 6,
+        (None, k, v, tq, tk, tv),
+        (q, k, v.detach().numpy(), tq, tk, tv),
+        (q, k, v, 0.0, tk, tv),
     ):
         with pytest.raises(ValueError, match="attention_jvp wants"):
             A.attention_jvp(*bad)
+    with pytest.raises(ValueError, match=r"got \(1, 2, 6, 8\), \(1, 2, 5, 4\), \(1, 2, 5, 8\)$"):
+        A.attention(q, k[..., :4], v)
+    with pytest.raises(ValueError, match="wants scale as a number"):
+        A.attention(q, k, v, scale=torch.nn.Parameter(torch.ones(())))
     with pytest.raises(ValueError, match="scale > 0"):
         A.attention_jvp(*x, scale=-1.0)
     assert A.attention_jvp(*(t[:, :, :0] for t in x))[1].shape == (1, 2, 0, 8)
@@ -784,20 +792,21 @@ def finite(x, **how):
     assert all(t.isfinite().all() for t in (*o, *grads))
 
 
-def forward_of(x, scale, mask=None):
+def forward_of(x, scale, mask=None, causal=False):
     """The forward operator's six outputs."""
-    return A._forward_now(*x, mask, scale, False, True)
+    return A._forward_now(*x, mask, scale, causal, True)
 
 
-def backward_of(d, x, outputs, scale, mask=None):
+def backward_of(d, x, outputs, scale, mask=None, causal=False):
     """The backward operator's six gradients."""
-    return A._backward_now(*d, *x, mask, *outputs, scale, False, [True] * 4)
+    return A._backward_now(*d, *x, mask, *outputs, scale, causal, [True] * 4)
 
 
 def low_bits_are_right():
     low_bits_keep_small_values()
     low_bits_for_all_widths()
     offsets_of_tk_cancel()
+    offsets_of_hidden_keys()
 
 
 def low_bits_keep_small_values():
@@ -867,6 +876,20 @@ def offsets_of_tk_cancel():
         assert rel(forward_of(x, D**-0.5, window)[1], exact[1]) < 6e-4, D
 
 
+def offsets_of_hidden_keys():
+    """Under a causal mask the first queries see no key whose tK has the offset, so it must not
+    count for them: without that the tangent and dQ err by 1e-2 here."""
+    for D in (16, 64, 128):
+        x = [t.half() for t in six(1, 1, 33, 77, D)]
+        d = [t.half() for t in six(1, 1, 33, 77, D, seed=1)[::3]]
+        x[4][:, :, 8:] += 64
+        outputs = forward_of(x, D**-0.5, causal=True)
+        dq = backward_of(d, x, outputs, D**-0.5, causal=True)[0]
+        exact, gradients = in_float64(x, d, is_causal=True)
+        for a, b in ((outputs[1], exact[1]), (dq, gradients[0])):
+            assert rel(a[:, :, :8], b[:, :, :8]) < 1e-3, D
+
+
 def guarded(t):
     """A copy of a dense tensor, behind whose last byte lies a page that nobody may touch."""
     size = -(-t.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -910,6 +933,15 @@ def kernels_stay_inside():
 
 def kernels_survive_extremes():
     q, k, v, tq, tk, tv = six(1, 1, 20, 33, 16)
+    for shape in ((1, 1, 1, 33), (1, 1, 20, 33)):  # NaN in a mask hides no key: it makes NaN
+        nan = torch.zeros(shape)
+        nan[..., 3] = float("nan")
+        o, to = A.attention_jvp(q, k, v, tq, tk, tv, nan)
+        assert o.isnan().all() and to.isnan().all()
+    negative = torch._neg_view(q)  # a lazy view, as of the imaginary part of a conjugate
+    got = A.attention_jvp(negative, k, v, tq, tk, tv)
+    want = A.attention_jvp_reference(-q, k, v, tq, tk, tv)
+    assert max(rel(a, b) for a, b in zip(got, want, strict=True)) < 2e-6
     for x in (
         [q * 1e4, k, v, tq, tk, tv],
         [-q * 1e4, k, v, tq, tk, tv],
@@ -1858,6 +1890,8 @@ def test_attention_gpu_offsets(D):
     assert max(errors([q, k, v, tq, tk, tv + 8])) < 5e-3
     assert max(errors([q, k, v, tq, tk + 8, tv], is_causal=True)) < 5e-3
     assert max(errors([q, k, v, tq, tk, tv + 8], is_causal=True)) < 5e-3
+    late = tk + 8 * (torch.arange(1024, device="cuda") >= 8)[:, None]
+    assert max(errors([q, k, v, tq, late, tv], is_causal=True)) < 5e-3
     padding = torch.arange(1024, device="cuda") < 100
     padded = (tk + 8) * ~padding[:, None]
     assert max(errors([q, k, v, tq, padded, tv], attn_mask=~padding.view(1, 1, 1, 1024))) < 5e-3

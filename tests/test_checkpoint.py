@@ -20,6 +20,8 @@ from helpers import (
 
 import checkpoint as ckpt
 import files
+import model
+from model import DiT
 
 ABOUT = dict(
     config={},
@@ -144,11 +146,49 @@ def test_states(folder, capsys):
 
 
 def test_a_state_stands_for_its_evaluation_network(folder):
-    tensors = {"model.a": randn(1), "eval.a": randn(2), "eval.pos_embed": randn(3), "x": randn(4)}
+    tensors = {"model.a": randn(1), "eval.a": randn(2), "eval.b.c": randn(3), "x": randn(4)}
     ckpt.save_tensors("x", tensors, ABOUT)
     found, about = ckpt.load_checkpoint("x")
-    assert equal(found, {"a": tensors["eval.a"], "pos_embed": tensors["eval.pos_embed"]})
+    assert equal(found, {"a": tensors["eval.a"], "b.c": tensors["eval.b.c"]})
     assert about == ABOUT
+
+
+def test_a_state_has_all_networks():
+    """Whatever the tensors of a network are called."""
+    nets = ("model", "target", "eval")
+    tensors = {"model.a": randn(1), "target.a": randn(1), "eval.a": randn(1)}
+    about = {**ABOUT, "train": {}, "step": 3}
+    path = "state_3.safetensors"
+    ckpt.check_run(path, tensors, about, nets)
+    network = {"model.a": randn(1), "modelling": randn(1), "eval": randn(1)}  # a part named "model"
+    with pytest.raises(files.CheckpointError, match=r"no target\.\*, eval\.\* in it"):
+        ckpt.check_run(path, network, about, nets)
+    for kind in nets:
+        others = {name: t for name, t in tensors.items() if not name.startswith(kind)}
+        with pytest.raises(files.CheckpointError, match=rf"no {kind}\.\* in it"):
+            ckpt.check_run(path, others, about, nets)
+
+
+class WithTable(DiT):
+    """A network that has whole numbers among its tensors."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("table", torch.zeros(3, dtype=torch.int64))
+
+
+def test_dtypes_of_a_network(folder, monkeypatch):
+    """Floats become float32, and whole numbers stay what they are."""
+    make_checkpoint("x.safetensors")
+    tensors, about = ckpt.load_tensors("x.safetensors")
+    tensors = {name: t.bfloat16() for name, t in tensors.items()}
+    tensors["table"] = torch.tensor([1, 2, 2**60 + 1])
+    ckpt.save_tensors("x.safetensors", tensors, about)
+    monkeypatch.setattr(model, "DiT", WithTable)
+    loaded = model.load_model("x.safetensors")[0].state_dict()
+    assert torch.equal(loaded.pop("table"), tensors.pop("table"))
+    assert equal(loaded, {name: t.float() for name, t in tensors.items()})
+    assert all(t.dtype == torch.float32 for t in loaded.values())
 
 
 # ---- continuing a run ----------------------------------------------------------------------------

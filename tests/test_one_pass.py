@@ -86,6 +86,15 @@ def test_wrong_tensors():
     with pytest.raises(ValueError, match="contiguous and float32"):
         one_pass.step(optimizer, averages)
     assert all(optimizer.state[p]["step"] == 0 for p in weights)
+    averages[1][0][2] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"a weight \(64, 40\) .* average \(3,\)"):
+        one_pass.step(optimizer, averages)
+    optimizer.param_groups[0]["maximize"] = True
+    with pytest.raises(ValueError, match="AdamW without maximize"):
+        one_pass.step(optimizer, averages)
+    optimizer.add_param_group(dict(params=[torch.ones(1)]))
+    with pytest.raises(ValueError, match="one group"):
+        one_pass.step(optimizer, averages)
 
 
 @gpu
