@@ -11,12 +11,12 @@ data/NAME.partial     being written. The file `lock` in it is held by the proces
                       the end it becomes data/NAME
 data/NAME.replaced    the old data/NAME, only while --overwrite puts the new one in its place
 
-Files that prepare.py does not write are never removed.
+Files that prepare.py does not write are never removed: where some lie in one of these folders,
+nothing is written at all.
 """
 
 import contextlib
 import os
-import shutil
 import sys
 
 from files import PARTIAL, hold, is_still_at, sync_folder
@@ -60,6 +60,8 @@ def claim(path, overwrite=False, keep=False, seconds=0):
     another process still holds path.partial.
     """
     partial = unfinished(path)
+    if os.path.islink(path):  # perhaps to a larger disk, on which the new one would not lie
+        raise DataError(f"{path} is a link to {os.path.realpath(path)}: remove the link first")
     # 1. Refuse a name that is taken, and files of others where ours would go.
     refuse_existing(path, overwrite)
     refuse_strangers(partial)
@@ -126,6 +128,13 @@ def refuse_existing(path, overwrite):
         )
     if not overwrite:
         raise DataError(f"{path} is there already: --overwrite replaces it")
+    load_header(path)
+    strangers = [name for name in sorted(os.listdir(path)) if not is_ours(name)]
+    if strangers:
+        raise DataError(
+            f"{os.path.join(path, strangers[0])} is not prepare.py's: move it away, "
+            f"since --overwrite removes {path}"
+        )
 
 
 def put_back(path):
@@ -140,10 +149,18 @@ def put_back(path):
         os.rename(replaced, path)
         return True
     try:
-        shutil.rmtree(replaced)
+        remove_dataset(replaced)
     except OSError as error:
-        raise DataError(f"cannot remove {replaced}, delete it: {error.strerror}") from None
+        raise DataError(f"cannot remove {replaced}, delete it: {error}") from None
     return False
+
+
+def remove_dataset(path):
+    """Remove a folder that holds our files alone. Raises OSError."""
+    for name in os.listdir(path):
+        if is_ours(name):
+            os.remove(os.path.join(path, name))
+    os.rmdir(path)
 
 
 def refuse_replaced(path):
@@ -221,8 +238,8 @@ def take_name(path, lock, overwrite=False):
     lock.close()
     if is_replacement:
         try:
-            shutil.rmtree(replaced)
+            remove_dataset(replaced)
         except OSError as error:  # the new one is whole all the same
-            print(f"cannot remove {replaced}: {error.strerror}", file=sys.stderr)
+            print(f"cannot remove {replaced}: {error}", file=sys.stderr)
     if os.name == "posix":
         sync_folder(os.path.dirname(path) or ".")

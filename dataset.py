@@ -59,6 +59,13 @@ def load_dataset(path):
     return header, arrays
 
 
+def refuse_wrong_counts(path, header, data):
+    """Raise DataError where a header says other counts of the classes than the labels have."""
+    counts = np.bincount(data["train_labels"], minlength=header["num_classes"])
+    if header["num_classes"] and counts.tolist() != header["class_counts"]:
+        raise DataError(f"{path}: its header's class_counts are not those of train_labels.npy")
+
+
 def load_array(path, name, shape, dtype, mmap_mode=None):
     """One of the arrays of a folder of data, of this shape and dtype or a DataError."""
     file = os.path.join(path, name + ".npy")

@@ -211,7 +211,8 @@ def ranks_agree(weights):
 
 
 class StopRequest:
-    """SIGTERM and SIGINT (Ctrl-C) ask for a stop after the step; a second one ends the process.
+    """SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a terminal that is closed, unless the process ignores
+    that, as under nohup) ask for a stop after the step; a second one ends the process.
 
     A scheduler's signal comes twice, from it and through torchrun, so a second one counts only
     when it comes more than 2 seconds later. A torchrun that was killed is a request, too.
@@ -222,7 +223,11 @@ class StopRequest:
         self.since = 0.0
         self.parent = os.getppid()
         self.before = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+        if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+            numbers.append(hangup)
+        for number in numbers:
             self.before[number] = signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):

@@ -111,6 +111,16 @@ def sync_folder(folder):
         os.close(descriptor)
 
 
+def wait_for(path, seconds):
+    """Whether a path is there, or comes within so many seconds."""
+    end = time.monotonic() + seconds
+    while not os.path.exists(path):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 # ---- locks ---------------------------------------------------------------------------------------
 
 

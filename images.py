@@ -431,9 +431,10 @@ def decode_file(file, upright):
             # "MPO" is a JPEG with more pictures behind the first, as some phones make them.
             kind = "JPEG" if image.format == "MPO" else image.format
             image.load()
+            depth = depth_of_tiff(image) if kind == "TIFF" else (16, False)
             if upright:
                 image = turn_upright(image)
-            return to_rgb(image, kind), kind
+            return to_rgb(image, kind, *depth), kind
 
 
 def turn_upright(image):
@@ -447,21 +448,34 @@ def turn_upright(image):
         return image
 
 
-def to_rgb(image, kind):
-    """Any mode of Pillow's to 8-bit RGB; what is transparent shows white. kind: its format."""
+def to_rgb(image, kind, bits=16, is_inverted=False):
+    """Any mode of Pillow's to 8-bit RGB; what is transparent shows white.
+
+    kind: the format of its file. bits: of gray that has more than 8. is_inverted: 0 is white in it.
+    """
     # Before version 11, Pillow opens a PNG of 16-bit gray as mode "I".
     if image.mode == "I" and kind != "PNG":
         raise ImageError("its pixels are 32-bit numbers, whose range nobody knows")
-    if image.mode.startswith("I"):
-        values = np.asarray(image) / 257  # of 16 bits, which Pillow would clip
-        image = Image.fromarray(values.round().astype(np.uint8))
+    if image.mode.startswith("I"):  # more than 8 bits, which Pillow would clip
+        values = np.asarray(image) * (255 / (2**bits - 1))
+        values = 255 - values if is_inverted else values
+        image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
     elif image.mode == "F":
         raise ImageError("its pixels are floating-point numbers, whose range nobody knows")
     if image.has_transparency_data:
         image = image.convert("RGBA")
+        if kind == "BMP" and image.getchannel("A").getextrema() == (0, 0):
+            image.putalpha(255)  # such a file has four bytes a pixel, and no transparency
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def depth_of_tiff(image):
+    """Bits of a pixel of a gray TIFF, and whether 0 is white, which Pillow leaves to us."""
+    bits = image.tag_v2.get(ExifTags.Base.BitsPerSample, 16)
+    bits = bits[0] if isinstance(bits, tuple) else bits
+    return bits, image.tag_v2.get(ExifTags.Base.PhotometricInterpretation, 1) == 0
 
 
 def as_rgb(images):

@@ -11,6 +11,7 @@ images.py says which files are images, and reads them.
 import json
 import os
 import sys
+import unicodedata
 import zipfile
 import zlib
 from typing import NamedTuple
@@ -20,6 +21,7 @@ import numpy as np
 from header import describe_gaps
 from images import LABELS_FILE, SUFFIXES, ImageError, find_images, open_zip, printable
 
+MOST_WRAPPERS = 50  # folders around the images of a .zip, one in the other
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 MAX_LABEL = 10**6
 
@@ -61,6 +63,8 @@ def find_labelled(src, top=""):
             f"give {os.path.join(src, wrapper)}"
         )
     below = f"{wrapper}/"
+    if top.count("/") >= MOST_WRAPPERS:
+        raise ImageError(f"{src}: its images lie more than {MOST_WRAPPERS} folders deep")
     labelled = find_labelled(src, top + below)
     beside = [row for row in found.left_out if not row[0].startswith(below)]
     inside = [(below + name, reason) for name, reason in labelled.left_out]
@@ -124,12 +128,14 @@ def example(found, folder=""):
 
 
 def refuse_twins(src, folders):
-    """Raise ImageError where two class names differ by blanks at their ends only."""
+    """Raise ImageError where two class names look the same: they differ by blanks at their ends,
+    or by how Unicode writes an accent."""
     seen = {}
     for folder in folders:
-        twin = seen.setdefault(folder.strip(), folder)
+        looks = unicodedata.normalize("NFC", folder).strip()
+        twin = seen.setdefault(looks, folder)
         if twin != folder:
-            raise ImageError(f"{src}: the classes {twin!r} and {folder!r} differ by blanks only")
+            raise ImageError(f"{src}: the classes {ascii(twin)} and {ascii(folder)} look the same")
 
 
 def refuse_splits(src, found, tops):

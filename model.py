@@ -166,7 +166,7 @@ class Embedder(nn.Module):
         return Dual(features, torch.cat([-sin * dangles, cos * dangles], dim=1))
 
 
-class Patches(nn.Module):
+class PatchEmbed(nn.Module):
     """Images (B, C, height, width), a tensor or a Dual, -> tokens (B, T, D), row by row."""
 
     def __init__(self, config):
@@ -187,7 +187,7 @@ class Patches(nn.Module):
         return rearrange(x, "b d h w -> b (h w) d").contiguous()
 
 
-class Labels(nn.Module):
+class LabelEmbedder(nn.Module):
     def __init__(self, config):
         super().__init__()
         rows = config.num_classes + 1  # the last is "no class"
@@ -294,7 +294,7 @@ class Block(Modulated):
         return detach_tangent(self.forward(x, c, mask))
 
 
-class Final(Modulated):
+class FinalLayer(Modulated):
     """Tokens (B, T, D) and the condition c (B, D) -> the pixels of each patch, (B, T, p p C)."""
 
     def __init__(self, config):
@@ -316,13 +316,13 @@ class DiT(nn.Module):
         self.config = config
         table = positions(*config.grid, config.hidden_size)  # (1, T, D)
         self.pos_embed = nn.Parameter(table, requires_grad=False)
-        self.x_embedder = Patches(config)
+        self.x_embedder = PatchEmbed(config)
         self.t_embedder = Embedder(config.hidden_size)  # of t
         self.s_embedder = Embedder(config.hidden_size)  # of t - s, under its published name
         self.guidance_embedder = Embedder(config.hidden_size)  # of 1 / w
-        self.y_embedder = Labels(config)
+        self.y_embedder = LabelEmbedder(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.final_layer = Final(config)
+        self.final_layer = FinalLayer(config)
         # compile_blocks replaces this function. It is called instead of the block itself, so hooks
         # of blocks do not fire.
         self.run_block = Block.forward
@@ -408,7 +408,7 @@ class DiT(nn.Module):
         """
         # A tangent of None becomes zeros, so that every block takes Duals and torch.compile makes
         # one program for them. The first block's attention has a tangent in any case, which comes
-        # from the modulation. The zeros cost one convolution in Patches.
+        # from the modulation. The zeros cost one convolution in PatchEmbed.
         duals = []
         for value, tangent in ((x, dx), (t, dt), (s, ds)):
             duals.append(Dual(value, torch.zeros_like(value) if tangent is None else tangent))

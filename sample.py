@@ -231,7 +231,7 @@ def prepare_fid(args):
     if args.n < 2:
         raise UserError(f"--fid needs at least 2 images, not {args.n}")
     name = os.path.basename(args.checkpoint)
-    digest = hashlib.sha256(os.path.abspath(args.checkpoint).encode()).hexdigest()
+    digest = hashlib.sha256(os.fsencode(os.path.abspath(args.checkpoint))).hexdigest()
     args.parts = f"{name}-{digest[:8]}-nfe{args.nfe}-fid.parts"
     args.kind = None
 

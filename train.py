@@ -51,7 +51,7 @@ from checkpoint import (
     strip_prefix,
     what_is_saved,
 )
-from dataset import DataError, load_dataset
+from dataset import DataError, load_dataset, refuse_wrong_counts
 from device import (
     DDP_WARM_UPS,
     Graph,
@@ -66,7 +66,7 @@ from device import (
     ranks_of_torchrun,
     without_torchrun,
 )
-from files import HERE, CheckpointError, UserError, hold
+from files import HERE, CheckpointError, UserError, hold, wait_for
 from loss import (
     GUIDANCE,
     MEANFLOW_CONSTANTS,
@@ -207,6 +207,8 @@ config["name"] = config["name"] or config["preset"] or config["dataset"]
 globals().update(config)  # from here on lr is a number, not an Option
 if name != os.path.basename(name) or name in (".", ".."):
     fail(f'the run\'s name {name!r} must be a plain folder name without "/": give --name=NAME')
+if not name.isprintable():  # not UTF-8, for example: safetensors would not open its files
+    fail(f"the run's name {name!r} has characters that cannot be printed")
 out = os.path.join("out", name)
 check_change(change, OPTIONS)
 times_config = dict(sampler=times, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, p_equal=p_equal)
@@ -264,12 +266,13 @@ data_path = os.path.join("data", dataset)
 if rank == 0 and dataset in ("digits", "shapes") and not os.path.exists(data_path):
     command = [sys.executable, os.path.join(HERE, "prepare.py"), dataset]
     made = subprocess.run(command, env=without_torchrun())
-    if made.returncode:
+    if made.returncode and not wait_for(data_path, lock_wait):  # perhaps another run makes it
         fail(f"python prepare.py {dataset} failed")
 if distributed:
     dist.barrier()
 try:
     header, data = load_dataset(data_path)
+    refuse_wrong_counts(data_path, header, data)
 except DataError as error:
     fail(error)
 complaint = why_not_train(header, data_path, config)
@@ -424,6 +427,11 @@ def resume():
         keep_of = partial(own_part, mesh=weights[0].device_mesh)  # this rank's part
     found = load_newest(out, device, quiet=rank > 0, keep=keep_of)
     if not found:
+        if os.path.exists(os.path.join(out, "ckpt.safetensors")):
+            fail(
+                f"{out} holds a trained network, ckpt.safetensors, and no state to go on from: "
+                "give this run another --name, or move that file away"
+            )
         return 0
     path, state, was = found
     check_run(path, state, was, nets)

@@ -76,12 +76,12 @@ def snapshot(folder, place):
     published = {
         m.DiT: layer("training.dit", "DiT_XL_2_18h"),
         m.Block: layer("training.dit", "DiTBlock"),
-        m.Final: layer("training.dit", "FinalLayer"),
+        m.FinalLayer: layer("training.dit", "FinalLayer"),
         m.Embedder: layer("training.dit", "TimestepEmbedder"),
-        m.Labels: layer("training.dit", "LabelEmbedder"),
+        m.LabelEmbedder: layer("training.dit", "LabelEmbedder"),
         m.Attention: layer("training.dit", "Attention", persistent=False),
         m.MLP: layer("timm.layers.mlp", "Mlp", persistent=False),
-        m.Patches: layer("timm.layers.patch_embed", "PatchEmbed", persistent=False),
+        m.PatchEmbed: layer("timm.layers.patch_embed", "PatchEmbed", persistent=False),
         m.Scale: torch.nn.RMSNorm,
     }
 
@@ -92,7 +92,7 @@ def snapshot(folder, place):
             norm = torch.nn.RMSNorm if is_rms else torch.nn.LayerNorm
             part.norm1 = norm(8, elementwise_affine=False)
             part.do_mod_norm = part.mod_norm
-        if isinstance(part, m.Patches):
+        if isinstance(part, m.PatchEmbed):
             part.output_fmt = data_format("NCHW")
             part.img_size = (32, 32)
         part.__class__ = published.get(type(part), type(part))

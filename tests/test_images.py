@@ -210,8 +210,20 @@ def test_class_names_that_differ_by_blanks(folder):
     with zipfile.ZipFile("src.zip", "w") as archive:
         for name in ("cat/0.png", "cat /0.png", "dog/0.png"):
             archive.writestr(name, b"x")
-    with pytest.raises(images.ImageError, match="'cat' and 'cat ' differ by blanks only"):
+    with pytest.raises(images.ImageError, match="'cat' and 'cat ' look the same"):
         labels.find_labelled("src.zip")
+    with zipfile.ZipFile("accents.zip", "w") as archive:
+        for name in ("caf\u00e9/0.png", "cafe\u0301/0.png"):
+            archive.writestr(name, b"x")
+    with pytest.raises(images.ImageError, match="look the same"):
+        labels.find_labelled("accents.zip")
+
+
+def test_folders_around_folders(folder):
+    with zipfile.ZipFile("deep.zip", "w") as archive:
+        archive.writestr("a/" * 3000 + "0.png", b"x")
+    with pytest.raises(images.ImageError, match="more than 50 folders deep"):
+        labels.find_labelled("deep.zip")
 
 
 EDM = {"labels": [["00000/img0.png", 3], ["00000/img1.png", 0], ["00001/img2.png", 3]]}
@@ -519,6 +531,25 @@ def test_pixels_of_unknown_range(folder):
     for file in ("f.tif", "i.tif", "low.tif"):
         with pytest.raises(images.ImageError, match="whose range nobody knows"):
             images.read_whole(file)
+
+
+def test_gray_tiffs_of_many_bits(folder):
+    """12 of 16 bits, and 0 for white: Pillow hands on the numbers as they are."""
+    for bits, photometric, levels in ((16, 1, (0, 128, 255)), (16, 0, (255, 127, 0))):
+        top = 2**bits - 1
+        values = np.array([[0, top // 2 + 1, top]], np.uint16)
+        Image.fromarray(values).save("a.tif", tiffinfo={262: photometric})
+        found = images.read_whole("a.tif").pixels
+        assert found[..., 0].ravel().tolist() == list(levels)
+    values = Image.fromarray(np.array([[0, 2048, 4095]], np.uint16))
+    assert np.asarray(images.to_rgb(values, "TIFF", bits=12))[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_a_bitmap_with_four_bytes_a_pixel(folder):
+    """Its fourth byte is 0 throughout, and is no transparency."""
+    picture = Image.new("RGBA", (2, 2), (200, 100, 10, 0))
+    assert np.asarray(images.to_rgb(picture, "BMP"))[0, 0].tolist() == [200, 100, 10]
+    assert np.asarray(images.to_rgb(picture, "PNG"))[0, 0].tolist() == [255, 255, 255]
 
 
 def test_mode_i_is_sixteen_bit_gray_of_a_png():

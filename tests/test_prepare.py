@@ -668,11 +668,26 @@ def test_a_replaced_dataset_that_cannot_be_removed(folder, monkeypatch, capsys):
     def refuse(path):
         raise PermissionError(errno.EACCES, "Permission denied", "test_labels.npy")
 
-    monkeypatch.setattr(dataset.shutil, "rmtree", refuse)
+    monkeypatch.setattr(claims, "remove_dataset", refuse)
     assert complain("digits", "--overwrite", "--seed", 1) is None
-    assert "cannot remove data/digits.replaced: Permission denied\n" in capsys.readouterr().err
+    assert "cannot remove data/digits.replaced: [Errno 13] Permission" in capsys.readouterr().err
     assert dataset.load_dataset("data/digits")[0]["made_by"].endswith("--seed 1")
     assert "cannot remove data/digits.replaced" in complain("digits", "--overwrite")
+
+
+def test_overwrite_removes_nothing_of_others(folder):
+    """A file of somebody else, a folder whose header.json is somebody else's, and a link."""
+    assert complain("digits") is None
+    (folder / "data" / "digits" / "notes.txt").write_text("mine")
+    assert "notes.txt is not prepare.py's: move it away" in complain("digits", "--overwrite")
+    assert (folder / "data" / "digits" / "notes.txt").read_text() == "mine"
+    (folder / "data" / "mine").mkdir()
+    (folder / "data" / "mine" / "header.json").write_text('{"my": "own"}')
+    assert complain("digits", "--name", "mine", "--overwrite") is not None
+    assert os.listdir("data/mine") == ["header.json"]
+    os.symlink("digits", "data/link")
+    assert "data/link is a link to" in complain("digits", "--name", "link", "--overwrite")
+    assert sorted(os.listdir("data")) == ["digits", "link", "mine"]
 
 
 def test_a_dataset_comes_back_where_the_new_one_cannot_be_renamed(folder, monkeypatch):

@@ -309,15 +309,15 @@ def test_all_snippets_of_attention():
 
 
 def test_lines_for_wandb(tmp_path, monkeypatch):
-    """The README's lines, at the end of Report.append, hand on the numbers of a line of the log."""
+    """The lines of docs/changes.md, in the place of Report.log, send on the numbers of the log."""
     import torch
 
-    lines = re.search(r"```python\n(.*?)```", read("README.md"), re.DOTALL)[1]
-    last = '            f.write(json.dumps(line, allow_nan=False).encode() + b"\\n")\n'
+    lines = re.search(r"```python\n(    def log.*?)```", read("docs/changes.md"), re.DOTALL)[1]
     source = read("report.py")
-    assert source.count(last + "\n    def ") == 1  # it ends the method
+    begin = source.index("    def log(self, **line):")
+    end = source.index("    def append(self, line):")
     path = tmp_path / "report_with_wandb.py"
-    path.write_text("import wandb\n" + source.replace(last, last + lines))
+    path.write_text(f"import wandb\n{source[:begin]}{lines}\n{source[end:]}")
 
     sent = []
     wandb = types.ModuleType("wandb")
@@ -340,9 +340,10 @@ def test_lines_for_wandb(tmp_path, monkeypatch):
         str(out), config, {}, {}, None, torch.device("cpu"), rank=0, ranks=1
     )
     report.log(step=3, loss=0.5, fm_by_time=[0.1, None])
-    assert wandb.run["name"] == "a-run"
-    assert sent == [(3, dict(step=3, loss=0.5))]
-    assert (out / "log.jsonl").read_text().count("\n") == 1
+    report.log(step=3, nfe=4, label=0.25)
+    assert wandb.run["name"] == wandb.run["id"] == "a-run"
+    assert sent == [(3, {"loss": 0.5, "fm_by_time/0": 0.1}), (3, {"nfe_4/label": 0.25})]
+    assert (out / "log.jsonl").read_text().count("\n") == 2
 
 
 if __name__ == "__main__":
