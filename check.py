@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from dataset import load_dataset
-from files import UserError
+from files import UserError, written
 from header import DataError, describe_classes, describe_gaps, kind_of_data, names_of_classes
 from images import ImageError, files_at, read_square
 from latents import FILE_NAME_ENCODING
@@ -160,4 +160,5 @@ def draw_sheet(lines, path):
     picture = np.concatenate([np.concatenate(images, axis=1) for images in lines])
     picture = visible(picture)
     picture = np.broadcast_to(picture, (*picture.shape[:2], 3))
-    Image.fromarray(picture).save(path)
+    with written(path) as f:
+        Image.fromarray(picture).save(f, "PNG")

@@ -159,6 +159,13 @@ def strip_prefix(tensors, prefix):
     return chosen
 
 
+def refuse_infinite(path, tensors):
+    """Raise CheckpointError where a tensor has a number that is not finite."""
+    for name, t in tensors.items():
+        if t.is_floating_point() and not t.isfinite().all():
+            raise CheckpointError(f"{path}: {name} has numbers that are not finite")
+
+
 def initialize_from(path, model, header, partly):
     """Take a model's first weights from a checkpoint. Returns lines about what was not taken.
 
@@ -168,6 +175,7 @@ def initialize_from(path, model, header, partly):
     """
     device = next(model.parameters()).device
     tensors, was = load_checkpoint(path, device, needs_about=not partly)
+    refuse_infinite(path, tensors)
     if partly:
         return take_weights(path, model, tensors)
     config = type(model.config)(**was["config"])

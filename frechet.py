@@ -84,9 +84,12 @@ class Moments:
         return ""
 
     def mean_and_covariance(self):
-        """(dim,) and, unbiased, (dim, dim): float64 arrays. Raises FidError for fewer than 2."""
+        """(dim,) and, unbiased, (dim, dim): float64 arrays. Raises FidError for fewer than 2, and
+        for features that are not finite."""
         if self.n < 2:
             raise FidError(f"a covariance needs at least 2 images, not {self.n}")
+        if not self.scatter.isfinite().all():
+            raise FidError("some features are not finite")
         return self.mean.cpu().numpy(), (self.scatter / (self.n - 1)).cpu().numpy()
 
 

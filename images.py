@@ -509,9 +509,12 @@ def parallel(function, items, what):
     """Yield function(item) for each item, in order, computed on all cores. what: for the bar."""
     workers = min(61, os.cpu_count() or 1)  # Windows takes no more than 61
     chunk = max(1, min(256, len(items) // (4 * workers)))
-    with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
+    pool = ProcessPoolExecutor(workers, initializer=end_with_parent)
+    try:
         results = pool.map(function, items, chunksize=chunk)
         yield from tqdm(results, total=len(items), desc=what, unit="img")
+    finally:
+        pool.shutdown(cancel_futures=True)  # an error, or Ctrl-C, does not wait for the rest
 
 
 def end_with_parent(worker=None):

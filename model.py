@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, refuse_infinite
 from dual import (
     Dual,
     add_gated,
@@ -476,6 +476,7 @@ def load_model(path, device="cpu"):
     CheckpointError.
     """
     tensors, about = load_checkpoint(path, device)
+    refuse_infinite(path, tensors)
     try:
         config = DiTConfig(**about["config"])
         if config.depth > len(tensors):  # a billion blocks would take all memory
@@ -502,9 +503,14 @@ def check_about(config, about):
     for text in (*texts, about.get("objective", "")):
         if not isinstance(text, str):
             raise ValueError(f"a name that is no text: {text!r}")
-    sides = data.get("shape", [1])
+    if not isinstance(about.get("train", {}), dict):
+        raise ValueError("constants that are no dict")
+    wanted = [config.in_channels, *config.height_and_width]
+    sides = data.get("shape", wanted)
     if not all(type(n) is int and n > 0 for n in sides) or math.prod(sides) > 2**31:
         raise ValueError(f"images of shape {sides}")
+    if list(sides) != wanted:
+        raise ValueError(f"images of shape {sides}, and a network for {wanted}")
     if len(counts) != config.num_classes:
         raise ValueError(f"{len(counts)} class counts for {config.num_classes} classes")
     for name in ("mean", "std"):

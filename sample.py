@@ -384,6 +384,8 @@ def make_plan(args, config, about, device):
         n = len(classes) * max(1, 80 // len(classes))
     elif n is None:
         n = 80
+    if n > 10**9:
+        raise UserError(f"--n must be at most a billion, not {n}")
     bfloat16 = has_bfloat16 and args.precision != "float32"
     return Plan(
         n=n,

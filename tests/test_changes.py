@@ -24,7 +24,10 @@ def sections():
     found = []
     for text in page.split("\n## ")[1:]:
         title = text.split("\n")[0]
-        diff = re.search(r"```diff\n(.*?)```", text, re.DOTALL)[1]
+        diff = re.search(r"```diff\n(.*?)```", text, re.DOTALL)
+        if diff is None:  # lines for another place, which test_readme.py tries
+            continue
+        diff = diff[1]
         commands = re.findall(r"^    python (.*)$", text, re.MULTILINE)
         found.append(pytest.param(title, diff, commands, id=title))
     return found

@@ -191,6 +191,26 @@ def test_dtypes_of_a_network(folder, monkeypatch):
     assert all(t.dtype == torch.float32 for t in loaded.values())
 
 
+def test_numbers_that_are_not_finite(folder):
+    """No file of weights is used that has one."""
+    make_checkpoint("x.safetensors")
+    tensors, about = ckpt.load_tensors("x.safetensors")
+    tensors["final_layer.linear.bias"][0] = float("nan")
+    ckpt.save_tensors("nan.safetensors", tensors, about)
+    wanted = "nan.safetensors: final_layer.linear.bias has numbers that are not finite"
+    assert wanted in run_script("sample.py", "nan.safetensors", "--n", 2)
+    assert wanted in train("--init_from=nan.safetensors", "--init_partly=True")
+
+
+def test_images_of_another_shape_than_the_networks(folder):
+    make_checkpoint("x.safetensors")
+    tensors, about = ckpt.load_tensors("x.safetensors")
+    about["data"]["shape"] = [3, 8, 8]
+    ckpt.save_tensors("x.safetensors", tensors, about)
+    complaint = run_script("sample.py", "x.safetensors", "--n", 2)
+    assert "images of shape [3, 8, 8], and a network for [1, 8, 8]" in complaint
+
+
 # ---- continuing a run ----------------------------------------------------------------------------
 
 

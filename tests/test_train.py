@@ -435,7 +435,18 @@ def test_train_refuses(folder):
     assert "--w_max has no effect" in train("--w_max=2")
     assert "--mu has no effect" in train("--times=two", "--mu=1")
     assert "bfloat16_sums is for GPUs" in train("--bfloat16_sums=True", "--device=cpu")
+    assert "cannot be printed" in train("--name=caf\udce9")
     assert not os.path.exists("out")
+
+
+def test_a_trained_network_is_not_replaced(folder):
+    """Where its states are gone, nothing goes on from it; but nothing replaces it either."""
+    assert train("--steps=1", "--name=kept") is None
+    for path in ckpt.states("out/kept").values():
+        os.remove(path)
+    before = open("out/kept/ckpt.safetensors", "rb").read()
+    assert "no state to go on from" in train("--steps=2", "--name=kept")
+    assert open("out/kept/ckpt.safetensors", "rb").read() == before
 
 
 def test_train_refuses_broken_data(folder):
@@ -606,7 +617,7 @@ def test_signals(start):
     whole = start("--name=whole", "--steps=40", *SMALL)
     whole.join()
     arguments = (*SMALL, "--steps=40", "--name=asked")
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)):
         process = start(*arguments)
         at = steps_done("asked")
         until(lambda: steps_done("asked") > at + 3, "steps")  # noqa: B023
