@@ -509,7 +509,7 @@ def check_about(config, about):
     sides = data.get("shape", wanted)
     if not all(type(n) is int and n > 0 for n in sides) or math.prod(sides) > 2**31:
         raise ValueError(f"images of shape {sides}")
-    if list(sides) != wanted:
+    if len(sides) == 3 and list(sides) != wanted:  # a fork may have data of other dimensions
         raise ValueError(f"images of shape {sides}, and a network for {wanted}")
     if len(counts) != config.num_classes:
         raise ValueError(f"{len(counts)} class counts for {config.num_classes} classes")
