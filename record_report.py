@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 from files import UserError, written
 from study_report import (
-    NUMBER,
     check_log,
     draw_samples,
     draw_scores,
     header,
+    is_number,
     over_seeds,
     read_log,
     row,
@@ -234,8 +234,8 @@ def report(log, ideas, methods, prefix, page=None):
     the names of the runs' pictures. page: a file that the tables go to as well. Raises UserError.
     """
     first, runs = read_log(log)
-    of_run = dict(idea=str, change=dict, seed=int, seconds=NUMBER)
-    of_scored = dict(step=str, step_ms=NUMBER, steps=int, commit=str)
+    of_run = dict(idea=str, change=dict, seed=int, seconds=is_number)
+    of_scored = dict(step=str, step_ms=is_number, steps=int, commit=str)
     check_log(log, "record.py", first, runs, {}, of_run, of_scored)
     nfes = [str(nfe) for nfe in first["settings"]["nfes"]]
     if not any("scores" in line for line in runs.values()):

@@ -39,9 +39,14 @@ SAMPLES = (  # the rows of samples.png: title, method, which of the step counts
 # ---- the log -------------------------------------------------------------------------------------
 
 
-# What a report needs of a log: values of these types, and dicts with at least these keys.
-NUMBER = (int, float)
-FORM_OF_SCORES = dict.fromkeys(SCORES, NUMBER)
+def is_number(value):
+    """Whether a value of a log is a number above 0, as all are that a report computes with."""
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+# What a report needs of a log: values of these types, or for which a function is true, and dicts
+# with at least these keys. (A share of samples may be 0.)
+FORM_OF_SCORES = {**dict.fromkeys(SCORES, (int, float)), "features": is_number}
 FORM_OF_FIRST = dict(
     settings=dict(nfes=list, images=int),
     real=FORM_OF_SCORES,
@@ -59,14 +64,22 @@ def read_log(path):
             lines = [json.loads(text) for text in f if text.endswith("}\n")]
         first = lines[0]
         first["settings"]  # or this is the log of something else
-        return first, {line["run"]: line for line in lines[1:]}
-    except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
+        runs = {line["run"]: line for line in lines[1:]}
+        if not all(isinstance(run, str) for run in runs):
+            raise ValueError("a run whose name is no text")
+        if not all(is_number(ms) for ms in first.get("step_ms", {}).values()):
+            raise ValueError("a step's time that is not above 0")
+        return first, runs
+    except (OSError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
         reason = str(error) or "no line in it"
         raise UserError(f"{path} is not the log of a study: {reason}") from None
 
 
 def fits(value, form):
-    """Whether a value has a form: a type or several, or a dict of the forms that keys must have."""
+    """Whether a value has a form: a type or several, a function that is true for it, or a dict of
+    the forms that keys must have."""
+    if callable(form) and not isinstance(form, type):
+        return form(value)
     if isinstance(form, dict):
         if not isinstance(value, dict):
             return False
@@ -103,7 +116,7 @@ def mean_distance(line):
 
     It is the geometric mean over the step counts, and infinite for a run that diverged.
     """
-    if "scores" not in line:
+    if not line.get("scores"):
         return math.inf
     logs = [math.log(scores["features"]) for scores in line["scores"].values()]
     return math.exp(statistics.fmean(logs))
@@ -119,8 +132,8 @@ class Results:
 
     def __init__(self, log, methods):
         self.first, lines = read_log(log)
-        of_first = dict(settings=dict(nfes=list, images=int, seconds=NUMBER), step_ms=dict)
-        config = dict(lr=NUMBER, detach_jvp=bool)
+        of_first = dict(settings=dict(nfes=list, images=int, seconds=is_number), step_ms=dict)
+        config = dict(lr=is_number, detach_jvp=bool)
         of_scored = dict(config=config, steps=int, block_rms=list)
         check_log(log, "study.py", self.first, lines, of_first, {}, of_scored)
         self.settings = self.first["settings"]
