@@ -16,8 +16,8 @@ Edit the constants in place; a flag such as --lr=1e-3 overrides one. Output, in 
     samples_STEP.png        rows: 1, 2, 4 steps; columns: ten images, of the classes in turn
     curve.png               the loss
     lock                    held by the process that trains NAME
-SIGTERM and SIGINT (Ctrl-C) end a run after its step and a save. A second signal, more than two
-seconds after the first, ends it at once.
+SIGTERM, SIGINT (Ctrl-C) and SIGHUP end a run after its step and a save. A second signal, more than
+two seconds after the first, ends it at once.
 
 In this file: constants, ranks and device, data, networks, saving and resuming, the loop.
 """
