@@ -24,7 +24,7 @@ from header import DataError, load_header
 
 LEFT_OUT = "left_out.txt"
 
-# All that prepare.py writes in NAME.partial or NAME. Nothing else is ever removed from the former.
+# All that prepare.py writes in NAME.partial or NAME. Nothing else is ever removed from either.
 OURS = {
     "lock",
     "header.json",
@@ -38,6 +38,9 @@ OURS = {
     "train_files.txt",
     LEFT_OUT,
     "check.png",
+    # what file managers leave in any folder that is looked at
+    ".DS_Store",
+    "Thumbs.db",
 }
 
 
@@ -128,7 +131,10 @@ def refuse_existing(path, overwrite):
         )
     if not overwrite:
         raise DataError(f"{path} is there already: --overwrite replaces it")
-    load_header(path)
+    try:
+        load_header(path)
+    except DataError as error:
+        raise DataError(f"{error}; --overwrite replaces whole datasets: move {path} away") from None
     strangers = [name for name in sorted(os.listdir(path)) if not is_ours(name)]
     if strangers:
         raise DataError(
@@ -168,8 +174,14 @@ def refuse_replaced(path):
     replaced = path + ".replaced"
     if not os.path.lexists(replaced):
         return
-    # Of a removal that was cut off some of our files are left.
-    if os.path.exists(path) and all(is_ours(name) for name in os.listdir(replaced)):
+    if os.path.exists(path) and os.path.isdir(replaced):
+        # It will be removed. Of a removal that was cut off some of our files are left.
+        strangers = [name for name in sorted(os.listdir(replaced)) if not is_ours(name)]
+        if strangers:
+            raise DataError(
+                f"{os.path.join(replaced, strangers[0])} is not prepare.py's: move it away, "
+                f"since {replaced} is needed"
+            )
         return
     try:
         load_header(replaced)

@@ -595,7 +595,7 @@ def _check_dtypes(function, **tensors):
             raise ValueError(f"{function} wants {name} in float32 or bfloat16, not {tensor.dtype}")
 
 
-def _no_more(ctx, *_):
+def _no_second_derivative(ctx, *_):
     raise RuntimeError(
         "fused.py: the kernels' backward has no derivative of its own; for gradients of gradients "
         "set FUSED = False"
@@ -796,7 +796,7 @@ def _add_norm_gradients(ctx, gx_out, _, gdx_out, gh, gdh, *others):
 
 
 _add_norm.register_autograd(_add_norm_gradients, setup_context=_save_add_norm)
-_add_norm_backward.register_autograd(_no_more)
+_add_norm_backward.register_autograd(_no_second_derivative)
 
 
 def add_norm(
@@ -824,7 +824,8 @@ def add_norm(
 
     Returns (x_out, low_out, dx_out, h, dh), each (B, T, D). low_out is what x_out lost when it was
     rounded to a dtype of 16 bits; it is None for other dtypes. Without y the first three are x, low
-    and dx themselves. Without tangents dx_out and dh are None. Raises ValueError for other shapes.
+    and dx themselves. Without tangents dx_out and dh are None. Raises ValueError for other shapes
+    or dtypes.
     """
     if x.dim() != 3:
         raise ValueError(f"add_norm wants x of (B, T, D), got {tuple(x.shape)}")
@@ -934,7 +935,7 @@ def _gelu_gradients(ctx, gout, gdout):
 
 
 _gelu.register_autograd(_gelu_gradients, setup_context=_save_gelu)
-_gelu_backward.register_autograd(_no_more)
+_gelu_backward.register_autograd(_no_second_derivative)
 
 
 def gelu(u, du, bias=None):
@@ -942,7 +943,7 @@ def gelu(u, du, bias=None):
 
     u (..., D) in float32 or bfloat16. du: of u's shape, in either dtype, or None; then dout is
     None. bias (D,), or None: u holds this bias already, as a constant. It is not added here, and
-    is given for its gradient alone. Raises ValueError for other shapes.
+    is given for its gradient alone. Raises ValueError for other shapes or dtypes.
     """
     _check_dtypes("gelu", u=u, du=du)
     _check_shape("gelu", "du", du, u.shape)
@@ -969,8 +970,11 @@ def linear_gelu(x, weight, bias):
 
     x (..., D), weight (N, D), bias (N,): CUDA tensors in bfloat16. The product is not rounded
     before its GELU. (In float32 cuBLASLt's GELU is wrong by 2e-6, so dual.py does not take it.)
-    Raises ValueError for other shapes.
+    Raises ValueError for other shapes and dtypes.
     """
+    for name, tensor in dict(x=x, weight=weight, bias=bias).items():
+        if tensor.dtype != torch.bfloat16:
+            raise ValueError(f"linear_gelu wants {name} in bfloat16, not {tensor.dtype}")
     if weight.dim() != 2:
         raise ValueError(f"linear_gelu wants a matrix as weight, got {tuple(weight.shape)}")
     _check_shape("linear_gelu", "x", x, (*x.shape[:-1], weight.size(1)))
@@ -1064,7 +1068,7 @@ def _(gq, gk, gv, gdq, gdk, gdv, qkv, dqkv, q_weight, k_weight, heads):
     return _qk_norm_backward_empty(qkv, dqkv, heads)
 
 
-_qk_norm_backward.register_autograd(_no_more)
+_qk_norm_backward.register_autograd(_no_second_derivative)
 
 
 class _QKNorm(torch.autograd.Function):
@@ -1133,7 +1137,7 @@ def qk_norm(qkv, dqkv, q_weight, k_weight, heads, bias=None):
     qkv (B, T, 3 D) with D = heads d, in float32 or bfloat16. dqkv: of qkv's shape and dtype, or
     None; then dq, dk and dv are None. q_weight, k_weight (d,), float32 or bfloat16. bias (3 D,), or
     None: qkv holds this bias already, as a constant. It is not added here, and is given for its
-    gradient alone. Raises ValueError for other shapes.
+    gradient alone. Raises ValueError for other shapes or dtypes.
     """
     if qkv.dim() != 3 or heads < 1 or qkv.size(-1) % (3 * heads):
         raise ValueError(f"qk_norm wants qkv of (B, T, 3 {heads} d), got {tuple(qkv.shape)}")

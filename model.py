@@ -146,7 +146,7 @@ class Embedder(nn.Module):
         )
 
     def forward(self, a):  # (B,)
-        dtype = self.mlp[0].weight.dtype  # the SiLU of self.mlp is never called: it gives names
+        dtype = self.mlp[0].weight.dtype  # the SiLU in self.mlp keeps published names
         x = linear_map(lambda features: features.to(dtype), self.features(a))  # (B, 256)
         return linear(self.mlp[2], silu(linear(self.mlp[0], x)))  # (B, D)
 
@@ -487,7 +487,7 @@ def load_model(path, device="cpu"):
         for name, t in tensors.items():
             if t.is_floating_point():
                 tensors[name] = t.float()
-        model.load_state_dict(tensors, assign=True)  # raises where a name or a shape is another
+        model.load_state_dict(tensors, assign=True)  # raises if a name or a shape differs
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path} does not fit its own config: {reason}") from None

@@ -81,10 +81,11 @@ def step(optimizer, averages):
 
 def check_options(optimizer):
     if len(optimizer.param_groups) != 1:
-        raise ValueError(f"one group of weights, not {len(optimizer.param_groups)}")
+        groups = len(optimizer.param_groups)
+        raise ValueError(f"one_pass.step wants one group of weights, not {groups}")
     for option in ("amsgrad", "maximize"):
         if optimizer.param_groups[0][option]:
-            raise ValueError(f"AdamW without {option}")
+            raise ValueError(f"one_pass.step wants AdamW without {option}")
 
 
 def check(rows):
@@ -96,11 +97,13 @@ def check(rows):
                     "weights, gradients, moments and averages must be contiguous and float32, "
                     f"not {t.dtype} with strides {t.stride()}"
                 )
-            if t.shape != p.shape or t.device != rows[0][0].device:
+            if t.shape != p.shape or t.device != p.device:
                 raise ValueError(
-                    f"a weight {tuple(p.shape)} on {rows[0][0].device} has a gradient, moment or "
-                    f"average {tuple(t.shape)} on {t.device}"
+                    f"a weight {tuple(p.shape)} on {p.device} has a gradient, moment or average "
+                    f"{tuple(t.shape)} on {t.device}"
                 )
+        if p.device != rows[0][0].device:
+            raise ValueError(f"weights on {rows[0][0].device} and on {p.device}")
 
 
 if triton:

@@ -178,7 +178,7 @@ def differences(old, config, options, changed=""):
 def refuse_idle_flags(arguments=None, **has_effect):
     """Exit for a flag of the command line that has no effect beside the other constants.
 
-    has_effect: of options, whether they have one. arguments: the flags, by default those given.
+    has_effect: for each option, whether it has one. arguments: the flags, by default those given.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     for name, matters in has_effect.items():

@@ -9,7 +9,7 @@ The record: which cheap ideas make TVM's one-step samples better at equal traini
 The same command again goes on where it was stopped. Everything is in out/record/
 (out/record-tiny/): steps.json, the step times; log.jsonl, a line of settings, then one a run that
 finished or diverged; record-tables.md, record.png and samples.png; the judge's weights; and of each
-run its samples and what train.py said. Both rounds must find the same steps.json, log.jsonl and
+run its samples and what train.py said. Both rounds must find the same log.jsonl and
 judge.safetensors there. Checkpoints: out/record-RUN/.
 
 The protocol. It was fixed before any run (commit c7cb85c has it), but for what is marked (*):
@@ -37,8 +37,8 @@ The protocol. It was fixed before any run (commit c7cb85c has it), but for what 
   went back to the study's 50 s. It was also to have two or three combinations of what won. Muon
   alone is left of TVM's ideas. So it is combined with the method that led round 1 at 2 and 4 steps,
   improved MeanFlow. That was decided after round 1 and before round 2.
-  (*) Its steps are timed anew, all on one machine: two of them had no time yet, and kernels had
-  changed since round 1.
+  (*) The steps of round 2 were timed anew, all on one machine: three of them had no time yet, and
+  kernels had changed since round 1.
 - A claim has three seeds, a record five. Intervals are mean +- standard deviation over the seeds;
   the report says of each idea whether its interval overlaps with TVM's of the same round.
 - TVM's first three runs of round 1 kept two more averages of their weights, at rates 0.99 and

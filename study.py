@@ -96,7 +96,7 @@ class Protocol:
         return f"{os.path.basename(self.folder)}-{safe_name(run)}"
 
     def settings(self):
-        """What the log's first line says, and a continuation must share."""
+        """What the log's first line says, and a resumed study must share."""
         settings = dict(
             self.network,
             dataset=self.dataset,

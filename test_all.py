@@ -964,7 +964,7 @@ def meanflow(*arguments):
 @pytest.mark.parametrize("w", [1.0, 2.0])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_meanflow_on_gaussian_data(scaled, w):
-    """The exact mean velocity of Gaussian data has a known error.
+    """The exact average velocity of Gaussian data has a known error.
 
     It satisfies MeanFlow's identity along the marginal velocity u, so the error is zero for pairs
     whose v is u. For other pairs it is (1 + (s-t) dF/dx) (v~ - u), by hand, and v~ - u is
@@ -1082,7 +1082,7 @@ def test_adaptive_weight():
 @pytest.mark.parametrize("w", [1.0, 2.0])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_improved_meanflow_on_gaussian_data(scaled, w):
-    """The exact mean velocity makes V the marginal velocity u, so V - v_g is w (u - v)."""
+    """The exact average velocity makes V the marginal velocity u, so V - v_g is w (u - v)."""
     n = 500
     flow = GaussianFlow(0.7, 0.5, scaled)
     y = torch.zeros(n, dtype=torch.long)
@@ -1186,7 +1186,7 @@ def velocity_to_match(net, x_t, v, t, y, w, drop):
 
 
 def test_alpha_flow_between_flow_matching_and_meanflow():
-    """With alpha = 1 the mean velocity is matched to v_g. The residual over alpha becomes
+    """With alpha = 1 the average velocity is matched to v_g. The residual over alpha becomes
     MeanFlow's as alpha goes to 0: their difference is of the order of alpha.
     """
     net = random_model()

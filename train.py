@@ -155,7 +155,7 @@ log_every      = Option(50,         "steps from line to line of the log", least=
 sample_every   = Option(500,        "steps from picture to picture", least=1, later=True)
 save_every     = Option(500,        "steps from save to save", least=1, later=True)
 keep           = Option(2,          "how many of the newest states stay", least=1, later=True)
-lock_wait      = Option(30,         "seconds to wait for the lock of out/NAME", least=0, later=True)
+lock_wait      = Option(30,         "seconds to wait for another process", least=0, later=True)
 score_images   = Option(2000,       "score at most so many samples at the end", least=1, later=True)
 fid_reference  = Option("",         "statistics file: FID every sample_every steps", later=True)
 fid_images     = Option(10000,      "one-step samples for that FID", least=2, later=True)
@@ -217,15 +217,18 @@ try:
     check_objective(objective, times_config, guidance_config, detach_jvp, kappa, alpha_min)
 except ValueError as error:
     fail(error)
+draws_by_mu = times != "two" and (objective, times) != ("flow_matching", "gap*")
 refuse_idle_flags(
     w=guidance == "constant",
     w_min=guidance != "constant",
     w_max=guidance != "constant",
-    mu=times != "two",
-    sigma=times != "two",
+    mu=draws_by_mu,
+    sigma=draws_by_mu,
+    p_equal=objective != "flow_matching" or times == "two",
+    ema_target=objective not in MEANFLOWS,
     kappa=objective == "meanflow",
     alpha_min=objective == "alpha_flow",
-    init_partly=init_from != "",
+    init_partly=init_from != "" or not init_partly,
     fid_images=fid_reference != "",
     inception=fid_reference != "",
 )
@@ -266,7 +269,9 @@ data_path = os.path.join("data", dataset)
 if rank == 0 and dataset in ("digits", "shapes") and not os.path.exists(data_path):
     command = [sys.executable, os.path.join(HERE, "prepare.py"), dataset]
     made = subprocess.run(command, env=without_torchrun())
-    if made.returncode and not wait_for(data_path, lock_wait):  # perhaps another run makes it
+    # Perhaps another run makes them just now.
+    is_being_made = os.path.exists(f"{data_path}.partial") and wait_for(data_path, lock_wait)
+    if made.returncode and not is_being_made:
         fail(f"python prepare.py {dataset} failed")
 if distributed:
     dist.barrier()
@@ -394,7 +399,7 @@ about = dict(
 
 
 def save(step):
-    """Save everything for a continuation, then the evaluation network for sample.py.
+    """Save everything to resume from, then the evaluation network for sample.py.
 
     All ranks call this. Returns success. Exits if a value is not finite.
     """
@@ -561,7 +566,7 @@ def update():
     What changes from step to step must be a tensor, like the learning rate.
     """
     if use_graphs and not muon_lr:
-        # In one kernel what stands below. To change the optimizer or an EMA, delete these lines.
+        # One kernel does what stands below. To change the optimizer or an EMA, delete these lines.
         one_pass.step(adamw, [(target_weights, ema_target), (eval_weights, ema_eval)])
         return
     for optimizer, _ in optimizers:
@@ -605,7 +610,7 @@ progress = tqdm(
 )
 for step in progress:
     images, labels = batches.get(step)
-    # Seeds all that is drawn in this step, so that a continuation needs no generator's state.
+    # Seeds all that is drawn in this step, so that a resumed run needs no generator's state.
     step_seed = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
     losses.begin_step()
     for first in range(0, local_batch, micro_batch):
