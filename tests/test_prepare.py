@@ -507,7 +507,9 @@ def test_files_of_others_stay(folder):
     os.rename("data/a.replaced", "aside")
     assert complain("digits", "--name", "a") is None
     os.rename("aside", "data/a.replaced")
-    assert "data/a.replaced is not a dataset" in complain("digits", "--name", "a", "--overwrite")
+    assert "data/a.replaced/notes.txt is not prepare.py" in complain(
+        "digits", "--name", "a", "--overwrite"
+    )
     assert os.listdir("data/a.replaced") == ["notes.txt"]
 
     writer = dataset.Writer("data/b", (1, 8, 8), {"train": 1, "test": 0})
