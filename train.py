@@ -217,6 +217,7 @@ try:
     check_objective(objective, times_config, guidance_config, detach_jvp, kappa, alpha_min)
 except ValueError as error:
     fail(error)
+# When each constant has an effect: a flag without one is a mistake.
 draws_by_mu = times != "two" and (objective, times) != ("flow_matching", "gap*")
 refuse_idle_flags(
     w=guidance == "constant",
@@ -269,10 +270,10 @@ data_path = os.path.join("data", dataset)
 if rank == 0 and dataset in ("digits", "shapes") and not os.path.exists(data_path):
     command = [sys.executable, os.path.join(HERE, "prepare.py"), dataset]
     made = subprocess.run(command, env=without_torchrun())
-    # Perhaps another run makes them just now.
-    is_being_made = os.path.exists(f"{data_path}.partial") and wait_for(data_path, lock_wait)
-    if made.returncode and not is_being_made:
-        fail(f"python prepare.py {dataset} failed")
+    if made.returncode:  # perhaps because another run makes them just now, or has made them
+        seconds = lock_wait if os.path.exists(f"{data_path}.partial") else 0
+        if not wait_for(data_path, seconds):
+            fail(f"python prepare.py {dataset} failed")
 if distributed:
     dist.barrier()
 try:
