@@ -146,7 +146,8 @@ def missing_parts(about):
 def load_checkpoint(path, device="cpu", needs_about=True):
     """The network of a file -> (its tensors, about). Of a state it is the evaluation network."""
     tensors, about = load_tensors(path, device, needs_about)
-    evaluated = strip_prefix(tensors, "eval.")  # no part of a network can have this name
+    # A module has a method eval, so no part of a network is called that.
+    evaluated = strip_prefix(tensors, "eval.")
     return evaluated or tensors, about
 
 

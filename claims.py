@@ -67,7 +67,7 @@ def claim(path, overwrite=False, keep=False, seconds=0):
         raise DataError(f"{path} is a link to {os.path.realpath(path)}: remove the link first")
     # 1. Refuse a name that is taken, and files of others where ours would go.
     refuse_existing(path, overwrite)
-    refuse_strangers(partial)
+    refuse_partial(partial)
     refuse_replaced(path)
 
     # 2. Lock path.partial.
@@ -104,20 +104,30 @@ def is_ours(name):
     return name.removesuffix(PARTIAL) in OURS
 
 
-def refuse_strangers(partial):
+def refuse_strangers(folder, kind, need):
+    """Raise DataError where a folder holds a file that prepare.py does not write.
+
+    kind, need: what the file is not, and why it is in the way, for the message.
+    """
+    strangers = sorted(name for name in os.listdir(folder) if not is_ours(name))
+    if strangers:
+        complain_of(os.path.join(folder, strangers[0]), kind, need)
+
+
+def complain_of(file, kind, need):
+    raise DataError(f"{file} is not {kind}: move it away, since {need}")
+
+
+def refuse_partial(partial):
     """Raise DataError where NAME.partial holds what prepare.py has not written."""
+    kind, need = "of an interrupted run", f"{partial} is needed"
     try:
-        names = os.listdir(partial)
+        refuse_strangers(partial, kind, need)
     except FileNotFoundError:
         return
-    strangers = [name for name in sorted(names) if not is_ours(name)]
-    if "header.json" in names and "lock" not in names:
-        strangers.append("header.json")  # somebody's dataset that is called so
-    if strangers:
-        raise DataError(
-            f"{os.path.join(partial, strangers[0])} is not of an interrupted run: "
-            f"move it away, since {partial} is needed"
-        )
+    header = os.path.join(partial, "header.json")
+    if os.path.exists(header) and not os.path.exists(os.path.join(partial, "lock")):
+        complain_of(header, kind, need)  # somebody's dataset that is called so
 
 
 def refuse_existing(path, overwrite):
@@ -135,12 +145,7 @@ def refuse_existing(path, overwrite):
         load_header(path)
     except DataError as error:
         raise DataError(f"{error}; --overwrite replaces whole datasets: move {path} away") from None
-    strangers = [name for name in sorted(os.listdir(path)) if not is_ours(name)]
-    if strangers:
-        raise DataError(
-            f"{os.path.join(path, strangers[0])} is not prepare.py's: move it away, "
-            f"since --overwrite removes {path}"
-        )
+    refuse_strangers(path, "prepare.py's", f"--overwrite removes {path}")
 
 
 def put_back(path):
@@ -163,9 +168,7 @@ def put_back(path):
 
 def remove_dataset(path):
     """Remove a folder that holds our files alone. Raises OSError."""
-    for name in os.listdir(path):
-        if is_ours(name):
-            os.remove(os.path.join(path, name))
+    remove_ours(path)
     os.rmdir(path)
 
 
@@ -176,12 +179,7 @@ def refuse_replaced(path):
         return
     if os.path.exists(path) and os.path.isdir(replaced):
         # It will be removed. Of a removal that was cut off some of our files are left.
-        strangers = [name for name in sorted(os.listdir(replaced)) if not is_ours(name)]
-        if strangers:
-            raise DataError(
-                f"{os.path.join(replaced, strangers[0])} is not prepare.py's: move it away, "
-                f"since {replaced} is needed"
-            )
+        refuse_strangers(replaced, "prepare.py's", f"{replaced} is needed")
         return
     try:
         load_header(replaced)
@@ -194,12 +192,16 @@ def refuse_replaced(path):
 # ---- giving up, or taking the name ---------------------------------------------------------------
 
 
+def remove_ours(folder, but=""):
+    """Remove the files of a folder that prepare.py has written, all but one name."""
+    for name in os.listdir(folder):
+        if name != but and is_ours(name):
+            os.remove(os.path.join(folder, name))
+
+
 def remove_files(path):
     """Remove the files that prepare.py has written in path.partial, all but the lock."""
-    partial = unfinished(path)
-    for name in os.listdir(partial):
-        if name != "lock" and is_ours(name):
-            os.remove(os.path.join(partial, name))
+    remove_ours(unfinished(path), but="lock")
 
 
 def clean_up_after(error, path, lock):

@@ -70,6 +70,7 @@ except ImportError:  # without Triton dual.py takes its formulas
 FUSED = True  # False: dual.py takes its formulas always
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # kernels on CPU tensors, for tests
 EPS = 1e-6  # of every norm
+DTYPES = (torch.float32, torch.bfloat16)  # that the kernels take
 MAX_WIDTH = 2048  # of a row: it must fit into the registers of one program
 MAX_ROWS = 32 * 65535  # a grid's second axis ends at 65,535 programs, here of 32 rows
 
@@ -102,7 +103,7 @@ def why_not(x):
         return None if x.dtype == torch.float32 else f"Triton's interpreter is wrong in {x.dtype}"
     if not x.is_cuda or torch.version.hip is not None:
         return "the kernels run on NVIDIA GPUs"
-    if x.dtype not in (torch.bfloat16, torch.float32):
+    if x.dtype not in DTYPES:
         return f"the kernels do not take {x.dtype}"
     if not torch.compiler.is_compiling() and _transformed():
         return "a transform of torch.func, or forward AD, is at work"
@@ -588,11 +589,12 @@ def _check_shape(function, name, found, wanted):
         raise ValueError(f"{function} wants {name} of {tuple(wanted)}, got {tuple(found.shape)}")
 
 
-def _check_dtypes(function, **tensors):
-    """Raises ValueError unless tensors are None, float32 or bfloat16."""
+def _check_dtypes(function, dtypes, **tensors):
+    """Raises ValueError unless tensors are None or of one of these dtypes."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"{function} wants {name} in float32 or bfloat16, not {tensor.dtype}")
+        if tensor is not None and tensor.dtype not in dtypes:
+            wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise ValueError(f"{function} wants {name} in {wanted}, not {tensor.dtype}")
 
 
 def _no_second_derivative(ctx, *_):
@@ -842,7 +844,7 @@ def add_norm(
     )
     for name, vector in vectors.items():
         _check_shape("add_norm", name, vector, (B, 1, D))
-    _check_dtypes("add_norm", x=x, dx=dx, y=y, dy=dy, low=low, **vectors)
+    _check_dtypes("add_norm", DTYPES, x=x, dx=dx, y=y, dy=dy, low=low, **vectors)
     _check_together("add_norm", y=y, gate=gate)
     if y is None:
         _check_together("add_norm", dx=dx, dshift=dshift, dscale=dscale)
@@ -945,7 +947,7 @@ def gelu(u, du, bias=None):
     None. bias (D,), or None: u holds this bias already, as a constant. It is not added here, and
     is given for its gradient alone. Raises ValueError for other shapes or dtypes.
     """
-    _check_dtypes("gelu", u=u, du=du)
+    _check_dtypes("gelu", DTYPES, u=u, du=du)
     _check_shape("gelu", "du", du, u.shape)
     _check_shape("gelu", "bias", bias, u.shape[-1:])
     out, dout = _gelu(u, du, bias)
@@ -972,9 +974,7 @@ def linear_gelu(x, weight, bias):
     before its GELU. (In float32 cuBLASLt's GELU is wrong by 2e-6, so dual.py does not take it.)
     Raises ValueError for other shapes and dtypes.
     """
-    for name, tensor in dict(x=x, weight=weight, bias=bias).items():
-        if tensor.dtype != torch.bfloat16:
-            raise ValueError(f"linear_gelu wants {name} in bfloat16, not {tensor.dtype}")
+    _check_dtypes("linear_gelu", (torch.bfloat16,), x=x, weight=weight, bias=bias)
     if weight.dim() != 2:
         raise ValueError(f"linear_gelu wants a matrix as weight, got {tuple(weight.shape)}")
     _check_shape("linear_gelu", "x", x, (*x.shape[:-1], weight.size(1)))
@@ -1141,7 +1141,8 @@ def qk_norm(qkv, dqkv, q_weight, k_weight, heads, bias=None):
     """
     if qkv.dim() != 3 or heads < 1 or qkv.size(-1) % (3 * heads):
         raise ValueError(f"qk_norm wants qkv of (B, T, 3 {heads} d), got {tuple(qkv.shape)}")
-    _check_dtypes("qk_norm", qkv=qkv, dqkv=dqkv, q_weight=q_weight, k_weight=k_weight)
+    weights = dict(q_weight=q_weight, k_weight=k_weight)
+    _check_dtypes("qk_norm", DTYPES, qkv=qkv, dqkv=dqkv, **weights)
     d = qkv.size(-1) // (3 * heads)
     _check_shape("qk_norm", "dqkv", dqkv, qkv.shape)
     _check_shape("qk_norm", "q_weight", q_weight, (d,))
