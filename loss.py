@@ -57,6 +57,7 @@ def sample_times(
     mu_s=-0.4,
     sigma_s=1.0,
     p_equal=0.0,
+    p_noise=0.0,
     generator=None,
 ):
     """Times t, s, s_fm, each (n,) float32 in [0, 1] with s <= t (Table 3, Figure 9).
@@ -69,10 +70,11 @@ def sample_times(
     clamp  t ~ LN(mu, sigma), s ~ LN(mu_s, sigma_s), replaced by t where larger; s_fm = s
     two    t the larger and s the smaller of two draws of LN(mu_s, sigma_s); s_fm = s (MeanFlow's)
 
-    Then, with probability p_equal, t becomes s (with "two", s becomes t).
+    Then, with probability p_noise, t becomes 1, where sampling begins. At last, with probability
+    p_equal, t becomes s (with "two", s becomes t).
     Raises ValueError for arguments out of range.
     """
-    check_times(sampler, mu, sigma, mu_s, sigma_s, p_equal)
+    check_times(sampler, mu, sigma, mu_s, sigma_s, p_equal, p_noise)
 
     def normal():
         return torch.randn(n, dtype=torch.float64, device=device, generator=generator)
@@ -86,9 +88,15 @@ def sample_times(
         s = torch.sigmoid(mu_s + sigma_s * torch.special.ndtri(uniform() * below))
         return torch.minimum(s, top)  # where rounding went above it
 
+    def some_at_noise(t):
+        if p_noise == 0:  # draws nothing, so that other numbers stay as they are
+            return t
+        return torch.where(uniform() < p_noise, 1.0, t)
+
     if sampler == "two":
         draws = torch.stack([normal(), normal()])
         s, t = torch.sigmoid(mu_s + sigma_s * draws).sort(0).values.float()
+        t = some_at_noise(t)
         s = torch.where(uniform() < p_equal, t, s)
         return t, s, s
 
@@ -103,16 +111,20 @@ def sample_times(
         t = torch.sigmoid(mu + sigma * normal())
         s = torch.minimum(t, torch.sigmoid(mu_s + sigma_s * normal()))
     s_fm = torch.sigmoid(mu_s + sigma_s * normal()) if sampler == "gap*" else s
+    t = some_at_noise(t)
     t = torch.where(uniform() < p_equal, s, t)
     return t.float(), s.float(), s_fm.float()
 
 
-def check_times(sampler="gap*", mu=-0.8, sigma=1.0, mu_s=-0.4, sigma_s=1.0, p_equal=0.0):
+def check_times(
+    sampler="gap*", mu=-0.8, sigma=1.0, mu_s=-0.4, sigma_s=1.0, p_equal=0.0, p_noise=0.0
+):
     """Raises ValueError for arguments of sample_times that are out of range."""
     if sigma <= 0 or sigma_s <= 0:
         raise ValueError(f"sigma and sigma_s must be above 0, not {sigma:g} and {sigma_s:g}")
-    if not 0 <= p_equal <= 1:
-        raise ValueError(f"p_equal must be in [0, 1], not {p_equal:g}")
+    for name, share in (("p_equal", p_equal), ("p_noise", p_noise)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} must be in [0, 1], not {share:g}")
     if sampler not in TIMES:
         raise ValueError(f"times must be one of {', '.join(TIMES)}, not {sampler!r}")
 

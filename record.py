@@ -3,6 +3,7 @@ The record: which cheap ideas make TVM's one-step samples better at equal traini
 
     python record.py --round=1 [--workers=12]   # each idea alone, 15 s a run: one GPU or several
     python record.py --round=2 [--workers=12]   # five methods, and what won: 50 s a run
+    python record.py --round=3 [--workers=12]   # which times are trained: 50 s a run
     python record.py --report [--log=FILE] [--page=FILE]    # tables and figures from the log alone
     python record.py --tiny --round=1           # all of it at toy size, in a minute on a CPU
 
@@ -39,6 +40,12 @@ The protocol. It was fixed before any run (commit c7cb85c has it), but for what 
   improved MeanFlow. That was decided after round 1 and before round 2.
   (*) The steps of round 2 were timed anew, all on one machine: three of them had no time yet, and
   kernels had changed since round 1.
+- Round 3 (after round 2, and written before its runs): which times are trained. One step goes from
+  t = 1 to s = 0, and with the paper's times one sample in 700 has a gap t - s above 0.9. So: larger
+  gaps, the paper's other sampler, and a share of samples that begin at t = 1. First each with seed
+  0, for as many steps as TVM has in round 2: none of these changes what a step costs. An idea that
+  is better than all five of TVM's seeds goes on, the best one of each kind: with seeds 1 to 4, and
+  with Muon, five seeds.
 - A claim has three seeds, a record five. Intervals are mean +- standard deviation over the seeds;
   the report says of each idea whether its interval overlaps with TVM's of the same round.
 - TVM's first three runs of round 1 kept two more averages of their weights, at rates 0.99 and
@@ -119,6 +126,26 @@ IDEAS = {
     "Muon, 2e-3": Idea(dict(muon_lr=2e-3), "the same, at twice the rate", "arXiv 2502.16982", 54),
     "Muon, 5e-4": Idea(dict(muon_lr=5e-4), "the same, at half the rate", "arXiv 2502.16982", 54),
     "lr 2e-3": Idea(dict(lr=2e-3), "twice the rate", "a constant"),
+    # which times are trained
+    "mu 0": Idea(dict(mu=0.0), "larger gaps: their median is 0.5, not 0.31", "a constant"),
+    "mu 0.8": Idea(dict(mu=0.8), "larger gaps: their median is 0.69", "a constant"),
+    "trunc": Idea(
+        dict(times="trunc", mu=1.0),
+        "t is drawn first, then s below it",
+        "arXiv 2511.19797",
+    ),
+    "from noise 0.25": Idea(
+        dict(p_noise=0.25),
+        "a quarter of the samples begin at t = 1",
+        "this project",
+        5,
+    ),
+    "from noise 0.5": Idea(
+        dict(p_noise=0.5),
+        "half of the samples begin at t = 1",
+        "this project",
+        5,
+    ),
     # other methods
     "MeanFlow": Idea(
         dict(MEANFLOW_CONSTANTS, objective="meanflow", kappa=0.5, lr=2e-3),
@@ -253,10 +280,21 @@ ROUNDS = {
             "improved MeanFlow, Muon": (0, 1, 2),
         },
     ),
+    3: Round(
+        50.0,
+        {
+            "from noise 0.5": (0,),
+            "from noise 0.25": (0,),
+            "mu 0.8": (0,),
+            "mu 0": (0,),
+            "trunc": (0,),
+        },
+    ),
 }
 TINY_ROUNDS = {
     1: Round(0.1, {"TVM": (0,), "detach_jvp": (0,)}),
     2: Round(0.2, {"TVM": (0, 1)}),
+    3: Round(0.2, {"from noise 0.5": (0,)}),
 }
 
 FULL = dataclasses.replace(
@@ -455,7 +493,7 @@ def parse():
     add("--time", metavar="STEPS", help="print the times of these steps, as JSON, alone")
     args = parser.parse_args()
     if args.round is None and not args.report and args.time is None:
-        raise UserError("give --round=1, --round=2 or --report")
+        raise UserError("give --round=1, 2 or 3, or --report")
     if args.workers is not None and args.workers < 1:
         raise UserError("workers must be above 0")
     if args.round is not None and not args.tiny and not torch.cuda.is_available():

@@ -808,6 +808,24 @@ def test_times_that_become_equal():
     assert (s_fm == s).all()
 
 
+@pytest.mark.parametrize("sampler", ["gap*", "gap", "trunc", "clamp", "two"])
+def test_share_of_times_at_noise(sampler):
+    """With p_noise = 0.3 that share of t is 1, and s keeps its distribution. Then p_equal acts."""
+    n = 20000
+    options = dict(sampler=sampler, generator=seeded(1))
+    _, s_before, _ = sample_times(n, sampler=sampler, generator=seeded(2))
+    t, s, s_fm = sample_times(n, p_noise=0.3, **options)
+    tolerance = 4 * math.sqrt(0.21 / n)
+    assert abs((t == 1).double().mean().item() - 0.3) < tolerance
+    assert ((s <= t) & (s < 1)).all()
+    assert scipy.stats.ks_2samp(s.numpy(), s_before.numpy()).pvalue > 1e-3
+    assert sampler == "gap*" or (s_fm == s).all()
+
+    t, s, _ = sample_times(n, p_noise=1.0, p_equal=0.3, **options)
+    assert abs((t == s).double().mean().item() - 0.3) < tolerance
+    assert ((t == 1) | (t == s)).all()
+
+
 def test_guidance_samplers():
     """The three distributions of w."""
 

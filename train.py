@@ -128,6 +128,7 @@ sigma          = Option(1.0,        "standard deviation of that logit", above=0)
 mu_s           = Option(-0.4,       "mean of logit(s)")
 sigma_s        = Option(1.0,        "standard deviation of that logit", above=0)
 p_equal        = Option(0.0,        "the probability of t = s", least=0, most=1)
+p_noise        = Option(0.0,        "the probability of t = 1, before that", least=0, most=1)
 guidance       = Option("constant", "how w is drawn; constant: w itself", choices=GUIDANCE)
 w              = Option(1.25,       "guidance weight, if constant; 1: none", least=1e-3, below=1e6)
 w_min          = Option(1.0,        "the smallest weight, if it is drawn", least=1e-3, below=1e6)
@@ -211,7 +212,15 @@ if not name.isprintable():  # not UTF-8, for example: safetensors would not open
     fail(f"the run's name {name!r} has characters that cannot be printed")
 out = os.path.join("out", name)
 check_change(change, OPTIONS)
-times_config = dict(sampler=times, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, p_equal=p_equal)
+times_config = dict(
+    sampler=times,
+    mu=mu,
+    sigma=sigma,
+    mu_s=mu_s,
+    sigma_s=sigma_s,
+    p_equal=p_equal,
+    p_noise=p_noise,
+)
 guidance_config = dict(sampler=guidance, w=w, w_min=w_min, w_max=w_max)
 try:
     check_objective(objective, times_config, guidance_config, detach_jvp, kappa, alpha_min)
@@ -226,6 +235,7 @@ refuse_idle_flags(
     mu=draws_by_mu,
     sigma=draws_by_mu,
     p_equal=objective != "flow_matching" or times == "two",
+    p_noise=objective != "flow_matching",
     ema_target=objective not in MEANFLOWS,
     kappa=objective == "meanflow",
     alpha_min=objective == "alpha_flow",

@@ -292,7 +292,7 @@ def test_least_busy_gpu():
 
 
 def test_record_refuses(folder):
-    assert "give --round=1, --round=2 or --report" in run_script("record.py")
+    assert "give --round=1, 2 or 3, or --report" in run_script("record.py")
     assert "is not the log of a study" in run_script("record.py", "--report", "--log=no")
     with open(os.path.join(HERE, "assets", "record.jsonl")) as f:
         first = f.readline()
