@@ -41,10 +41,10 @@ from frechet import FEATURES, Moments, frechet_distance
 from model import SIZES, DiT, DiTConfig
 from options import Parser, run
 from sample import make_sampler
-from step import TrainingStep, milliseconds
+from timing import RandomStep, milliseconds
 from vae import SD_VAE
 
-MODES = {  # of a step: what TrainingStep is given, and passes that its products are worth
+MODES = {  # of a step: what RandomStep is given, and passes that its products are worth
     "eager": (dict(compiled=False), 11),
     "compiled": ({}, 11),
     "checkpointed": (dict(checkpoint=True), 11),
@@ -166,7 +166,7 @@ def measure_step(config, batch, options):
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    step = TrainingStep(config, batch, **options)
+    step = RandomStep(config, batch, **options)
     began = time.perf_counter()
     for n in range(5):
         step(n)

@@ -1,192 +1,145 @@
 """
-One training step on random data, to be timed by bench.py and study.py.
+One training step: forward and backward, then the optimizers and the averages of the weights.
 
-It is a copy of train.py's step without micro-batches, clipping, the learning-rate schedule, the
-log's sums, and the ranks' agreement on whether all is finite. Change both.
+    step = TrainingStep(loss, [adamw], [(target, 0.99), (evaluated, 0.9999)], device)
+    terms = step.gradients(x0, y, *loss.draw(x0, seed))  # the gradient is in .grad now
+    norm = step.gradient_norm()
+    step.update()
 
-    step = TrainingStep(DiTConfig.named("XL/2"), batch=32)
-    times = milliseconds(step, 20)
-
-Under torchrun, with the process group joined, `batch` is that of each rank, and the gradient is the
-mean over the ranks.
+train.py's loop calls it, and bench.py and study.py time it. On a GPU gradients() and update() are
+CUDA graphs: recorded once, and then replayed without Python.
 """
 
-import copy
-import itertools
-import time
+import atexit
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 import one_pass
-from batches import conditions
-from device import DDP_WARM_UPS, Graph, data_parallel
-from dual import column
-from loss import Term, TrainingLoss, backward
-from model import DiT, compile_blocks
-from muon import Muon, matrices_of_blocks
-from shard import shard_loss, shard_weights, whole
-
-BATCHES = 64  # of random data, taken in turn
-
-
-class FlowMatching(nn.Module):
-    """Plain flow matching with the same network, without guidance: what a step costs at least."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def draw(self, x0, seed, first=0, total=None):
-        """Noise like x0 and times (B,). seed, first and total are ignored: each call draws anew."""
-        return torch.randn_like(x0), torch.rand(len(x0), device=x0.device)
-
-    def forward(self, x0, y, x1, t, backward_part=None):
-        v = x1 - x0
-        u = self.model(x0 + column(t, x0) * v, t, t, y, torch.ones_like(t))
-        error = (u - v).square().mean((1, 2, 3))
-        return error.mean(), {"fm": Term("fm", error.detach(), error.detach(), t)}
+from device import DDP_WARM_UPS, Graph, abilities, data_parallel
+from loss import backward
+from shard import shard_loss, whole
 
 
 class TrainingStep:
-    """step(n) makes step n: bfloat16 on a GPU, a check that all is finite, AdamW, two EMAs."""
-
     def __init__(
         self,
-        config,
-        batch,
-        compiled=True,
+        loss,
+        optimizers,
+        averages,
+        device,
+        micro_batches=1,
+        graphs=False,
         shard=False,
-        checkpoint=False,
-        detach_jvp=False,
-        flow=False,
-        objective="tvm",
-        muon=False,
         bfloat16_sums=False,
-        device="cuda",
     ):
-        """config: a DiTConfig. batch: images a step of this rank.
+        """loss: a TrainingLoss, or a module like it. What is trained are the weights of loss.model
+        that require a gradient.
 
-        compiled: the blocks, and on a GPU the step as a CUDA graph. shard: weights divided over
-        the ranks of torchrun, without a graph. checkpoint: all blocks are recomputed in the
-        backward of the pass with a derivative, and half of them in that of the others.
-        detach_jvp: no gradient through dF/ds. flow: FlowMatching above, instead of `objective`,
-        which is one of loss.OBJECTIVES. muon: the blocks' matrices are trained by Muon.
-        bfloat16_sums: the ranks of torchrun send their gradients as bfloat16.
+        optimizers: of these weights. The first one is AdamW. averages: [(network, decay)] of each
+        exponential moving average. micro_batches: calls of gradients() in a step. graphs: whether
+        to record CUDA graphs; learning rates must then be tensors. Under torchrun the gradient is
+        the mean over the ranks, by DistributedDataParallel, or by FSDP2 with shard, for networks
+        that went through shard_weights. bfloat16_sums: DDP sends gradients as bfloat16.
         """
-        torch.manual_seed(0)
-        torch._dynamo.reset()
-        self.batch = batch
+        self.model = loss.model
+        self.optimizers = optimizers
+        self.micro_batches = micro_batches
         self.device = device
-        self.distributed = dist.is_initialized()
-        self.ranks = dist.get_world_size() if self.distributed else 1
-        self.rank = dist.get_rank() if self.distributed else 0
-        self.uses_ddp = self.distributed and not shard
-        with torch.device("meta" if shard else device):
-            self.model = DiT(config)
-        target = copy.deepcopy(self.model).requires_grad_(False)
-        evaluated = copy.deepcopy(self.model).requires_grad_(False)
-        if shard:
-            nets = (self.model, target, evaluated)
-            shard_weights(nets, torch.device(device), bfloat16=device == "cuda")
-            for net in nets:
-                net.to_empty(device=device)  # only now is there memory, for this rank's part
-                for p in net.parameters():
-                    torch.nn.init.normal_(p.to_local(), std=0.02)  # these do for a speed
-        if checkpoint:
-            self.model.checkpoint_blocks = len(self.model.blocks)
-        if flow:
-            self.loss = FlowMatching(self.model)
-            detaches_jvp = False
-        else:
-            guidance = dict(w=2.0)
-            self.loss = TrainingLoss(
-                self.model, target, guidance=guidance, detach_jvp=detach_jvp, objective=objective
-            )
-            detaches_jvp = self.loss.detaches_jvp
-        if compiled:
-            compile_blocks(self.model, target, detach_jvp=detaches_jvp)
-
+        self.has_bfloat16, _ = abilities(device)
+        self.uses_ddp = dist.is_initialized() and not shard
+        self.use_graphs = graphs
         trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
         self.weights = [self.model.get_parameter(name) for name in trained]
-        self.averages = []  # (weights of an EMA, its rate)
-        for net, rate in ((target, 0.99), (evaluated, 0.9999)):
-            self.averages.append(([net.get_parameter(name) for name in trained], rate))
-        self.use_graphs = compiled and device == "cuda" and not shard
-        lr = torch.tensor(1e-4, device=device) if self.use_graphs else 1e-4
-        parameters = dict(zip(trained, self.weights, strict=True))
-        matrices = matrices_of_blocks(parameters) if muon else {}
-        others = [p for name, p in parameters.items() if name not in matrices]
-        self.adamw = torch.optim.AdamW(
-            others, lr, (0.9, 0.95), fused=True, capturable=self.use_graphs
-        )
-        self.muon = Muon(matrices.values(), lr) if muon else None
-        self.gradients_graph = None
-        self.update_graph = None
-        self.parallel = self.loss
+        self.averages = []  # (its weights, its decay)
+        for net, decay in averages:
+            self.averages.append(([net.get_parameter(name) for name in trained], decay))
         if shard:
-            self.parallel = shard_loss(self.loss)
+            self.wrapped_loss = shard_loss(loss)
         elif self.uses_ddp:
-            self.parallel = data_parallel(self.loss, bfloat16_sums, for_graph=self.use_graphs)
+            self.wrapped_loss = data_parallel(loss, bfloat16=bfloat16_sums, for_graph=graphs)
+        else:
+            self.wrapped_loss = loss
+        if micro_batches > 1:  # gradients add up in .grad
+            for p in self.weights:
+                p.grad = torch.zeros_like(p)
+        self.graphs = {}  # of what stands below
+        if dist.is_initialized():
+            atexit.register(self.graphs.clear)  # no process ends while a graph holds NCCL's links
 
-        shape = (config.in_channels, *config.height_and_width)
-        self.images = torch.randn(BATCHES, batch, *shape)
-        names = dict(class_names=[str(label) for label in range(config.num_classes)])
-        labels = torch.randint(config.num_classes, (BATCHES * batch,))
-        self.labels = conditions(labels, names).unflatten(0, (BATCHES, batch))
-        if device == "cuda":
-            self.images = self.images.pin_memory()
-            self.labels = self.labels.pin_memory()
+    def gradients(self, *inputs, is_first=True, is_last=True):
+        """Forward and backward of a micro-batch. Returns the terms of the loss, {name: Term}.
 
-    def gradients(self, *inputs):
-        """Forward and backward. Returns the loss."""
-        self.model.zero_grad()
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-            loss, _ = self.parallel(*inputs, backward_part=backward)
-        backward(loss)
-        return loss.detach()
+        inputs: what the loss takes. is_first, is_last: of the micro-batches of a step. After the
+        last one .grad is the gradient of the step, the mean over the ranks.
+        """
+        if self.use_graphs and not self.graphs:
+            self.record_gradients(inputs)
+        if is_first and self.micro_batches > 1:
+            self.model.zero_grad(set_to_none=False)
+        if self.use_graphs:
+            return self.graphs["last" if is_last else "earlier"](*inputs)
+        return self.forward_and_backward(*inputs, is_last=is_last)
+
+    def forward_and_backward(self, *inputs, is_last):
+        """Adds this micro-batch's share of the gradient to .grad.
+
+        With DDP the last term's backward of the last micro-batch makes .grad the mean over the
+        ranks. (With shard every backward adds a mean.)
+        """
+        if self.micro_batches == 1:
+            self.model.zero_grad()  # frees .grad: the forward uses its memory
+        backward_part = partial(backward, share=1 / self.micro_batches)
+        sync = nullcontext()
+        if self.uses_ddp and not is_last:
+            sync = self.wrapped_loss.no_sync()  # DDP then only adds to .grad and sends nothing
+        with sync:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.has_bfloat16):
+                rest, terms = self.wrapped_loss(*inputs, backward_part=backward_part)
+            backward_part(rest)
+        return terms
+
+    def record_gradients(self, inputs):
+        """Graphs of forward_and_backward: for the last micro-batch, and for those before it.
+
+        Under torchrun these differ: the earlier ones send nothing. Their graph needs no warm-up,
+        since the other has compiled all that it runs.
+        """
+        warm_ups = DDP_WARM_UPS if self.uses_ddp else 3
+        last = Graph(partial(self.forward_and_backward, is_last=True), inputs, warm_ups)
+        self.graphs["last"] = self.graphs["earlier"] = last
+        if self.uses_ddp and self.micro_batches > 1:
+            earlier = partial(self.forward_and_backward, is_last=False)
+            self.graphs["earlier"] = Graph(earlier, inputs, warm_ups=0, twin=last)
+
+    def gradient_norm(self):
+        """The norm of the whole gradient, a tensor."""
+        grads = [p.grad for p in self.weights if p.grad is not None]
+        return whole(torch.nn.utils.get_total_norm(grads))
+
+    def update(self):
+        """A step of the optimizers and of the averages.
+
+        On a GPU it is recorded after the first one, and Python's numbers stay as they were then.
+        What changes from step to step must be a tensor, like the learning rate.
+        """
+        if "update" in self.graphs:
+            self.graphs["update"]()
+            return
+        self.update_weights()
+        if self.use_graphs:  # its kernels are compiled now; recording runs nothing
+            self.graphs["update"] = Graph(self.update_weights, warm_ups=0)
 
     @torch.no_grad()
-    def update(self):
-        if self.use_graphs and not self.muon:
-            one_pass.step(self.adamw, self.averages)
+    def update_weights(self):
+        if self.use_graphs and len(self.optimizers) == 1:
+            # One kernel does what stands below. To change the optimizer or an EMA, delete these
+            # lines.
+            one_pass.step(self.optimizers[0], self.averages)
             return
-        self.adamw.step()
-        if self.muon:
-            self.muon.step()
-        for average, rate in self.averages:
-            torch._foreach_lerp_(average, self.weights, 1 - rate)
-
-    def __call__(self, n):
-        x0 = self.images[n % BATCHES].to(self.device, non_blocking=True)
-        y = self.labels[n % BATCHES].to(self.device, non_blocking=True)
-        drawn = self.loss.draw(x0, n, self.rank * self.batch, self.ranks * self.batch)
-        inputs = [x0, y, *drawn]
-        if self.use_graphs and self.gradients_graph is None:
-            warm_ups = DDP_WARM_UPS if self.distributed else 3
-            self.gradients_graph = Graph(self.gradients, inputs, warm_ups)
-        loss = (self.gradients_graph or self.gradients)(*inputs)
-        grads = [p.grad for p in self.weights if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(grads))
-        if torch.stack([norm, loss]).isfinite().all().item():
-            if self.update_graph is not None:
-                self.update_graph()
-            else:
-                self.update()
-                if self.use_graphs:  # its kernels are compiled now; recording runs nothing
-                    self.update_graph = Graph(self.update, warm_ups=0)
-
-
-def milliseconds(step, steps):
-    """The milliseconds of each of `steps` steps, by the wall clock, from return to return.
-
-    A step waits for its gradients, as train.py's does. Its update runs while the host prepares the
-    next step.
-    """
-    step(steps)
-    ends = [time.perf_counter()]
-    for n in range(steps):
-        step(n)
-        ends.append(time.perf_counter())
-    return [(end - start) * 1e3 for start, end in itertools.pairwise(ends)]
+        for optimizer in self.optimizers:
+            optimizer.step()
+        for average, decay in self.averages:
+            torch._foreach_lerp_(average, self.weights, 1 - decay)

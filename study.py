@@ -58,8 +58,8 @@ from judge import Judge
 from loss import MEANFLOW_CONSTANTS
 from model import DiTConfig
 from shapes import draw_shape
-from step import TrainingStep, milliseconds
 from study_report import mean_distance, read_log, report, safe_name
+from timing import RandomStep, milliseconds
 
 # ---- the protocol --------------------------------------------------------------------------------
 
@@ -225,12 +225,12 @@ def command_of(protocol, run, constants, steps):
 def time_step(protocol, constants):
     """The median milliseconds of a training step. While this runs nothing else may.
 
-    constants: arguments of TrainingStep. Others raise TypeError.
+    constants: arguments of RandomStep. Others raise TypeError.
     """
     cuda = torch.cuda.is_available()
     names = ("hidden_size", "depth", "num_heads", "patch_size")
     network = {name: protocol.network[name] for name in names}
-    step = TrainingStep(
+    step = RandomStep(
         DiTConfig(input_size=protocol.size, in_channels=3, num_classes=10, **network),
         protocol.network["batch_size"],
         compiled=cuda,

@@ -29,7 +29,6 @@ import math
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 
@@ -38,7 +37,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import one_pass
 from batches import Batches, why_not_train
 from checkpoint import (
     check_run,
@@ -53,11 +51,8 @@ from checkpoint import (
 )
 from dataset import DataError, load_dataset, refuse_wrong_counts
 from device import (
-    DDP_WARM_UPS,
-    Graph,
     StopRequest,
     abilities,
-    data_parallel,
     find_device,
     from_all_ranks,
     join_ranks,
@@ -74,7 +69,6 @@ from loss import (
     OBJECTIVES,
     TIMES,
     TrainingLoss,
-    backward,
     check_objective,
 )
 from model import SIZES, DiT, DiTConfig, compile_blocks
@@ -90,7 +84,8 @@ from options import (
     set_up_streams,
 )
 from report import Losses, Report, git_commit
-from shard import all_finite, gather, own_part, shard_loss, shard_weights, whole
+from shard import all_finite, gather, own_part, shard_weights
+from step import TrainingStep
 from vae import SD_VAE
 
 # ---- constants -----------------------------------------------------------------------------------
@@ -338,8 +333,6 @@ if shard:
 model.checkpoint_blocks = checkpoint_blocks
 parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
 weights = list(parameters.values())
-target_weights = [target.get_parameter(key) for key in parameters]
-eval_weights = [evaluated.get_parameter(key) for key in parameters]
 use_graphs = compiled and device.type == "cuda" and not shard
 matrices = matrices_of_blocks(parameters) if muon_lr else {}  # Muon's; the others are AdamW's
 if muon_lr and not matrices:
@@ -535,76 +528,16 @@ if first_step > 0:
 
 
 # ---- the loop ------------------------------------------------------------------------------------
-if shard:
-    parallel = shard_loss(loss)
-elif uses_ddp:
-    parallel = data_parallel(loss, bfloat16=bfloat16_sums, for_graph=use_graphs)
-else:
-    parallel = loss
-# Gradients of several micro-batches add up in .grad, which is zeroed before each step. With one
-# micro-batch .grad is freed before the forward, which then uses its memory (but not that of DDP's
-# buckets).
-accumulates = micro_batch < local_batch
-if accumulates:
-    for p in weights:
-        p.grad = torch.zeros_like(p)
-
-
-def gradients(x0, y, *drawn, is_last):
-    """Forward and backward of a micro-batch: adds its share of this rank's gradient to .grad.
-
-    is_last: it is the last one of its step. Its last term's backward makes .grad the mean over the
-    ranks. (With shard every backward adds a mean.) Returns the terms of the loss.
-    """
-    if not accumulates:
-        model.zero_grad()
-    backward_part = partial(backward, share=micro_batch / local_batch)
-    sync = nullcontext()
-    if uses_ddp and not is_last:
-        sync = parallel.no_sync()  # DDP then only adds to .grad and sends nothing
-    with sync:
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16):
-            rest, terms = parallel(x0, y, *drawn, backward_part=backward_part)
-        backward_part(rest)
-    return terms
-
-
-@torch.no_grad()
-def update():
-    """A step of the optimizers, then the two averages of the weights.
-
-    On a GPU this is recorded after the first step, and Python's numbers stay as they were then.
-    What changes from step to step must be a tensor, like the learning rate.
-    """
-    if use_graphs and not muon_lr:
-        # One kernel does what stands below. To change the optimizer or an EMA, delete these lines.
-        one_pass.step(adamw, [(target_weights, ema_target), (eval_weights, ema_eval)])
-        return
-    for optimizer, _ in optimizers:
-        optimizer.step()
-    torch._foreach_lerp_(target_weights, weights, 1 - ema_target)
-    torch._foreach_lerp_(eval_weights, weights, 1 - ema_eval)
-
-
-graphs = {}  # CUDA graphs of the functions above
-if distributed:
-    atexit.register(graphs.clear)  # no process ends while a graph holds NCCL's connections
-
-
-def record_gradients(*inputs):
-    """Graphs of gradients(): for a step's last micro-batch, and for those before it.
-
-    Under torchrun these differ: the earlier ones send nothing. Their graph needs no warm-up, since
-    the other has compiled all that it runs.
-    """
-    warm_ups = DDP_WARM_UPS if uses_ddp else 3
-    last = Graph(partial(gradients, is_last=True), inputs, warm_ups)
-    graphs["last"] = graphs["earlier"] = last
-    if uses_ddp and accumulates:
-        earlier = partial(gradients, is_last=False)
-        graphs["earlier"] = Graph(earlier, inputs, warm_ups=0, twin=last)
-
-
+training = TrainingStep(
+    loss,
+    [optimizer for optimizer, _ in optimizers],
+    [(target, ema_target), (evaluated, ema_eval)],
+    device,
+    micro_batches=local_batch // micro_batch,
+    graphs=use_graphs,
+    shard=shard,
+    bfloat16_sums=bfloat16_sums,
+)
 losses = Losses(device)  # since the last line of the log
 skipped = skipped_in_a_row = 0
 stop = False
@@ -631,19 +564,11 @@ for step in progress:
         # draw() draws the whole global batch from this seed and returns these rows of it. So
         # micro-batches differ, and neither their size nor the number of ranks changes a number.
         drawn = loss.draw(x0, step_seed, rank * local_batch + first, batch_size, step / steps)
-        if use_graphs and not graphs:
-            record_gradients(x0, y, *drawn)
-        if first == 0 and accumulates:
-            model.zero_grad(set_to_none=False)  # after record_gradients, which has run them
         is_last = first + micro_batch == local_batch
-        if use_graphs:
-            terms = graphs["last" if is_last else "earlier"](x0, y, *drawn)
-        else:
-            terms = gradients(x0, y, *drawn, is_last=is_last)
+        terms = training.gradients(x0, y, *drawn, is_first=first == 0, is_last=is_last)
         losses.add(terms)
 
-    grads = [p.grad for p in weights if p.grad is not None]
-    norm = whole(torch.nn.utils.get_total_norm(grads))
+    norm = training.gradient_norm()
     if grad_clip:
         torch.nn.utils.clip_grads_with_norm_(weights, grad_clip, norm)
     # All ranks must agree on these three numbers: one reduction, and one copy to the host.
@@ -655,12 +580,7 @@ for step in progress:
 
     if math.isfinite(norm) and math.isfinite(total):
         set_learning_rates(step)
-        if "update" in graphs:
-            graphs["update"]()
-        else:
-            update()
-            if use_graphs:  # its kernels are compiled now; recording runs nothing
-                graphs["update"] = Graph(update, warm_ups=0)
+        training.update()
         losses.end_step(norm)
         skipped_in_a_row = 0
     else:
@@ -703,7 +623,7 @@ stop_request.restore()
 can_score = not stop and report.gather_network("the scores")  # which rank 0 makes alone
 if distributed:
     dist.barrier()  # where a rank fails torchrun ends the others: not before rank 0 has saved
-    graphs.clear()
+    training.graphs.clear()
     dist.destroy_process_group()  # nobody waits while rank 0 scores
 if not saved:
     fail(f"the save of step {done} failed; {what_is_saved(out, saved_step)}")

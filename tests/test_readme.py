@@ -105,7 +105,7 @@ def test_the_important_places_are_in_the_readme():
     places = [code for *_, code in PLACE.findall(read("README.md"))]
     wanted = {
         "dF/ds": "F, dF = model.jvp(",
-        "the target's average": "_foreach_lerp_(target_weights",
+        "the target's average": "_foreach_lerp_(average",
         "guidance": "u_fm = ",
         "the time sampler": "def sample_times(",
         "the loop": "for step in progress:",

@@ -30,7 +30,7 @@ import shard
 from dual import Dual, Residual, value_of
 from loss import TrainingLoss, backward
 from model import Block, DiT, DiTConfig
-from step import TrainingStep
+from timing import RandomStep
 
 RUN = (*SMALL, "--depth=2", "--device=cpu")
 
@@ -236,11 +236,11 @@ def test_whole_and_parts(group_of_one):  # noqa: F811
 def test_training_step(group_of_one):  # noqa: F811
     """The step that bench.py times begins with empty weights and trains all of them."""
     config = DiTConfig.named("tiny", input_size=4)
-    step = TrainingStep(config, batch=4, compiled=False, shard=True, device="cpu")
-    before = [shard.whole(p).clone() for p in step.weights]
+    step = RandomStep(config, batch=4, compiled=False, shard=True, device="cpu")
+    before = [shard.whole(p).clone() for p in step.step.weights]
     for n in range(2):
         step(n)
-    for old, p in zip(before, step.weights, strict=True):
+    for old, p in zip(before, step.step.weights, strict=True):
         assert isinstance(p, DTensor)
         new = shard.whole(p)
         assert new.isfinite().all()

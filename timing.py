@@ -1,0 +1,156 @@
+"""
+A training step on random data, to be timed by bench.py and study.py.
+
+    step = RandomStep(DiTConfig.named("XL/2"), batch=32)
+    times = milliseconds(step, 20)
+
+Under torchrun, with the process group joined, `batch` is that of each rank.
+"""
+
+import copy
+import itertools
+import time
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from batches import conditions
+from dual import column
+from loss import Term, TrainingLoss, mean_square
+from model import DiT, compile_blocks
+from muon import Muon, matrices_of_blocks
+from shard import shard_weights
+from step import TrainingStep
+
+BATCHES = 64  # of random data, taken in turn
+
+
+class FlowMatching(nn.Module):
+    """Plain flow matching with the same network, without guidance: what a step costs at least."""
+
+    detaches_jvp = False
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def draw(self, x0, seed, first=0, total=None):
+        """Noise like x0 and times (B,). seed, first and total are ignored: each call draws anew."""
+        return torch.randn_like(x0), torch.rand(len(x0), device=x0.device)
+
+    def forward(self, x0, y, x1, t, backward_part=None):
+        v = x1 - x0
+        u = self.model(x0 + column(t, x0) * v, t, t, y, torch.ones_like(t))
+        error = mean_square(u - v)
+        return error.mean(), {"fm": Term("fm", error.detach(), error.detach(), t)}
+
+
+class RandomStep:
+    """step(n) makes step n of a training: train.py's TrainingStep, with a check that all is finite.
+
+    It has no micro-batches, no clipping and no schedule, and keeps no sums for a log.
+    """
+
+    def __init__(
+        self,
+        config,
+        batch,
+        compiled=True,
+        shard=False,
+        checkpoint=False,
+        detach_jvp=False,
+        flow=False,
+        objective="tvm",
+        muon=False,
+        bfloat16_sums=False,
+        device="cuda",
+    ):
+        """config: a DiTConfig. batch: images a step of this rank.
+
+        compiled: the blocks, and on a GPU the step as CUDA graphs. shard: weights divided over the
+        ranks of torchrun, without graphs. checkpoint: all blocks are recomputed in the backward of
+        the pass with a derivative, and half of them in that of the others. detach_jvp: no gradient
+        through dF/ds. flow: FlowMatching above, instead of `objective`, which is one of
+        loss.OBJECTIVES. muon: the blocks' matrices are trained by Muon. bfloat16_sums: the ranks of
+        torchrun send their gradients as bfloat16.
+        """
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        self.batch = batch
+        self.device = torch.device(device)
+        on_gpu = self.device.type == "cuda"
+        self.ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        with torch.device("meta") if shard else self.device:
+            model = DiT(config)
+        target = copy.deepcopy(model).requires_grad_(False)
+        evaluated = copy.deepcopy(model).requires_grad_(False)
+        if shard:
+            nets = (model, target, evaluated)
+            shard_weights(nets, self.device, bfloat16=on_gpu)
+            for net in nets:
+                net.to_empty(device=self.device)  # only now is there memory, for this rank's part
+                for p in net.parameters():
+                    torch.nn.init.normal_(p.to_local(), std=0.02)  # these do for a speed
+        if checkpoint:
+            model.checkpoint_blocks = len(model.blocks)
+        if flow:
+            self.loss = FlowMatching(model)
+        else:
+            guidance = dict(w=2.0)
+            self.loss = TrainingLoss(
+                model, target, guidance=guidance, detach_jvp=detach_jvp, objective=objective
+            )
+        if compiled:
+            compile_blocks(model, target, detach_jvp=self.loss.detaches_jvp)
+
+        graphs = compiled and on_gpu and not shard
+        lr = torch.tensor(1e-4, device=self.device) if graphs else 1e-4
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        matrices = matrices_of_blocks(parameters) if muon else {}
+        others = [p for name, p in parameters.items() if name not in matrices]
+        optimizers = [torch.optim.AdamW(others, lr, (0.9, 0.95), fused=True, capturable=graphs)]
+        if muon:
+            optimizers.append(Muon(matrices.values(), lr))
+        self.step = TrainingStep(
+            self.loss,
+            optimizers,
+            [(target, 0.99), (evaluated, 0.9999)],
+            self.device,
+            graphs=graphs,
+            shard=shard,
+            bfloat16_sums=bfloat16_sums,
+        )
+
+        shape = (config.in_channels, *config.height_and_width)
+        self.images = torch.randn(BATCHES, batch, *shape)
+        names = dict(class_names=[str(label) for label in range(config.num_classes)])
+        labels = torch.randint(config.num_classes, (BATCHES * batch,))
+        self.labels = conditions(labels, names).unflatten(0, (BATCHES, batch))
+        if on_gpu:
+            self.images = self.images.pin_memory()
+            self.labels = self.labels.pin_memory()
+
+    def __call__(self, n):
+        x0 = self.images[n % BATCHES].to(self.device, non_blocking=True)
+        y = self.labels[n % BATCHES].to(self.device, non_blocking=True)
+        drawn = self.loss.draw(x0, n, self.rank * self.batch, self.ranks * self.batch)
+        terms = self.step.gradients(x0, y, *drawn)
+        total = torch.stack([term.loss.sum() for term in terms.values()]).sum()
+        if torch.stack([self.step.gradient_norm(), total]).isfinite().all().item():
+            self.step.update()
+
+
+def milliseconds(step, steps):
+    """The milliseconds of each of `steps` steps, by the wall clock, from return to return.
+
+    A step waits for its gradients, as train.py's does. Its update runs while the host prepares the
+    next step.
+    """
+    step(steps)
+    ends = [time.perf_counter()]
+    for n in range(steps):
+        step(n)
+        ends.append(time.perf_counter())
+    return [(end - start) * 1e3 for start, end in itertools.pairwise(ends)]
