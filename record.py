@@ -138,13 +138,19 @@ IDEAS = {
         dict(p_noise=0.25),
         "a quarter of the samples begin at t = 1",
         "this project",
-        5,
+        6,
     ),
     "from noise 0.5": Idea(
         dict(p_noise=0.5),
         "half of the samples begin at t = 1",
         "this project",
-        5,
+        6,
+    ),
+    "Muon, from noise 0.5": Idea(
+        dict(muon_lr=1e-3, p_noise=0.5),
+        "the two together",
+        "arXiv 2502.16982, this project",
+        54 + 6,
     ),
     # other methods
     "MeanFlow": Idea(
@@ -283,7 +289,8 @@ ROUNDS = {
     3: Round(
         50.0,
         {
-            "from noise 0.5": (0,),
+            "from noise 0.5": (0, 1, 2, 3, 4),
+            "Muon, from noise 0.5": (0, 1, 2, 3, 4),
             "from noise 0.25": (0,),
             "mu 0.8": (0,),
             "mu 0": (0,),
