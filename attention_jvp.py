@@ -620,8 +620,8 @@ if triton is not None:
 
     # fmt: off
     @triton.jit
-    def forward_kernel(Q, K, V, TQ, TK, TV, MASK, O, TO, LO, LSE, MU, SEEN,
-                       stq, stk, stv, sttq, sttk, sttv, stmask, sto, H, Sq, Sk, scale,
+    def forward_kernel(Q, K, V, TQ, TK, TV, O, TO, LO, LSE, MU, MASK, SEEN,
+                       stq, stk, stv, sttq, sttk, sttv, sto, stmask, H, Sq, Sk, scale,
                        MASKED: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
                        W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
                        FULL: tl.constexpr, TMA: tl.constexpr, SAME: tl.constexpr,
@@ -635,6 +635,9 @@ if triton is not None:
         # With small heads a few keys often have most of P. The mean under P is then nearer to mu
         # than the plain mean.
         CENTRE_BY_P: tl.constexpr = W.first < 64
+        # Whether blocks of keys before mask_from, which need no mask, branch around it. In longer
+        # rows the branch of a causal mask costs registers.
+        SKIPS: tl.constexpr = MASKED == KEY_MASK or (CAUSAL and W.first + W.second <= 64)
         if SAME:
             stv = stk
             sttk = stk
@@ -669,14 +672,15 @@ if triton is not None:
             end = Sk
             if CAUSAL:
                 end = tl.minimum(Sk, m0 + BM)
+                mask_from = m0
         for n0 in range(start, end, BN):
             k = load(K, b, hk, n0, Sk, stk, W, BN, EVEN, TMA)
             if TK is not None:
                 tk = load(TK, b, hk, n0, Sk, sttk, W, BN, EVEN, TMA)
             S = dot_t(q, k, None, PREC)
-            if MASKED == KEY_MASK:
-                # Before the products of tS, which then run while the maximum of S is found. (For
-                # the other masks, which hide in every block, that takes too many registers.)
+            if SKIPS:
+                # Before the products of tS, which then run while the maximum of S is found. (Where
+                # every block hides keys that takes too many registers.)
                 if n0 + BN > mask_from:
                     i = (m0 + tl.arange(0, BM))[:, None]
                     j = (n0 + tl.arange(0, BN))[None, :]
@@ -689,12 +693,12 @@ if triton is not None:
             j = (n0 + tl.arange(0, BN))[None, :]
             if not EVEN:
                 S = tl.where(j < Sk, S, float("-inf"))
-            if CAUSAL or MASKED == DENSE_MASK:
+            if (CAUSAL or MASKED == DENSE_MASK) and not SKIPS:
                 i = (m0 + tl.arange(0, BM))[:, None]
                 S = hide(S, MASK, stmask, b, h, i, j, Sq, Sk, scale, MASKED, CAUSAL)
             m_new = tl.maximum(m, tl.max(S, 1) * scale2)
             shift = m_new
-            if MASKED != NO_MASK:
+            if MASKED == DENSE_MASK:
                 # No key seen yet: any finite shift leaves P = 0.
                 shift = tl.where(m_new == float("-inf"), 0.0, m_new)
             P = tl.exp2(S * scale2 - shift[:, None])
@@ -753,9 +757,9 @@ if triton is not None:
 
     # fmt: off
     @triton.jit
-    def row_kernel(Q, K, V, TQ, TK, TV, MASK, DO, DTO, O, TO, LO, LSE, MU, SEEN,
+    def row_kernel(Q, K, V, TQ, TK, TV, DO, DTO, O, TO, LO, LSE, MU, MASK, SEEN,
                    S1, S2, DQ, DTQ, TK0,
-                   stq, stk, stv, sttq, sttk, sttv, stmask, stdo, stdto, sto, H, Sq, Sk, scale,
+                   stq, stk, stv, sttq, sttk, sttv, stdo, stdto, sto, stmask, H, Sq, Sk, scale,
                    MASKED: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
                    W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
                    TMA: tl.constexpr, SAME: tl.constexpr, FLAT: tl.constexpr, PREC: tl.constexpr):
@@ -764,8 +768,9 @@ if triton is not None:
         TK, which may be a descriptor."""
         PRIMAL: tl.constexpr = DQ is not None
         TANGENT: tl.constexpr = DTQ is not None
-        SCORES_MOVE: tl.constexpr = DTO is not None and (TQ is not None or TK is not None)
+        SCORES_MOVE: tl.constexpr = TQ is not None or TK is not None
         HIDES: tl.constexpr = CAUSAL or MASKED != NO_MASK
+        SKIPS: tl.constexpr = MASKED == KEY_MASK or (CAUSAL and W.first + W.second <= 64)
         if SAME:
             stv = stk
             sttk = stk
@@ -783,6 +788,7 @@ if triton is not None:
             start = 0
             seen_from = 0
             end = Sk
+            mask_from = m0
         o = load(O, b, h, m0, Sq, sto, W, BM, False, False)
         do = load(DO, b, h, m0, Sq, stdo, W, BM, False, False)
         if DTO is not None:
@@ -822,9 +828,9 @@ if triton is not None:
                 if SCORES_MOVE:
                     A_s1 = dot_t(dto, v, None, PREC) - s1[:, None]
                 if PRIMAL:
-                    if TK is not None and SCORES_MOVE:
+                    if TK is not None:
                         tk = load(TK, b, hk, n0, Sk, sttk, W, BN, EVEN, TMA)
-                    if TV is not None and DTO is not None:
+                    if TV is not None:
                         tv = load(TV, b, hk, n0, Sk, sttv, W, BN, EVEN, TMA)
                     G_by_P = None
                     if SCORES_MOVE:
@@ -835,7 +841,7 @@ if triton is not None:
                             tS = dot_t(q, tk, tS, PREC)
                         N = tS * scale - mu[:, None]
                         G_by_P = A_s1 * N - s2[:, None]
-                    if TV is not None and DTO is not None:
+                    if TV is not None:
                         G_by_P = dot_t(dto, tv, G_by_P, PREC)
                     G_by_P = dot_t(do, v, G_by_P, PREC)
                     if not SCORES_MOVE:
@@ -843,7 +849,7 @@ if triton is not None:
                 S = dot_t(q, k, None, PREC)
                 j = (n0 + tl.arange(0, BN))[None, :]
                 if HIDES:
-                    if MASKED != KEY_MASK or n0 + BN > mask_from:
+                    if not SKIPS or n0 + BN > mask_from:
                         qi = i[:, None]
                         S = hide(S, MASK, stmask, b, h, qi, j, Sq, Sk, scale, MASKED, CAUSAL)
                 P = tl.exp2(S * (scale * LOG2E) - lse[:, None])
@@ -859,17 +865,17 @@ if triton is not None:
                 if PRIMAL:  # last: it waits for the other product into dq
                     dq = dot((P * G_by_P).to(k[0].dtype), k, dq, PREC)
             if PRIMAL:
-                if SCORES_MOVE and TK is not None:
+                if TK is not None:
                     # Rows of Gt sum to zero before they are rounded. What rounding leaves of the
                     # sum, delta, would be multiplied by a large common part of tK. Taking the mean
                     # of the first rows off tK changes nothing else. Under a causal mask these are
                     # the rows that all queries of the block see.
+                    shared_end = end
                     if CAUSAL:
-                        end = tl.minimum(Sk, m0 + 1)
-                    first_rows = load(TK0, b, hk, seen_from, end, sttk, W, 16, False, False)
-                    count = tl.minimum(end - seen_from, 16)
-                    if MASKED == KEY_MASK:
-                        count = tl.maximum(count, 1)  # where no key is seen
+                        shared_end = tl.minimum(Sk, m0 + 1)
+                    first_rows = load(TK0, b, hk, seen_from, shared_end, sttk, W, 16, False, False)
+                    count = tl.minimum(shared_end - seen_from, 16)
+                    count = tl.maximum(count, 1)  # where no key is seen
                     share = tl.sum(delta, 1)[:, None] / (-8 * count)
                     dq = plus(dq, share, column_sums(first_rows))
                 store(DQ, times(dq, scale), b, h, m0, Sq, sto, W, BM, False)
@@ -881,8 +887,8 @@ if triton is not None:
 
     # fmt: off
     @triton.jit
-    def column_kernel(Q, K, V, TQ, TK, TV, MASK, DO, DTO, LSE, MU, SEEN, S1, S2, DK, DV, DTK, DTV,
-                      stq, stk, stv, sttq, sttk, sttv, stmask, stdo, stdto, sto,
+    def column_kernel(Q, K, V, TQ, TK, TV, DO, DTO, LSE, MU, MASK, SEEN, S1, S2, DK, DV, DTK, DTV,
+                      stq, stk, stv, sttq, sttk, sttv, stdo, stdto, sto, stmask,
                       H, Sq, Sk, scale,
                       MASKED: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
                       W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
@@ -892,7 +898,7 @@ if triton is not None:
         """Of a block of keys: DK, DV, DTK and DTV where they are wanted. H counts heads of keys.
         Tiles of scores are (BN, BM). PAIR: K and TK, and V and TV, are loaded in pairs."""
         PRIMAL: tl.constexpr = DK is not None or DV is not None
-        SCORES_MOVE: tl.constexpr = DTO is not None and (TQ is not None or TK is not None)
+        SCORES_MOVE: tl.constexpr = TQ is not None or TK is not None
         HIDES_IN_LOOP: tl.constexpr = CAUSAL or MASKED == DENSE_MASK
         ADDS: tl.constexpr = MASKED == KEY_MASK and MASK.dtype.element_ty != tl.uint8
         if SAME:
@@ -914,7 +920,7 @@ if triton is not None:
         if PAIR:  # only where all of these exist
             k_tk = load_pair(K, TK, b, hk, n0, Sk, stk, sttk, W, BN)
             v_tv = load_pair(V, TV, b, hk, n0, Sk, stv, sttv, W, BN)
-        elif PRIMAL and DTO is not None:
+        elif PRIMAL:
             if TK is not None:
                 tk = load(TK, b, hk, n0, Sk, sttk, W, BN, False, False)
             if TV is not None:
@@ -976,7 +982,7 @@ if triton is not None:
                             tS = dot_t(tk, q, tS, PREC)
                         N = tS * scale - mu[None, :]
                         G_by_P = A_s1 * N - s2[None, :]
-                    if TV is not None and DTO is not None:
+                    if TV is not None:
                         G_by_P = dot_t(tv, dto, G_by_P, PREC)
                     G_by_P = dot_t(v, do, G_by_P, PREC)
                     if not SCORES_MOVE:
@@ -1349,6 +1355,14 @@ def _found_once(description, gpu, find):
 # 5. Launching
 
 
+# The kernels' first arguments are these tensors, in this order, and their strides begin in the same
+# order. (The forward has no DO and DTO.)
+LARGE = ("Q", "K", "V", "TQ", "TK", "TV", "DO", "DTO")
+OVER_KEYS = tuple(LARGE.index(name) for name in ("K", "V", "TK", "TV"))  # a loop over keys reads
+OVER_QUERIES = tuple(LARGE.index(name) for name in ("Q", "TQ", "DO", "DTO"))
+PAIRS = ((LARGE.index("K"), LARGE.index("TK")), (LARGE.index("V"), LARGE.index("TV")))
+
+
 class Call(NamedTuple):
     """All that a launch depends on, except addresses, `sizes` and the precision of products."""
 
@@ -1381,23 +1395,22 @@ def _plan(call, tile, streamed, tma, together):
     """streamed: which of the kernel's tensors its loop reads. tma: addresses allow for descriptors.
     together: addresses allow for loads in pairs."""
     B, H, S, D = call.shape
-    W = chunk_widths(D)
+    first, second = chunk_widths(D)
     over_queries = call.name in ("forward", "row", "dq", "dtq")
     own = tile.queries if over_queries else tile.keys
     other = tile.keys if over_queries else tile.queries
     assert max(own, other) * MAX_ROW <= 2**31
     unit = 8 if all(s % 8 == 0 for st in call.strides for s in st[:3]) else 1
-    # call.strides are in the order of the tensors, without the mask, which is the seventh of those.
-    loop_strides = {call.strides[i if i < 6 else i - 1] for i in streamed}
+    loop_strides = {call.strides[i] for i in streamed}
     # Descriptors want strides in multiples of 16 bytes, rows that do not overlap, and one chunk.
-    tma = tma and tile.tma and unit == 8 and W[1] == 0 and not any(0 in st for st in loop_strides)
+    tma = tma and tile.tma and unit == 8 and second == 0 and not any(0 in st for st in loop_strides)
     tma = tma and B * H * S * call.steps >= TMA_FROM
     flat = max(B, H) > MAX_GRID
     constants = dict(
         MASKED=call.masked,
         CAUSAL=call.causal,
         GROUP=call.group,
-        W=Widths(unit, D, *W),
+        W=Widths(unit, D, first, second),
         BM=tile.queries,
         BN=tile.keys,
         EVEN=call.steps % other == 0,
@@ -1412,10 +1425,10 @@ def _plan(call, tile, streamed, tma, together):
     # enable_fp_fusion: Triton 3.10 has it off by default.
     options = dict(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
     strides = [tuple(s // unit for s in st[:3]) for st in call.strides]
-    strides.insert(6, call.mask_strides)
+    strides.append(call.mask_strides)
     blocks = -(-S // own)
     grid = (blocks * H * B, 1, 1) if flat else (blocks, H, B)
-    return Plan(grid, constants, options, strides, [1, 1, other, W[0]] if tma else None)
+    return Plan(grid, constants, options, strides, [1, 1, other, first] if tma else None)
 
 
 def _precision():
@@ -1461,11 +1474,12 @@ def _choose_tile(call, build):
         return tile, None, True
     if not TUNE:
         return safe, None, True
-    if torch.cuda.is_current_stream_capturing():
+    gpu = torch.cuda.get_device_name(call.device)
+    description = _describe(call)
+    if torch.cuda.is_current_stream_capturing() and description not in _known(gpu)[1]:
         _say("captured in a CUDA graph before its tiles were tuned: run it once before the capture")
         return safe, None, False
-    gpu = torch.cuda.get_device_name(call.device)
-    found = tuned_tile(_describe(call), gpu, _candidates(call), build, _milliseconds)
+    found = tuned_tile(description, gpu, _candidates(call), build, _milliseconds)
     return (safe, None, True) if found is None else (*found, True)
 
 
@@ -1623,7 +1637,7 @@ def _forward_now(
     lo = lo if lo.numel() > 0 else None
     seen = seen if seen.numel() > 0 else None
     kernel_mask = _kernel_mask(mask, q, k)
-    tensors = (q, k, v, tq, tk, tv, kernel_mask.tensor, o, to, lo, lse, mu, seen)
+    tensors = (q, k, v, tq, tk, tv, o, to, lo, lse, mu, kernel_mask.tensor, seen)
     call = Call(
         name="forward",
         shape=q.shape,
@@ -1640,7 +1654,7 @@ def _forward_now(
     )
     with _on(q):
         sizes = (q.size(1), q.size(2), k.size(2), scale)
-        _launch(forward_kernel, call, tensors, (1, 2, 4, 5), sizes)
+        _launch(forward_kernel, call, tensors, OVER_KEYS, sizes)
     return outputs
 
 
@@ -1709,6 +1723,8 @@ def _backward_now(
         do = q.new_zeros(q.size(3)).expand_as(q)
     q, k, v, tq, tk, tv, do, dto = (_rows(x) for x in (q, k, v, tq, tk, tv, do, dto))
     grads = _empty_grads(q, k, v, tq, tk, tv, need)
+    if dto is None:  # nothing then depends on the tangents
+        tq, tk, tv = None, None, None
     dq, dk, dv, dtq, dtk, dtv = (x if x.numel() > 0 else None for x in grads)
     s1 = torch.empty_like(lse)
     s2 = torch.empty_like(lse)
@@ -1726,7 +1742,9 @@ def _backward_now(
         group=q.size(1) // k.size(1),
         dtype=q.dtype,
         device=q.device,
-        exists=tuple(x is not None for x in (tq, tk, tv, dtk, dtv)),  # each pass has its own
+        exists=tuple(
+            x is not None for x in (tq, tk, tv, dtk, dtv)
+        ),  # for _one_pass; each pass has its own
         strides=(*_strides(q, k, v, tq, tk, tv, *incoming), like_q),
         masked=kernel_mask.kind,
         mask_dtype=None if kernel_mask.tensor is None else kernel_mask.tensor.dtype,
@@ -1736,16 +1754,16 @@ def _backward_now(
 
     def rows(name, dq, dtq):
         """One pass of the row kernel."""
-        inputs = (q, k, v, tq, tk, tv, kernel_mask.tensor, do, dto)
-        tensors = (*inputs, o, to, lo, lse, mu, seen, s1, s2, dq, dtq, tk)
+        saved = (o, to, lo, lse, mu, kernel_mask.tensor, seen)
+        tensors = (q, k, v, tq, tk, tv, do, dto, *saved, s1, s2, dq, dtq, tk)
         row_call = call._replace(name=name, exists=tuple(x is not None for x in tensors))
         sizes = (q.size(1), q.size(2), k.size(2), scale)
-        return _launch(row_kernel, row_call, tensors, (1, 2, 4, 5), sizes)
+        return _launch(row_kernel, row_call, tensors, OVER_KEYS, sizes)
 
     def columns(name, dk, dv, dtk, dtv):
         """One pass of the column kernel."""
-        inputs = (q, k, v, tq, tk, tv, kernel_mask.tensor, do, dto)
-        tensors = (*inputs, lse, mu, seen, s1, s2, dk, dv, dtk, dtv)
+        saved = (lse, mu, kernel_mask.tensor, seen)
+        tensors = (q, k, v, tq, tk, tv, do, dto, *saved, s1, s2, dk, dv, dtk, dtv)
         column_call = call._replace(
             name=name,
             shape=k.shape,
@@ -1755,9 +1773,9 @@ def _backward_now(
         )
         pairs = ()
         if dk is not None and all(x is not None for x in (dto, tk, tv)):
-            pairs = ((1, 4), (2, 5))
+            pairs = PAIRS
         sizes = (k.size(1), q.size(2), k.size(2), scale)
-        return _launch(column_kernel, column_call, tensors, (0, 3, 7, 8), sizes, pairs)
+        return _launch(column_kernel, column_call, tensors, OVER_QUERIES, sizes, pairs)
 
     primal = dk is not None
     tangent = dtk is not None or dtv is not None

@@ -20,6 +20,7 @@ import operator
 import os
 import shutil
 import zipfile
+import zlib
 
 import numpy as np
 from numpy.lib.format import open_memmap
@@ -126,6 +127,16 @@ def write_left_out(folder, left_out):
     with open(os.path.join(folder, LEFT_OUT), "w", encoding="utf-8") as f:
         for name, reason in left_out:
             f.write(f"{printable(name)}\t{printable(reason)}\n")
+
+
+def crc32_of(*files):
+    """The crc32 of the bytes of these files, one after the other: eight hexadecimal digits."""
+    crc = 0
+    for file in files:
+        with open(file, "rb") as f:
+            while part := f.read(1 << 24):
+                crc = zlib.crc32(part, crc)
+    return f"{crc:08x}"
 
 
 def checked_form(path, shape, count, dtype):
@@ -238,9 +249,10 @@ class Writer:
     def finish(self, name, class_names, **about):
         """Write the header, rename NAME.partial to NAME, and say what it holds.
 
-        about: more of the header. It may replace what is set here, as latents do. Raises DataError
-        where an image was not set, a label is of no class, or load_dataset would refuse the whole;
-        and OSError.
+        about: more of the header. It may replace what is set here, as latents do. All that was
+        written of the train split is read once more, for its checksum. Raises DataError where an
+        image was not set, a label is of no class, or load_dataset would refuse the whole; and
+        OSError.
         """
         class_names = [printable(class_name) for class_name in class_names]
         num_classes = len(class_names)
@@ -248,6 +260,7 @@ class Writer:
         labels = self.arrays["train_labels"][: self.count["train"]]
         class_counts = np.bincount(labels, minlength=num_classes)[:num_classes]
         del labels  # or Windows would not rename
+        self.close_arrays()
         channels = self.shape[0]
         header = dict(
             format=FORMAT,
@@ -261,13 +274,16 @@ class Writer:
             class_counts=class_counts.tolist(),
             mean=[127.5] * channels,
             std=[127.5] * channels,
+            train_crc32=crc32_of(
+                os.path.join(self.partial, "train_images.npy"),
+                os.path.join(self.partial, "train_labels.npy"),
+            ),
         )
         header.update(about)
         try:
             content = json.dumps(header, indent=1)
         except (TypeError, ValueError) as error:
             raise DataError(f"{self.path}: its header cannot be JSON: {error}") from None
-        self.close_arrays()
         with written(os.path.join(self.partial, "header.json")) as f:
             f.write(content.encode())
         load_dataset(self.partial)  # raises before the new one can replace one that is right

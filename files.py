@@ -16,6 +16,7 @@ import socket
 import tarfile
 import time
 import zlib
+from pathlib import Path
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -26,7 +27,8 @@ PARTIAL = ".tvm-partial"
 # What reading a damaged .tar raises; a ValueError comes from numbers in a header.
 ERRORS_OF_TAR = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, lzma.LZMAError)
 
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # of some network disks
+# How some network disks answer what they cannot do: to lock a file, or to sync a folder.
+NOT_SUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 class UserError(Exception):
@@ -103,10 +105,16 @@ def errors_named(path, aside):
 
 
 def sync_folder(folder):
-    """Make a renaming in a folder outlive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Make a renaming in a folder outlive a power cut, where the disk can do that."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # a folder may be writable and not readable
+        return
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
     finally:
         os.close(descriptor)
 
@@ -178,13 +186,18 @@ def open_locked(path, seconds=0, make_folder=False):
     """Open the file at `path`, which is made when missing, and lock it until it is closed.
 
     Returns a binary file to read and write. Raises BlockingIOError where another process has the
-    lock for longer than `seconds`. Where the system or the disk has no locks there is none.
+    lock for longer than `seconds`, and FileNotFoundError where a folder of `path` is a link that
+    leads nowhere. Where the system or the disk has no locks there is none.
     """
     deadline = time.monotonic() + seconds
     while True:
-        if make_folder:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-        file = open(path, "r+b", opener=open_or_create)
+        try:
+            if make_folder:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+            file = open(path, "r+b", opener=open_or_create)
+        except (FileExistsError, FileNotFoundError):
+            refuse_broken_link(path)
+            raise
         if take_lock(file):
             if is_still_at(file, path):
                 return file
@@ -194,6 +207,14 @@ def open_locked(path, seconds=0, make_folder=False):
         if time.monotonic() >= deadline:
             raise BlockingIOError(errno.EAGAIN, "another process is writing it", path)
         time.sleep(0.1)
+
+
+def refuse_broken_link(path):
+    """Raise FileNotFoundError where `path`, or a folder above it, is a link that leads nowhere."""
+    for place in (path, *Path(path).parents):
+        if os.path.islink(place) and not os.path.exists(place):
+            target = os.path.realpath(place)
+            raise FileNotFoundError(f"{place} is a link to {target}, which is not there")
 
 
 def open_or_create(path, flags):
@@ -211,7 +232,7 @@ def take_lock(file):
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in NOT_SUPPORTED:
             raise
     return True
 

@@ -786,7 +786,7 @@ def _add_norm_gradients(ctx, gx_out, _, gdx_out, gh, gdh, *others):
         gx_out, gdx_out, gh, gdh, x_out, dx_out, y, dy, gate, dgate, scale, dscale, r, m,
         *ctx.dtypes,
     )  # fmt: skip
-    sums = sums.sum(1).unsqueeze(2).to(scale.dtype)  # (B, 3 or 6, 1, D)
+    sums = sums.sum(1).unsqueeze(2)  # (B, 3 or 6, 1, D) float32; autograd casts each gradient
     gshift, gscale, ggate = sums[:, :3].unbind(1)
     gdshift, gdscale, gdgate = sums[:, 3:].unbind(1) if dual else (None, None, None)
     if y is None:

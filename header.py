@@ -2,6 +2,7 @@
 header.json of a folder of data: what it holds, how it is checked, and what it says in words.
 
     header = load_header("data/digits")          # a dict, checked
+    same_data(header, about["data"])             # is it what this checkpoint was trained on?
     describe("data/digits", header)              # one line of text
 """
 
@@ -90,6 +91,10 @@ def right_skipped(header):
     return is_numbers([header["skipped"]], 1, least=0, kinds=(int,))
 
 
+def right_train_crc32(header):
+    return isinstance(header["train_crc32"], str)
+
+
 # What a header holds at least, and how each value is checked, in this order.
 CHECKS = {
     "name": None,
@@ -107,6 +112,7 @@ OPTIONAL_CHECKS = {
     "kind": right_kind,  # "images" or "latents"; a word for what the data are
     "class_names": right_class_names,  # one a class, or none
     "skipped": right_skipped,  # how many images could not be read
+    "train_crc32": right_train_crc32,  # of train_images.npy and then train_labels.npy
 }
 
 
@@ -136,6 +142,18 @@ def refuse_wrong_values(where, header):
     for key, is_right in {**CHECKS, **OPTIONAL_CHECKS}.items():
         if is_right and key in header and not is_right(header):
             raise DataError(f"{where}: {key} {header[key]!r} does not belong to {FORMAT} data")
+
+
+def same_data(one, other):
+    """Whether two headers are of the same data.
+
+    Older data, and checkpoints of them, have no train_crc32. Where one header has none, all but
+    that is compared.
+    """
+    if "train_crc32" not in one or "train_crc32" not in other:
+        one = {key: value for key, value in one.items() if key != "train_crc32"}
+        other = {key: value for key, value in other.items() if key != "train_crc32"}
+    return one == other
 
 
 # ---- in words ------------------------------------------------------------------------------------

@@ -45,9 +45,9 @@ def step(optimizer, averages):
 
     optimizer: torch.optim.AdamW of one group of float32 weights; its learning rate may be a tensor.
     averages: two of (tensors, decay), each with a tensor for each weight, in the same order.
-    A weight without a gradient stays as it is, and so do its averages; all others must have had one
-    in all steps. Raises ValueError for other options of AdamW, and for tensors that are not
-    contiguous, float32, on one device and as large as their weight.
+    A weight without a gradient stays as it is, and so do its averages. Raises ValueError for other
+    optimizers and options, and for tensors that are not contiguous, float32, on one device and as
+    large as their weight.
     """
     check_options(optimizer)
     (group,) = optimizer.param_groups
@@ -65,21 +65,24 @@ def step(optimizer, averages):
         return
 
     torch._foreach_add_(counts, 1)
-    n = torch.stack(counts).max().double()  # the same of all that had a gradient in all steps
+    n = torch.stack(counts).double()
     lr = torch.as_tensor(group["lr"], device=n.device)
     shrink = 1 - lr * group["weight_decay"]
     step_size = lr / (1 - beta1**n)
     scale = (1 - beta2**n).rsqrt()
-    numbers = torch.stack([shrink, step_size, scale]).float()
+    # Four numbers a weight, so that Triton finds each row at a multiple of 16 bytes.
+    numbers = torch.stack([shrink.expand_as(n), step_size, scale, scale], 1).float()
     rates = (1 - beta1, 1 - beta2, group["eps"], 1 - first_decay, 1 - second_decay)
     # Triton launches on the current device.
     with torch.cuda.device(n.device) if n.is_cuda else contextlib.nullcontext():
-        for row in rows:
+        for row, own_numbers in zip(rows, numbers, strict=True):
             size = row[0].numel()
-            adamw_kernel[(triton.cdiv(size, BLOCK),)](*row, numbers, size, *rates, BLOCK)
+            adamw_kernel[(triton.cdiv(size, BLOCK),)](*row, own_numbers, size, *rates, BLOCK)
 
 
 def check_options(optimizer):
+    if not isinstance(optimizer, torch.optim.AdamW):
+        raise ValueError(f"one_pass.step wants AdamW, not {type(optimizer).__name__}")
     if len(optimizer.param_groups) != 1:
         groups = len(optimizer.param_groups)
         raise ValueError(f"one_pass.step wants one group of weights, not {groups}")

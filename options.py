@@ -12,6 +12,7 @@ has a point or an exponent (0.0, 1e-8) takes any number.
 
 import argparse
 import ast
+import contextlib
 import difflib
 import math
 import os
@@ -260,19 +261,48 @@ def end_for(error):
 
 
 def set_up_streams(errors_in_one_line=False):
-    """Let names of files that are not UTF-8 be printed.
+    """Let names of files that are not UTF-8 be printed. A stream that is closed (>&-) takes any text.
 
-    errors_in_one_line: for a script without main(), which ends as `run` says.
+    errors_in_one_line: for train.py, which has no main(). It ends as `run` says, but never because
+    a line or a progress bar cannot be printed: what it makes lies in files.
     """
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if sys.stdout is None:  # it is closed
+        sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     if errors_in_one_line:
+        sys.stdout = LenientStream(sys.stdout)
+        sys.stderr = LenientStream(sys.stderr)
 
         def hook(kind, error, trace):
             end_for(error)  # which raises SystemExit, and Python then exits with its code
             sys.__excepthook__(kind, error, trace)
 
         sys.excepthook = hook
+
+
+class LenientStream:
+    """A stream to print to. Text that cannot be written is lost, and raises nothing.
+
+    The terminal may be closed, the reader of a pipe gone (| head), the disk with the log full.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def fail(message):

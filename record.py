@@ -46,6 +46,7 @@ The protocol. It was fixed before any run (commit c7cb85c has it), but for what 
   0, for as many steps as TVM has in round 2: none of these changes what a step costs. An idea that
   is better than all five of TVM's seeds goes on, the best one of each kind: with seeds 1 to 4, and
   with Muon, five seeds.
+  (*) mu = 0 was better than all five (0.64), and did not go on for want of a GPU.
 - A claim has three seeds, a record five. Intervals are mean +- standard deviation over the seeds;
   the report says of each idea whether its interval overlaps with TVM's of the same round.
 - TVM's first three runs of round 1 kept two more averages of their weights, at rates 0.99 and

@@ -21,7 +21,6 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import fid
@@ -30,7 +29,7 @@ from device import from_rank_0
 from files import HERE, UserError, written
 from loss import EULER
 from options import one_line
-from pictures import find_vae, grid, to_images, unlike_pictures
+from pictures import are_floats, find_vae, grid, to_images, unlike_pictures
 from sample import guidance_weight, noise_and_labels, sample
 from scores import classify, small_data_scores, train_classifier
 from shard import whole_network
@@ -79,7 +78,8 @@ class Report:
     def __init__(self, out, config, header, data, network, device, rank, ranks):
         """out: the folder. config: the constants. header, data: of dataset.load_dataset.
 
-        network: the evaluation network, an EMA of the model. Only rank 0 writes.
+        network: the evaluation network, an EMA of the model. Where it is divided over the ranks
+        (shard.py), gather_network makes a whole one for what samples. Only rank 0 writes.
         """
         self.out = out
         self.config = config
@@ -217,6 +217,9 @@ class Report:
         self.attempt("curve.png", self.draw_curve)
 
     def draw_curve(self):
+        os.environ["MPLBACKEND"] = "agg"  # a notebook's is not known in every environment
+        from matplotlib.figure import Figure
+
         by_step = self.logged_losses()
         steps = sorted(by_step)
         figure = Figure(figsize=(7, 4), layout="constrained")
@@ -227,7 +230,8 @@ class Report:
         for name in terms:
             axes.plot(steps, [by_step[step].get(name, math.nan) for step in steps], label=name)
         title = f"{self.config['name']}, seed {self.config['seed']}"
-        axes.set(xlabel="step", ylabel="loss term, mean per element", yscale="log", title=title)
+        axes.set(xlabel="step", ylabel="loss term, mean per element", yscale="log")
+        axes.set_title(title, parse_math=False)  # a name may have a $
         if terms:
             axes.legend()
         axes.grid(alpha=0.3)
@@ -235,22 +239,25 @@ class Report:
             figure.savefig(f, format="png", dpi=120)
 
     def logged_losses(self):
-        """{step: line}; of a step that was done again after a restart, the later line."""
+        """{step: line}; of a step that was done again after a restart, the later line.
+
+        Lines that are not of this file's making are passed over.
+        """
         by_step = {}
-        with open(os.path.join(self.out, "log.jsonl")) as f:
+        with open(os.path.join(self.out, "log.jsonl"), errors="replace") as f:
             for text in f:
                 try:
                     line = json.loads(text)
-                except ValueError:  # a crash has cut off the line
+                except (ValueError, RecursionError):  # a crash has cut off the line, for example
                     continue
-                if "loss" in line:
+                if isinstance(line, dict) and is_number(line.get("step"), line.get("loss")):
                     by_step[line["step"]] = line
         return by_step
 
     # ---- pictures --------------------------------------------------------------------------------
 
-    def images_of(self, indices, nfe, classes=None):
-        """Images `indices` of the evaluation network, uint8 (n, H, W, C), and their labels (n,).
+    def images_of(self, network, indices, nfe, classes=None):
+        """Images `indices` of a whole network, uint8 (n, H, W, C), and their labels (n,).
 
         They are those that sample.py --precision=float32 draws from ckpt.safetensors with this
         seed. classes: one for each image, instead of labels drawn as often as in the data.
@@ -266,7 +273,7 @@ class Report:
                 y = torch.tensor(classes[first : first + BATCH])
             w = torch.full((len(part),), self.w, device=self.device)
             condition = conditions(y, self.header).to(self.device)
-            x0 = sample(self.network, x1.to(self.device), condition, w, nfe, euler)
+            x0 = sample(network, x1.to(self.device), condition, w, nfe, euler)
             images.append(to_images(x0, self.header, vae))
             labels.append(y)
         return np.concatenate(images), torch.cat(labels)
@@ -281,37 +288,37 @@ class Report:
 
     def save_samples(self, step):
         """The picture of a step, and where there is a reference its FID. All ranks call this."""
-        divided = self.network
-        if not self.gather_network(f"samples_{step}.png"):
+        network = self.gather_network(f"samples_{step}.png")
+        if network is None:
             return
-        try:
-            self.attempt(f"samples_{step}.png", self.draw_samples, step)
-            if self.reference is not None:
-                self.log_fid(step)
-        finally:
-            self.network = divided
+        self.attempt(f"samples_{step}.png", self.draw_samples, network, step)
+        if self.reference is not None:
+            self.log_fid(network, step)
 
     def gather_network(self, what):
-        """Make self.network whole, where it is divided over the ranks (shard.py).
+        """The evaluation network, whole where it is divided over the ranks (shard.py).
 
-        All ranks call this. Returns success, the same on all of them. Without it self.network stays
-        as it is, and rank 0 says that there will be no `what`.
+        All ranks call this. Where there is no memory for it, all of them get None, and rank 0 says
+        that there will be no `what`.
         """
         try:
-            self.network = whole_network(self.network)
+            return whole_network(self.network)
         except MemoryError as error:
             if self.rank == 0:
                 self.say_failure(what, error)
-            return False
-        return True
+            return None
 
-    def draw_samples(self, step):
+    def draw_samples(self, network, step):
         """Rows: 1, 2 and 4 steps. Columns: ten images, of the classes in turn."""
+        shape = tuple(self.header["shape"])
+        if len(shape) != 3 or are_floats(self.header):
+            dtype = self.header["dtype"]
+            raise ValueError(f"pictures are of uint8 (C, H, W), and these data are {dtype} {shape}")
         num_classes = max(1, self.header["num_classes"])
         classes = [i % num_classes for i in range(10)]
         rows = []
         for nfe in (1, 2, 4):
-            images, _ = self.images_of(range(len(classes)), nfe, classes)
+            images, _ = self.images_of(network, range(len(classes)), nfe, classes)
             rows.append(images)
         with written(self.picture_path(step)) as f:
             grid(np.concatenate(rows), len(classes)).save(f, "PNG")
@@ -333,11 +340,11 @@ class Report:
         self.reference = fid.read_reference(self.config["fid_reference"], self.inception)
         find_vae(self.header, self.device, self.config["vae_files"])
 
-    def log_fid(self, step):
+    def log_fid(self, network, step):
         """Log the FID of one-step samples, made by all ranks together."""
         moments = None
         try:
-            moments = self.moments_of_samples()
+            moments = self.moments_of_samples(network)
         except Exception as error:
             self.say_failure(f"the FID of step {step}", error)
         failures = torch.tensor(float(moments is None), device=self.device)
@@ -349,13 +356,13 @@ class Report:
             moments.all_reduce()
         self.attempt(f"the FID of step {step}", self.finish_fid, step, moments)
 
-    def moments_of_samples(self):
+    def moments_of_samples(self, network):
         """fid.Moments of the Inception features of this rank's share of the samples."""
         n = self.config["fid_images"]
         mine = range(n * self.rank // self.ranks, n * (self.rank + 1) // self.ranks)
         moments = fid.Moments(fid.FEATURES)
         for first in range(0, len(mine), BATCH):
-            images, _ = self.images_of(mine[first : first + BATCH], 1)
+            images, _ = self.images_of(network, mine[first : first + BATCH], 1)
             images = torch.from_numpy(np.moveaxis(images, -1, 1)).to(self.device)
             moments.add(self.inception(images.expand(-1, 3, -1, -1)))
         return moments
@@ -370,15 +377,20 @@ class Report:
 
     # ---- scores ----------------------------------------------------------------------------------
 
-    def log_scores(self, step):
+    def log_scores(self, network, step):
         """Print and log the scores of 1, 2 and 4 steps against held-out images."""
-        self.attempt("the scores", self.score, step)
+        if self.config["score_images"] > 0:
+            self.attempt("the scores", self.score, network, step)
 
-    def score(self, step):
+    def score(self, network, step):
         count = self.header["count"]
         n = min(self.config["score_images"], count["test"], count["train"] // 2)
         if n < 2:
-            print(f"no scores: {count['test']} held-out and {count['train']} training images")
+            print(
+                "no scores, which take two images at least: there are "
+                f"{count['test']} held-out and {count['train']} training images, "
+                f"and score_images is {self.config['score_images']}"
+            )
             return
         real = self.choose(count["train"], n, 0)
         chosen = self.choose(count["test"], n, 1)
@@ -406,7 +418,7 @@ class Report:
         found = small_data_scores(train[real], y, leave_out=leave_out, **against)
         self.tell_scores(step, "real", n, found)
         for nfe in (1, 2, 4):
-            images, y = self.images_of(range(n), nfe)
+            images, y = self.images_of(network, range(n), nfe)
             found = small_data_scores(np.moveaxis(images, -1, 1), y, **against)
             self.tell_scores(step, nfe, n, found)
         print(
@@ -444,9 +456,19 @@ class Report:
         return np.sort(order[:n])
 
 
+def is_number(*values):
+    return all(isinstance(value, (int, float)) for value in values)
+
+
 def git_commit():
-    """The commit of these files, with "-edited" where they differ from it."""
+    """The commit of these files, with "-edited" where they differ from it.
+
+    "unknown" where git does not have them. They may lie in a folder of another project, whose
+    commit says nothing of them.
+    """
     try:
+        if not run_git("ls-files", "train.py"):
+            return "unknown"
         commit = run_git("rev-parse", "--short=12", "HEAD")
         edited = run_git("status", "--porcelain", "-uno")
     except OSError:  # there is no git here
@@ -457,5 +479,8 @@ def git_commit():
 
 
 def run_git(*arguments):
-    done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True)
+    # A hook of another project, for example, sets these to its own.
+    elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
+    here = {key: value for key, value in os.environ.items() if key not in elsewhere}
+    done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, env=here)
     return done.stdout.strip()

@@ -1590,6 +1590,7 @@ def test_who_tunes(tuning, monkeypatch, capsys):
     tuned = choose(call)
     assert tuned == (A.Tile(64, 32, 4, 3), 96.0, True)
     capturing[0] = True
+    assert choose(call) == tuned  # it is on file
     assert choose(a_call("row", device="cuda")) == (A.SMALL_TILE, None, False)
     assert "before the capture" in capsys.readouterr().err
     capturing[0] = False

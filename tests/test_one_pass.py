@@ -78,6 +78,32 @@ def matches_the_formulas():
             assert rel(average[i], wanted[i]) < 1e-6
 
 
+def test_a_weight_that_joins_late():
+    interpreted_in("test_one_pass", "counts_each_weight_on_its_own")
+
+
+def counts_each_weight_on_its_own():
+    """Beside torch.optim.AdamW, where one weight has its first gradient in the sixth step."""
+    weights, optimizer, averages = make()
+    copies, reference, _ = make()
+    for n in range(10):
+        for i, g in enumerate(gradients(n)):
+            late = i == 1 and n < 5
+            weights[i].grad = None if late else g
+            copies[i].grad = None if late else g.clone()
+        one_pass.step(optimizer, averages)
+        reference.step()
+    for p, q in zip(weights, copies, strict=True):
+        assert rel(p, q) < 1e-6
+        assert optimizer.state[p]["step"] == reference.state[q]["step"]
+
+
+def test_wrong_optimizer():
+    weights, _, averages = make()
+    with pytest.raises(ValueError, match="wants AdamW, not Adam$"):
+        one_pass.step(torch.optim.Adam(weights), averages)
+
+
 def test_wrong_tensors():
     weights, optimizer, averages = make()
     for p, g in zip(weights, gradients(0), strict=True):

@@ -363,7 +363,7 @@ def test_published_presets(capsys, folder):
     assert short["steps"] == 200_000
     w2 = helped_config(capsys, "--preset=im256_w2")
     record = helped_config(capsys, "--preset=im256_record")
-    assert record == {**w2, "preset": "im256_record", "muon_lr": 1e-4}
+    assert record == {**w2, "preset": "im256_record", "muon_lr": 1e-4, "p_noise": 0.5}
 
 
 def helped_config(capsys, *arguments):
