@@ -36,7 +36,10 @@ def why_not_train(header, path, config):
         return f"vae is {vae!r}, but {path} holds {holds}"
     if config["vae_files"] and "vae" not in header:
         return f"vae_files is for latents, and {path} holds pixels"
-    side = min(header["shape"][1:])
+    shape = header["shape"]
+    if config["classifier"] == "cnn" and len(shape) != 3:
+        return f'classifier "cnn" takes images (C, H, W), not {tuple(shape)}'
+    side = min(shape[1:])
     if config["classifier"] == "cnn" and side < 4:
         return f'classifier "cnn" takes images of at least 4 pixels, not {side}'
     if config["classifier"] == "cnn" and are_floats(header):

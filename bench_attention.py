@@ -361,6 +361,7 @@ def table(quick=False, plot="attention.png"):
 
 def draw_plot(path, quick, H=24, D=128):
     """Time over sequence length, both logarithmic, of one batch of H heads."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's is not known in every environment
     from matplotlib.figure import Figure
 
     sizes = [256, 512, 1024, 2048, 4096, 8192, 16384]

@@ -14,6 +14,7 @@ of a state all constants of the run.
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import sys
@@ -23,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from files import CheckpointError, written
+from loss import OBJECTIVES
 
 # The file begins with the length of its header, and the header with these bytes. Then comes the
 # crc32 of the whole file, as eight hexadecimal digits; it is taken with eight zeros in its place.
@@ -88,19 +90,19 @@ def raw_bytes(t):
     return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def load_tensors(path, device="cpu", needs_about=True, keep=torch.clone):
+def load_tensors(path, device="cpu", needs_about=True, copy=torch.clone):
     """What save_tensors wrote -> (tensors, about). A file of another maker may have no checksum.
 
-    needs_about=False takes any safetensors file; `about` is None where it has none. keep(tensor)
-    is what is kept of each one. It must not use the tensor's memory: that is the file's, which may
-    be replaced.
+    needs_about=False takes any safetensors file; `about` is None where it has none.
+    copy(tensor): what to keep of each tensor. It must copy: the file's memory may be replaced.
     Raises CheckpointError, and its kind Damaged where the file is not what was written.
     """
     try:
         check_crc(path)
+        refuse_other_encoding(path)
         with safe_open(path, "pt", device=str(device)) as f:
             about = json.loads((f.metadata() or {}).get("tvm", "null"))
-            tensors = {name: keep(f.get_tensor(name)) for name in f.keys()}  # noqa: SIM118
+            tensors = {name: copy(f.get_tensor(name)) for name in f.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint {path}") from None
     except (SafetensorError, ValueError, RecursionError) as error:
@@ -132,6 +134,17 @@ def check_crc(path):
         raise Damaged(f"{path} is damaged: it is cut off, or has other bytes than were written")
 
 
+def refuse_other_encoding(path):
+    """Raises CheckpointError for a path that safe_open cannot open."""
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        raise CheckpointError(
+            f"cannot read {path}: its name, or that of a folder in it, is not UTF-8, and "
+            "safetensors opens no such file: rename it"
+        ) from None
+
+
 def missing_parts(about):
     if not isinstance(about, dict):
         return list(NEEDED)
@@ -141,6 +154,44 @@ def missing_parts(about):
         if not isinstance(value, dict) or not set(parts) <= set(value):
             missing.append(key)
     return missing
+
+
+def check_about(config, about):
+    """Raises ValueError where the objective, the data's header or the guidance weights cannot be.
+
+    config: the network's. Published snapshots name no objective: theirs is "tvm".
+    """
+    objective = about.get("objective", "tvm")
+    if objective not in OBJECTIVES:  # which tells how the network is sampled
+        raise ValueError(f"the objective {objective!r}, and not {', '.join(OBJECTIVES)}")
+    data = about["data"]
+    counts = data["class_counts"]
+    weights = [about["guidance"][key] for key in ("w", "w_min", "w_max")]
+    texts = [data.get(name, "") for name in ("name", "vae", "dtype")]
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"a name that is no text: {text!r}")
+    if not isinstance(about.get("train", {}), dict):
+        raise ValueError("constants that are no dict")
+    wanted = [config.in_channels, *config.height_and_width]
+    sides = data.get("shape", wanted)
+    if not all(type(n) is int and n > 0 for n in sides) or math.prod(sides) > 2**31:
+        raise ValueError(f"images of shape {sides}")
+    if len(sides) == 3 and list(sides) != wanted:  # a fork may have data of other dimensions
+        raise ValueError(f"images of shape {sides}, and a network for {wanted}")
+    if len(counts) != config.num_classes:
+        raise ValueError(f"{len(counts)} class counts for {config.num_classes} classes")
+    for name in ("mean", "std"):
+        if len(data[name]) != config.in_channels:
+            raise ValueError(
+                f"{len(data[name])} values of {name} for {config.in_channels} channels"
+            )
+    if not all(math.isfinite(x) for x in (*counts, *weights, *data["mean"], *data["std"])):
+        raise ValueError("a class count, guidance weight, mean or std that is not finite")
+    if not 0 < min(weights) <= max(weights) < 1e6:
+        raise ValueError("a guidance weight that is not above 0 and below a million")
+    if counts and (min(counts) < 0 or sum(counts) == 0):
+        raise ValueError("class counts that are negative, or all 0")
 
 
 def load_checkpoint(path, device="cpu", needs_about=True):
@@ -288,16 +339,16 @@ def optimizer_state(path, tensors, name, weight, kinds):
     return found
 
 
-def load_newest(folder, device="cpu", quiet=False, keep=torch.clone):
+def load_newest(folder, device="cpu", quiet=False, copy=torch.clone):
     """(path, tensors, about) of the newest whole state; None where there is no state at all.
 
-    keep: as in load_tensors. Says which states are damaged. Raises CheckpointError where all of
+    copy: as in load_tensors. Says which states are damaged. Raises CheckpointError where all of
     them are.
     """
     saved = states(folder)
     for path in reversed(saved.values()):
         try:
-            tensors, about = load_tensors(path, device, keep=keep)
+            tensors, about = load_tensors(path, device, copy=copy)
         except Damaged as error:
             if not quiet:
                 print(f"{error}; trying the state before it", file=sys.stderr)
@@ -309,10 +360,10 @@ def load_newest(folder, device="cpu", quiet=False, keep=torch.clone):
 
 
 def what_is_saved(folder, step):
-    """One sentence about what a run that ends here leaves behind.
+    """One sentence about the state that a run which ends here leaves behind.
 
     step: of the last state that this run has loaded or saved, 0 where there is none. A state of a
     later step is damaged: load_newest has passed over it.
     """
     paths = [path for other, path in states(folder).items() if other <= step]
-    return f"what was saved last is {paths[-1]}" if paths else "nothing was saved yet"
+    return f"the last state is {paths[-1]}" if paths else "no state was saved yet"

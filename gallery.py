@@ -29,7 +29,9 @@ from loss import EULER
 from model import load_model
 from options import Parser, run
 from pictures import (
+    check_writable,
     find_vae,
+    follow_link,
     grid,
     output_kind,
     refuse_taken,
@@ -89,8 +91,9 @@ def parse(argv=None):
     args.nfe = numbers_of_steps(args.nfe, len(args.checkpoints))
     if output_kind(args.out) != "png":
         raise UserError(f"--out takes a .png, not {args.out!r}")
+    args.out = follow_link(args.out)
     refuse_taken(args.out, "png", args.overwrite)
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    check_writable(args.out)
     return args
 
 
@@ -180,6 +183,13 @@ def nearest_images(images, train, device):
 # ---- drawing -------------------------------------------------------------------------------------
 
 
+def can_draw(text):
+    """Whether the font has all letters of a text. One that it lacks would be drawn as a box."""
+    font = ImageFont.load_default(FONT_SIZE)
+    box = bytes(font.getmask("\uffff"))  # no font has this one
+    return all(bytes(font.getmask(letter)) != box for letter in text)
+
+
 def pairs_of_rows(title, images, nearest, columns):
     """A block for each row of samples, with the row of their nearest images below it."""
     blocks = []
@@ -242,7 +252,7 @@ def main():
     names = [""] * len(classes)
     if num_classes:
         known = class_names(header) or [str(c) for c in range(num_classes)]
-        names = [known[c] for c in classes]
+        names = [known[c] if can_draw(known[c]) else str(c) for c in classes]
     vae = find_vae(header, device, args.vae)
 
     blocks = []

@@ -4,6 +4,7 @@ for each kind.
 
     images = open_images(path)
     len(images), images[3]      # image 3 is uint8 (H, W, 3)
+    images.image_size           # "64x48": W and H of all of them
 
 images.py has the rules of which files of a folder or .zip are images, and how one is read. An array
 is uint8 (N, H, W, 3), or (N, H, W, 1), whose gray images are given as RGB. Of data/NAME, which
@@ -124,6 +125,7 @@ class FolderImages:
         self.first_shape = None
         if not size:
             self.first_shape = self[0].shape
+        self.image_size = as_size(self.first_shape or (size, size))
         stamps = [(name, *size_and_time(self.on_disk(name))) for name in found.names]
         self.about = f"{len(self)} images of {os.path.abspath(path)}, {fingerprint((stamps, size))}"
         self.threads = min(16, os.cpu_count() or 1)
@@ -159,6 +161,7 @@ class FolderImages:
 
 
 def as_size(shape):
+    """(H, W, ...) -> "WxH"."""
     return f"{shape[1]}x{shape[0]}"
 
 
@@ -180,6 +183,7 @@ class NpyImages:
         if shape[0] == 0:
             raise FidError(f"no images in {path}")
         self.array = np.load(path, mmap_mode="r", allow_pickle=False)
+        self.image_size = as_size(shape[1:])
         self.about = f"{len(self)} images of {os.path.abspath(path)}, {size_and_time(path)}"
 
     def __len__(self):
@@ -204,6 +208,7 @@ class DataImages:
         self.array = data["train_images"]  # (N, C, H, W)
         if not len(self.array):
             raise FidError(f"no training images in {path}")
+        self.image_size = as_size(self.array.shape[2:])
         stamp = size_and_time(os.path.join(path, TRAIN_IMAGES))
         self.about = f"{len(self)} images of {os.path.abspath(path)}, {stamp}"
 
@@ -227,6 +232,7 @@ class NpzImages:
         name = name_of_images(path, arrays)
         shape, by_columns, _ = arrays[name]
         self.n, *self.shape = shape
+        self.image_size = as_size(self.shape)
         self.about = f"{self.n} images {name} of {os.path.abspath(path)}, {size_and_time(path)}"
         self.array = None
         if by_columns:  # no image lies in one piece

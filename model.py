@@ -15,7 +15,6 @@ Shapes: B images, T tokens, D = hidden_size, H heads of size d, patches of p x p
 """
 
 import dataclasses
-import math
 
 import torch
 from einops import rearrange
@@ -23,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import load_checkpoint, refuse_infinite
+from checkpoint import check_about, load_checkpoint, refuse_infinite
 from dual import (
     Dual,
     add_gated,
@@ -78,12 +77,14 @@ class DiTConfig:
         """Raises ValueError for values that no network has."""
         if isinstance(self.input_size, (list, tuple)):
             sides = tuple(self.input_size)
-            is_square = len(set(sides)) == 1
+            is_square = len(sides) == 2 and sides[0] == sides[1]
             object.__setattr__(self, "input_size", sides[0] if is_square else sides)
         for name in ("in_channels", "patch_size", "hidden_size", "depth", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         p = self.patch_size
+        if len(self.height_and_width) != 2:
+            raise ValueError(f"input_size must be one side or two, not {self.input_size}")
         for side in self.height_and_width:
             if side < 1:
                 raise ValueError(f"input_size must be at least 1, not {self.input_size}")
@@ -492,35 +493,3 @@ def load_model(path, device="cpu"):
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path} does not fit its own config: {reason}") from None
     return model.eval().requires_grad_(False), about
-
-
-def check_about(config, about):
-    """Raises ValueError where the data's header or the guidance weights cannot be."""
-    data = about["data"]
-    counts = data["class_counts"]
-    weights = [about["guidance"][key] for key in ("w", "w_min", "w_max")]
-    texts = [data.get(name, "") for name in ("name", "vae", "dtype")]
-    for text in (*texts, about.get("objective", "")):
-        if not isinstance(text, str):
-            raise ValueError(f"a name that is no text: {text!r}")
-    if not isinstance(about.get("train", {}), dict):
-        raise ValueError("constants that are no dict")
-    wanted = [config.in_channels, *config.height_and_width]
-    sides = data.get("shape", wanted)
-    if not all(type(n) is int and n > 0 for n in sides) or math.prod(sides) > 2**31:
-        raise ValueError(f"images of shape {sides}")
-    if len(sides) == 3 and list(sides) != wanted:  # a fork may have data of other dimensions
-        raise ValueError(f"images of shape {sides}, and a network for {wanted}")
-    if len(counts) != config.num_classes:
-        raise ValueError(f"{len(counts)} class counts for {config.num_classes} classes")
-    for name in ("mean", "std"):
-        if len(data[name]) != config.in_channels:
-            raise ValueError(
-                f"{len(data[name])} values of {name} for {config.in_channels} channels"
-            )
-    if not all(math.isfinite(x) for x in (*counts, *weights, *data["mean"], *data["std"])):
-        raise ValueError("a class count, guidance weight, mean or std that is not finite")
-    if not 0 < min(weights) <= max(weights) < 1e6:
-        raise ValueError("a guidance weight that is not above 0 and below a million")
-    if counts and (min(counts) < 0 or sum(counts) == 0):
-        raise ValueError("class counts that are negative, or all 0")

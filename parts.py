@@ -19,7 +19,7 @@ import sys
 import numpy as np
 from tqdm import tqdm
 
-from files import PARTIAL, hold, remove_locked, written
+from files import PARTIAL, UserError, hold, remove_locked, written
 
 # The names of the files that are made here. Nothing else in the folder is ever removed.
 OURS = re.compile(r"[0-9a-f]{16}-\d{9}\.npy" + f"({re.escape(PARTIAL)})?")
@@ -43,24 +43,24 @@ class Parts:
         return os.path.join(self.folder, f"{self.key}-{batch.start:09d}.npy")
 
     def hold(self):
-        """Make the folder this run's own, remove what other runs left there, and say so.
+        """Make the folder this run's own, and say how many of its batches are there.
 
-        Raises OSError where another process holds it.
+        Raises OSError where another process holds it, and UserError where it has batches of another
+        run, which may be the work of hours.
         """
         self.lock = hold(self.folder, seconds=10)
         of_this_run = {self.path(batch) for batch in self.batches}
         # Without those that a process of the run before may still be writing.
         found = {path for path in self.files() if not path.endswith(PARTIAL)}
-        for path in found - of_this_run:
-            os.remove(path)
-        kept = found & of_this_run
-        if kept:
-            self.say(f"going on from {len(kept)} of {len(self.batches)} batches")
-        elif found:
-            self.say("of another checkpoint, seed, nfe or the like, so starting over")
-
-    def say(self, what):
-        print(f"sample.py: {self.folder}: {what}", file=sys.stderr)
+        others = found - of_this_run
+        if others:
+            raise UserError(
+                f"{self.folder} holds {len(others)} finished batches of another checkpoint, seed, "
+                "nfe or the like: give that command again, delete the folder, or name another --out"
+            )
+        if found:
+            done = f"going on from {len(found)} of {len(self.batches)} batches"
+            print(f"sample.py: {self.folder}: {done}", file=sys.stderr)
 
     def files(self):
         """The paths of all files that sample.py has made in the folder, but for its lock."""

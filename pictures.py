@@ -4,16 +4,18 @@ What the network makes -> images, and the files that hold them.
     images = to_images(x0, header, vae)          # network units -> uint8 (B, H, W, C)
     grid(images, columns).save("grid.png")       # one picture of many
     kind = output_kind("samples.npz")            # "npz", "png" (a grid) or "folder" (PNGs)
-    refuse_taken("samples.npz", kind)            # before the work
-    write_images("samples.npz", kind, batches, n, labels, columns)
+    out = follow_link("samples.npz")             # before the work
+    refuse_taken(out, kind)
+    write_images(out, kind, batches, n, labels, columns)
 
 An .npz holds images of any number of channels, and floats. A PNG holds uint8, 1 or 3 channels.
 """
 
+import contextlib
 import itertools
 import json
 import os
-import shutil
+import re
 from zipfile import ZipFile
 
 import numpy as np
@@ -21,7 +23,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from files import PARTIAL, UserError, sync_folder, written
+from files import PARTIAL, UserError, errors_named, open_locked, remove_locked, sync_folder, written
 from images import as_rgb
 from vae import VAEError, decode, load_vae
 
@@ -30,6 +32,9 @@ OTHER_FILES = (
     *(".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg", ".pdf", ".mp4"),
     *(".npy", ".h5", ".hdf5", ".zip", ".tar", ".gz", ".pkl", ".pt", ".pth", ".safetensors"),
 )
+
+# The names of the files that write_pngs makes. Nothing else in a folder is ever removed.
+OURS = re.compile(r"\d{6,}\.png|dataset\.json")
 
 
 # ---- from the network to images ------------------------------------------------------------------
@@ -66,6 +71,15 @@ def to_images(x0, header, vae=None):
         return x0.float().movedim(1, -1).cpu().numpy()
     pixels = x0.round().clamp(0, 255).to(torch.uint8)
     return pixels.movedim(1, -1).cpu().numpy()
+
+
+def form_of_images(shape, header, vae=None):
+    """((H, W, C), dtype) of each image that to_images makes of noise of a shape (C, H, W)."""
+    channels, *sides = shape
+    if vae:
+        channels = 3
+        sides = [side * vae.shrinks for side in sides]
+    return (*sides, channels), np.float32 if are_floats(header) else np.uint8
 
 
 def per_channel(values, like):
@@ -149,10 +163,27 @@ def output_kind(out):
     return "folder"
 
 
+def follow_link(path):
+    """Where to write what is to be at `path`: of a link, the place that it points to.
+
+    A link to a larger disk then stays, and what is written lies on that disk.
+    """
+    return os.path.realpath(path) if os.path.islink(path) else path
+
+
+def check_writable(path):
+    """Make the folder of a file. Raises OSError where files.written could not write it there."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    aside = path + PARTIAL
+    with errors_named(path, aside):
+        remove_locked(open_locked(aside), aside)
+
+
 def refuse_taken(out, kind, overwrite=False):
     """Raise UserError where something is at `out` that images must not replace.
 
-    overwrite: a file may be replaced. A folder must be new or empty.
+    overwrite: a file may be replaced. A folder must be new or empty, because another one, which is
+    made aside, takes its place.
     """
     if os.path.basename(out) in (".", ".."):
         raise UserError(f"--out: {out} cannot be made, as it is there; name a new folder")
@@ -161,6 +192,8 @@ def refuse_taken(out, kind, overwrite=False):
             raise UserError(f"--out: {out} is a folder with files in it already; name a new one")
         if kind != "folder":
             raise UserError(f"--out: {out} is there already, as a folder; name a new file")
+        if os.path.ismount(out):
+            raise UserError(f"--out: {out} is where a disk is mounted; name a new folder in it")
     elif os.path.lexists(out):
         if kind == "folder":
             raise UserError(f"--out: {out} is there already, as a file; name a new folder")
@@ -168,6 +201,28 @@ def refuse_taken(out, kind, overwrite=False):
             raise UserError(
                 f"{out} is there already: --overwrite replaces it, --out names another file"
             )
+    if kind == "folder":
+        refuse_strangers(out + PARTIAL)
+
+
+def refuse_strangers(aside):
+    """Raise UserError where the folder that PNGs are written to first holds files of others."""
+    if not os.path.isdir(aside):
+        return
+    for name in sorted(os.listdir(aside)):
+        if not OURS.fullmatch(name):
+            file = os.path.join(aside, name)
+            raise UserError(f"--out: {file} is not of an interrupted run: move it away")
+
+
+def remove_unfinished(aside):
+    """Remove a folder of PNGs that was not finished. Raises OSError where files of others stay."""
+    if not os.path.isdir(aside):
+        return
+    for name in os.listdir(aside):
+        if OURS.fullmatch(name):
+            os.remove(os.path.join(aside, name))
+    os.rmdir(aside)
 
 
 # ---- from images to files ------------------------------------------------------------------------
@@ -208,7 +263,7 @@ def write_npz(out, batches, n, labels):
 def write_folder(out, batches, labels):
     """PNGs in a folder that is made aside, filled and renamed. `out` is new, or an empty folder."""
     aside = out + PARTIAL
-    shutil.rmtree(aside, ignore_errors=True)  # of a run that was cut off
+    remove_unfinished(aside)  # of a run that was cut off
     os.makedirs(aside)
     try:
         write_pngs(aside, batches, labels)
@@ -216,7 +271,8 @@ def write_folder(out, batches, labels):
             os.rmdir(out)  # or Windows would not rename
         os.replace(aside, out)
     except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)  # it takes room that others need
+        with contextlib.suppress(OSError):
+            remove_unfinished(aside)  # it takes room that others need
         if isinstance(error, OSError) and error.errno:
             raise OSError(error.errno, error.strerror, out) from error
         raise

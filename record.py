@@ -71,7 +71,7 @@ import torch
 
 import options
 import study
-from files import UserError, written
+from files import UserError, hold, written
 from judge import Judge
 from loss import MEANFLOW_CONSTANTS
 from record_report import flags_of, report
@@ -467,7 +467,6 @@ def rounded(values):
 
 
 def make_round(protocol, a_round, log, tiny):
-    os.makedirs(protocol.folder, exist_ok=True)
     settings = settings_of(protocol)
     study.first_line_of(log, settings)  # complains of other settings now
     data_header, data, fresh = study.prepare_data(protocol)
@@ -521,7 +520,8 @@ def main():
         a_round = (TINY_ROUNDS if args.tiny else ROUNDS)[args.round]
         workers = args.workers or protocol.workers
         protocol = dataclasses.replace(protocol, seconds=a_round.seconds, workers=workers)
-        make_round(protocol, a_round, log, args.tiny)
+        with hold(protocol.folder):  # two at once would make all runs twice
+            make_round(protocol, a_round, log, args.tiny)
     report(log, {**IDEAS, **LOST}, METHODS, os.path.basename(protocol.folder), args.page)
 
 

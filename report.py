@@ -27,6 +27,7 @@ import fid
 from batches import conditions
 from device import from_rank_0
 from files import HERE, UserError, written
+from header import is_numbers
 from loss import EULER
 from options import one_line
 from pictures import are_floats, find_vae, grid, to_images, unlike_pictures
@@ -250,7 +251,9 @@ class Report:
                     line = json.loads(text)
                 except (ValueError, RecursionError):  # a crash has cut off the line, for example
                     continue
-                if isinstance(line, dict) and is_number(line.get("step"), line.get("loss")):
+                if not isinstance(line, dict):
+                    continue
+                if is_numbers([line.get("step"), line.get("loss")], 2):
                     by_step[line["step"]] = line
         return by_step
 
@@ -379,8 +382,7 @@ class Report:
 
     def log_scores(self, network, step):
         """Print and log the scores of 1, 2 and 4 steps against held-out images."""
-        if self.config["score_images"] > 0:
-            self.attempt("the scores", self.score, network, step)
+        self.attempt("the scores", self.score, network, step)
 
     def score(self, network, step):
         count = self.header["count"]
@@ -454,10 +456,6 @@ class Report:
         """n of `count` rows, sorted, by the seed and the number of the stream."""
         order = np.random.default_rng([self.config["seed"], stream]).permutation(count)
         return np.sort(order[:n])
-
-
-def is_number(*values):
-    return all(isinstance(value, (int, float)) for value in values)
 
 
 def git_commit():

@@ -52,7 +52,7 @@ from tqdm import tqdm
 import options
 from dataset import load_dataset
 from device import find_device
-from files import HERE, UserError, written
+from files import HERE, UserError, hold, written
 from images import parallel
 from judge import Judge
 from loss import MEANFLOW_CONSTANTS
@@ -212,7 +212,7 @@ def command_of(protocol, run, constants, steps):
         sample_every=steps,
         log_every=min(100, steps),
         keep=1,
-        score_images=1,  # none: the judge scores
+        score_images=0,  # the judge scores
         **constants,
     )
     flags = [f"--{key}={value}" for key, value in constants.items()]
@@ -460,7 +460,6 @@ def prepare_data(protocol):
 
 
 def study(protocol, log, tiny):
-    os.makedirs(protocol.folder, exist_ok=True)
     header, data, fresh = prepare_data(protocol)
     first = first_line(protocol, log, tiny)
     times = [f"{what} {ms:.1f}" for what, ms in first["step_ms"].items()]
@@ -532,7 +531,8 @@ def main():
     log = args.log or os.path.join(protocol.folder, "log.jsonl")
     if not args.report:
         signal.signal(signal.SIGTERM, end_by_signal)  # so that Runs.make_all ends the trainers
-        study(protocol, log, args.tiny)
+        with hold(protocol.folder):  # two at once would make all runs twice
+            study(protocol, log, args.tiny)
     report(log, list(METHODS), os.path.basename(protocol.folder))
 
 

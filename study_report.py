@@ -15,7 +15,6 @@ import statistics
 import sys
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 from files import UserError
@@ -275,6 +274,14 @@ def table_of_ablations(results):
 # ---- figures -------------------------------------------------------------------------------------
 
 
+def new_figure(**options):
+    """A figure of matplotlib, which is imported only here."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's is not known in every environment
+    from matplotlib.figure import Figure
+
+    return Figure(**options)
+
+
 def draw_scores(runs_of, first, title, path):
     """Scores over sampling steps: the mean and the range of the seeds.
 
@@ -282,7 +289,7 @@ def draw_scores(runs_of, first, title, path):
     """
     nfes = first["settings"]["nfes"]
     names = [str(nfe) for nfe in nfes]
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = new_figure(figsize=(13, 4), layout="constrained")
     axes = figure.subplots(1, 3)
     for axis, key in zip(axes, ("features", "two_sample", "label"), strict=True):
         for i, (label, runs) in enumerate(runs_of.items()):
@@ -303,7 +310,7 @@ def draw_scores(runs_of, first, title, path):
 
 def draw_samples(rows, nfes, path):
     """A row of samples for each of `rows`: (its title, the picture of a run, which of the nfes)."""
-    figure = Figure(figsize=(8, 0.9 * len(rows)), layout="constrained")
+    figure = new_figure(figsize=(8, 0.9 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), squeeze=False)[:, 0]
     for axis, (title, file, which) in zip(axes, rows, strict=True):
         sheet = np.asarray(Image.open(file))

@@ -392,6 +392,7 @@ def print_table(about, rows, seconds):
 
 def draw_plot(about, rows, path):
     """The bounds over the distance that they bound, a marker for each network."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's is not known in every environment
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")

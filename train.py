@@ -62,6 +62,7 @@ from device import (
     without_torchrun,
 )
 from files import HERE, CheckpointError, UserError, hold, wait_for
+from header import same_data
 from loss import (
     GUIDANCE,
     MEANFLOW_CONSTANTS,
@@ -152,7 +153,7 @@ sample_every   = Option(500,        "steps from picture to picture", least=1, la
 save_every     = Option(500,        "steps from save to save", least=1, later=True)
 keep           = Option(2,          "how many of the newest states stay", least=1, later=True)
 lock_wait      = Option(30,         "seconds to wait for another process", least=0, later=True)
-score_images   = Option(2000,       "score at most so many samples at the end", least=1, later=True)
+score_images   = Option(2000,       "score at most so many samples; 0: none",   least=0, later=True)
 fid_reference  = Option("",         "statistics file: FID every sample_every steps", later=True)
 fid_images     = Option(10000,      "one-step samples for that FID", least=2, later=True)
 inception      = Option("",         "weights for that FID; default: downloaded once", later=True)
@@ -405,9 +406,9 @@ about = dict(
 
 
 def save(step):
-    """Save everything to resume from, then the evaluation network for sample.py.
+    """Save a state to resume from, then the evaluation network for sample.py.
 
-    All ranks call this. Returns success. Exits if a value is not finite.
+    All ranks call this. Returns the success of each. Exits if a value is not finite.
     """
     state = {}
     for kind, net in nets.items():
@@ -419,12 +420,15 @@ def save(step):
     if not all_finite(state.values()):
         fail(f"the state of step {step} is not finite; {what_is_saved(out, saved_step)}")
     state = gather(state)
-    return report.attempt(f"the checkpoint of step {step}", write, step, state, errors=OSError)
+    path = f"state_{step}.safetensors"
+    has_state = report.attempt(path, write_state, step, state, errors=OSError)
+    tensors = strip_prefix(state, "eval.")
+    has_ckpt = report.attempt("ckpt.safetensors", write_evaluated, step, tensors, errors=OSError)
+    return has_state, has_ckpt
 
 
-def write(step, state):
+def write_state(step, state):
     save_state(out, step, state, about, keep)
-    write_evaluated(step, strip_prefix(state, "eval."))
 
 
 def write_evaluated(step, tensors):
@@ -433,10 +437,10 @@ def write_evaluated(step, tensors):
 
 def resume():
     """Load the newest whole state, where there is one. Returns the step to go on from."""
-    keep_of = torch.clone  # what is kept of a tensor of the state
+    copy_of = torch.clone
     if shard:
-        keep_of = partial(own_part, mesh=weights[0].device_mesh)  # this rank's part
-    found = load_newest(out, device, quiet=rank > 0, keep=keep_of)
+        copy_of = partial(own_part, mesh=weights[0].device_mesh)  # this rank's part
+    found = load_newest(out, device, quiet=rank > 0, copy=copy_of)
     if not found:
         if os.path.exists(os.path.join(out, "ckpt.safetensors")):
             fail(
@@ -463,7 +467,7 @@ def resume():
     was_steps = was["train"].get("steps")
     if objective == "alpha_flow" and was_steps != steps and rank == 0:
         print(f"alpha falls over {steps} steps now, and fell over {was_steps} before")
-    if was["data"] != header:
+    if not same_data(was["data"], header):
         fail(
             f"{path} was trained on other data than {data_path} holds now: "
             f"give this run another --name, or delete {out}"
@@ -520,13 +524,15 @@ saved_step = first_step  # of the last state that was loaded or saved; 0: there 
 
 precision = "bfloat16" if has_bfloat16 else "float32"
 report.log_start(first_step, about, f"{precision}, {'compiled' if compiled else 'eager'}")
-saved = True
+has_ckpt = True
 if first_step > 0:
     # A stop may have come between the state and what follows it: the picture, ckpt.safetensors.
     if report.lacks_samples(first_step, steps):
         report.save_samples(first_step)
     tensors = gather(evaluated.state_dict())
-    saved = report.attempt("ckpt.safetensors", write_evaluated, first_step, tensors, errors=OSError)
+    has_ckpt = report.attempt(
+        "ckpt.safetensors", write_evaluated, first_step, tensors, errors=OSError
+    )
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -612,8 +618,8 @@ for step in progress:
         fail(f"nothing was learned: the loss or its gradient was not finite in all {skipped} steps")
     # Do not save while steps are being skipped, except at the end.
     if (done % save_every == 0 and not skipped_in_a_row) or at_end:
-        saved = save(done)
-        if saved:
+        has_state, has_ckpt = save(done)
+        if has_state:
             saved_step = done
     if stop:
         break
@@ -622,13 +628,17 @@ for step in progress:
 
 # ---- the end -------------------------------------------------------------------------------------
 stop_request.restore()
-can_score = not stop and report.gather_network("the scores")  # which rank 0 makes alone
+network = None  # a whole one, of which rank 0 alone makes the scores
+if not stop and score_images > 0:
+    network = report.gather_network("the scores")
 if distributed:
     dist.barrier()  # where a rank fails torchrun ends the others: not before rank 0 has saved
     training.graphs.clear()
     dist.destroy_process_group()  # nobody waits while rank 0 scores
-if not saved:
-    fail(f"the save of step {done} failed; {what_is_saved(out, saved_step)}")
+if saved_step < done:
+    fail(f"could not save the state of step {done}; {what_is_saved(out, saved_step)}")
+if not has_ckpt:
+    fail(f"could not save ckpt.safetensors of step {done}; {what_is_saved(out, saved_step)}")
 if stop or stop_request.asked():
     # The exit code is not 0: a scheduler or && must know that training or its scores are missing.
     if rank == 0:
@@ -638,8 +648,8 @@ if stop or stop_request.asked():
         )
     sys.exit(stop_request.exit_code())
 if rank == 0:
-    if can_score:
-        report.log_scores(steps)
+    if network is not None:
+        report.log_scores(network, steps)
     report.save_curve()
     if skipped:
         print(f"{skipped} steps were skipped: the loss or its gradient was not finite")
