@@ -9,7 +9,8 @@ To autograd a Dual is two ordinary tensors. Backward, checkpointing and torch.co
 as they are.
 
 Residual sums, norms, modulation and GELU have kernels for GPUs in fused.py. The functions that call
-them come last.
+them come last. There a sum may be put off (class Residual). total(x) makes it, and returns tensors
+and Duals as they are: on a first reading, skip it.
 """
 
 import dataclasses
@@ -253,10 +254,10 @@ def detach_tangent(x):
     return Dual(x.value, x.tangent.detach()) if isinstance(x, Dual) else x
 
 
-def has_kernels(x, *vectors, before=None):
+def has_kernels(x, *vectors, layer=None):
     """Whether fused.py has kernels for x (B, T, D) with these vectors, which must be (B, 1, D).
 
-    before: a layer that is given x, where the kernel is for what follows it.
+    layer: the linear layer whose product the kernel takes over, or follows.
     """
     x = x.high if isinstance(x, Residual) else x
     x = value_of(x)
@@ -264,12 +265,12 @@ def has_kernels(x, *vectors, before=None):
         return False
     if product_dtype(x) == torch.float16:  # the residual stream would overflow in it
         return False
-    if before is not None:
+    if layer is not None:
         # The kernels take the layer's weight and bias and do not call it. A layer of another class
         # must be called, and one with hooks.
-        hooks = len(before._forward_pre_hooks) + len(before._forward_hooks)
-        hooks += len(before._backward_pre_hooks) + len(before._backward_hooks)
-        if type(before) is not nn.Linear or before.bias is None or hooks:
+        hooks = len(layer._forward_pre_hooks) + len(layer._forward_hooks)
+        hooks += len(layer._backward_pre_hooks) + len(layer._backward_hooks)
+        if type(layer) is not nn.Linear or layer.bias is None or hooks:
             return False
     if vectors and x.ndim != 3:
         return False
@@ -313,12 +314,12 @@ def norm_modulate(x, shift, scale, norm=rms_norm):
 def linear_gelu(layer, x):
     """gelu(linear(layer, x)), x (..., D)."""
     x = total(x)
-    if not has_kernels(x, before=layer):
+    if not has_kernels(x, layer=layer):
         return gelu(linear(layer, x))
     dtype = product_dtype(x)
     if not isinstance(x, Dual) and dtype == torch.bfloat16 and not torch.is_grad_enabled():
         return fused.linear_gelu(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
-    u = linear_constant_bias(layer, x)
+    u = linear_detached_bias(layer, x)
     return pair(*fused.gelu(value_of(u), tangent_of(u), layer.bias))
 
 
@@ -330,8 +331,8 @@ def linear_qkv(layer, x, heads, q_weight=None, k_weight=None):
     x = total(x)
     d = layer.out_features // (3 * heads)
     has_norm = q_weight is not None
-    if has_norm and q_weight.shape == k_weight.shape == (d,) and has_kernels(x, before=layer):
-        qkv = linear_constant_bias(layer, x)
+    if has_norm and q_weight.shape == k_weight.shape == (d,) and has_kernels(x, layer=layer):
+        qkv = linear_detached_bias(layer, x)
         parts = fused.qk_norm(value_of(qkv), tangent_of(qkv), q_weight, k_weight, heads, layer.bias)
         return [pair(*part) for part in zip(parts[:3], parts[3:], strict=True)]
 
@@ -347,8 +348,8 @@ def linear_qkv(layer, x, heads, q_weight=None, k_weight=None):
     return q, k, v
 
 
-def linear_constant_bias(layer, x):
-    """W x + b, where b is a constant. The kernel that follows is given b and makes its gradient.
+def linear_detached_bias(layer, x):
+    """W x + b without the gradient of b: the kernel that follows is given b, and makes that.
 
     Hooks of the layer do not fire.
     """

@@ -5,7 +5,7 @@ Zhou, Parger, Haque, Song, arXiv 2511.19797; equation numbers are the paper's.
 Conventions, everywhere in this project:
     x0 data, x1 noise ~ N(0, I), x_t = (1-t) x0 + t x1, v = x1 - x0
     t = 1 is noise, t = 0 is data, 0 <= s <= t <= 1
-    F(x, t, s, y, w)  the network; y a class, or none ("no class"); w the guidance weight
+    F(x, t, s, y, w)  the network; y (the paper's c) a class, or none; w the guidance weight
     k = w in the scaled parameterization (config.scaled), else 1
     f(x, t, s) = (s-t) k F(x, t, s)   displacement from time t to time s
     u(x, s)    = k F(x, s, s)         velocity at time s
@@ -230,10 +230,10 @@ def flow_matching_loss(model, target, x0, y, x1, s_fm, w):
     yield Term("fm", fm, fm, s_fm)
 
 
-def meanflow_loss(model, x0, y, x1, t, s, w, drop, kappa=0.5, c=1e-3, p=1.0):
+def meanflow_loss(model, x0, y, x1, t, s, w, drop, kappa=0.5):
     """MeanFlow in the symbols above, where k F is the average velocity from t to s. One term:
 
-        loss = || k F - [v~ + (s-t) k (v~ dF/dx + dF/dt)] ||^2  times a weight 1/(|| ||^2 + c)^p
+        loss = || k F - [v~ + (s-t) k (v~ dF/dx + dF/dt)] ||^2  times a weight 1 / (|| ||^2 + 0.001)
         v~   = omega v + kappa k F(x_t, t, t, y) + (1-omega-kappa) k F(x_t, t, t, none)
 
     No gradient flows through the bracket or the weight. F is the trained network throughout.
@@ -252,13 +252,13 @@ def meanflow_loss(model, x0, y, x1, t, s, w, drop, kappa=0.5, c=1e-3, p=1.0):
     F, dF = model.jvp(x_t, t, s, y, w, dx=v_guided, dt=torch.ones_like(t))
     F, dF = at_least_float32(F), at_least_float32(dF)
     error = mean_square(k * F - (v_guided + column(s - t, x0) * k * dF).detach())
-    yield Term("meanflow", error * adaptive_weight(error, p, c), error, t)
+    yield Term("meanflow", error * adaptive_weight(error), error, t)
 
 
-def improved_meanflow_loss(model, x0, y, x1, t, s, w, drop, c=1e-3, p=1.0):
+def improved_meanflow_loss(model, x0, y, x1, t, s, w, drop):
     """Improved MeanFlow (arXiv 2512.02012) without its second head. k F is the average velocity.
 
-        loss = || V - v_g ||^2  times a weight 1/(|| ||^2 + c)^p
+        loss = || V - v_g ||^2  times a weight 1 / (|| ||^2 + 0.001)
         V    = k F + (t-s) sg[k (u dF/dx + dF/dt)],  u = sg[k F(x_t, t, t, y)]
         v_g  = w v + (1-w) sg[k F(x_t, t, t, none)]
 
@@ -277,14 +277,14 @@ def improved_meanflow_loss(model, x0, y, x1, t, s, w, drop, c=1e-3, p=1.0):
     F, dF = at_least_float32(F), at_least_float32(dF)
     V = k * F + column(t - s, x0) * (k * dF).detach()
     error = mean_square(V - v_g)
-    yield Term("improved_meanflow", error * adaptive_weight(error, p, c), error, t)
+    yield Term("improved_meanflow", error * adaptive_weight(error), error, t)
 
 
-def alpha_flow_loss(model, x0, y, x1, t, s, r, w, drop, c=1e-3, p=1.0):
+def alpha_flow_loss(model, x0, y, x1, t, s, r, w, drop):
     """alpha-Flow (arXiv 2510.20771): MeanFlow without a derivative. k F is the average velocity.
 
         loss = || k F(x_t, t, s) - sg[alpha v_g + (1-alpha) k F(x_r, r, s)] ||^2
-               times a weight 1/(|| ||^2 + c)^p
+               times a weight 1 / (|| ||^2 + 0.001)
         x_r  = x_t + (r-t) v_g,  alpha = (t-r)/(t-s),  v_g as in improved MeanFlow
 
     So the way from t to s is a straight piece to the time r, and the network's own way from there.
@@ -303,7 +303,7 @@ def alpha_flow_loss(model, x0, y, x1, t, s, r, w, drop, c=1e-3, p=1.0):
         average_velocity = alpha * v_g + (1 - alpha) * k * F_rest
     F = at_least_float32(model(x_t, t, s, y, w))
     error = mean_square(k * F - average_velocity)
-    yield Term("alpha_flow", error * adaptive_weight(error, p, c), error, t)
+    yield Term("alpha_flow", error * adaptive_weight(error), error, t)
 
 
 def alpha_at(progress, alpha_min):
@@ -329,9 +329,9 @@ def guided_velocity(v, u_none, w, drop):
     return w_or_1 * v + (1 - w_or_1) * u_none
 
 
-def adaptive_weight(error, p, c=1e-3):
-    """1 / (error + c)^p, a constant to autograd (MeanFlow's)."""
-    return 1 / (error.detach() + c) ** p
+def adaptive_weight(error):
+    """MeanFlow's weight of a sample, a constant to autograd. Its paper has a power, which is 1."""
+    return 1 / (error.detach() + 1e-3)
 
 
 def mean_square(x):
@@ -457,8 +457,8 @@ class TrainingLoss(nn.Module):
     def forward(self, x0, y, x1, t, s, s_fm, w, drop, backward_part=None):
         """x0 (B, ...), y (B, ...) and what was drawn -> (the loss, {name: Term, detached}).
 
-        backward_part, a function, is called with each early part of the loss, which is a constant
-        from then on. Going backward through the loss that is returned does the rest.
+        backward_part, if given, is called with each early term's loss as soon as there is one. Go
+        backward through the loss that is returned then: it holds the rest.
         """
         loss = 0
         terms = {}

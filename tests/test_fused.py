@@ -320,7 +320,7 @@ def test_layers_that_must_be_called():
     layer = torch.nn.Linear(8, 8)
     layer.register_forward_hook(lambda layer, inputs, output: output + 1)
     x = torch.randn(2, 3, 8)
-    assert not dual.has_kernels(x, before=layer)
+    assert not dual.has_kernels(x, layer=layer)
     assert torch.equal(dual.linear_gelu(layer, x), dual.gelu(layer(x)))
 
 
