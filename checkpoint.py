@@ -162,15 +162,14 @@ def check_about(config, about):
     config: the network's. Published snapshots name no objective: theirs is "tvm".
     """
     objective = about.get("objective", "tvm")
-    if objective not in OBJECTIVES:  # which tells how the network is sampled
-        raise ValueError(f"the objective {objective!r}, and not {', '.join(OBJECTIVES)}")
+    if objective not in OBJECTIVES:  # nor is it known how its network is sampled
+        raise ValueError(f"the objective {objective!r} is none of {', '.join(OBJECTIVES)}")
     data = about["data"]
     counts = data["class_counts"]
     weights = [about["guidance"][key] for key in ("w", "w_min", "w_max")]
-    texts = [data.get(name, "") for name in ("name", "vae", "dtype")]
-    for text in texts:
-        if not isinstance(text, str):
-            raise ValueError(f"a name that is no text: {text!r}")
+    for name in ("name", "vae", "dtype"):
+        if not isinstance(data.get(name, ""), str):
+            raise ValueError(f"a {name} that is no text: {data[name]!r}")
     if not isinstance(about.get("train", {}), dict):
         raise ValueError("constants that are no dict")
     wanted = [config.in_channels, *config.height_and_width]

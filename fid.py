@@ -18,6 +18,8 @@ statistics_files.py the files of statistics, imageset.py the images, inception.p
 """
 
 import os
+import re
+import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -28,12 +30,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from dataset import need_room
 from device import find_device, from_all_ranks, join_ranks, ranks_of_torchrun
 from files import FidError, reading
 from frechet import FEATURES, Moments, frechet_distance
 from imageset import arrays_in, images_in, kind_of, open_images, tell
 from inception import load_inception
 from options import Parser, run
+from pictures import check_writable, follow_link
 from statistics_files import is_of_save_stats, read_statistics, statistics_in, write_npz
 
 SAVE_SECONDS = 60  # between two saves of --state
@@ -48,6 +52,7 @@ def features_of(images, net, resize="tf1", batch=128, keep=True, state=None):
 
     images: of imageset.open_images; each rank takes its share. keep=False: without the features,
     (0, 2048). state: files STATE-RANK.npz keep what is done, and the next run continues from them.
+    One that cannot be written is told, and the work goes on.
     """
     rank, ranks = 0, 1
     if dist.is_initialized():
@@ -77,7 +82,10 @@ def features_of(images, net, resize="tf1", batch=128, keep=True, state=None):
                     kept.append(features)
             if file and (time.monotonic() > saved + SAVE_SECONDS or end == last):
                 kept = [on_cpu(kept)]
-                write_npz(file, about=about, kept=kept[0], next=end, **moments.state())
+                try:
+                    write_npz(file, about=about, kept=kept[0], next=end, **moments.state())
+                except OSError as error:  # a full disk, perhaps: the score needs no state
+                    tqdm.write(f"fid.py: could not save --state: {error}", file=sys.stderr)
                 saved = time.monotonic()
     for other in from_all_ranks(images.remarks.misnamed):
         images.remarks.misnamed.update(other)
@@ -124,18 +132,30 @@ def made_with(net, resize="tf1"):
     return f"resize {resize}, weights {net.digest[:8]}"
 
 
-def read_reference(path, net, resize="tf1"):
+def split_notes(notes):
+    """The notes of --save-stats -> what made_with says, and the size of the images, as "64x48".
+
+    The size is "" where it is not noted.
+    """
+    found = re.fullmatch(r"(.*), images (\d+x\d+)", notes)
+    return found.groups() if found else (notes, "")
+
+
+def read_reference(path, net, resize="tf1", image_size=""):
     """(mu, sigma) of a file, which features of net(images, resize) compare with.
 
-    For sample.py and report.py. Raises FidError.
+    image_size: of these images, as "64x48"; "" where it is not known. For sample.py and report.py.
+    Raises FidError.
     """
     mu, sigma, notes = read_statistics(path)
+    notes, size_of_reference = split_notes(notes)
     dim = net.fc.in_features
     if len(mu) != dim:
         raise FidError(
             f"{path}: statistics of {len(mu)} dimensions, where Inception's features have {dim}"
         )
     refuse_other_notes(path, notes, made_with(net, resize))
+    tell_other_size(path, size_of_reference, image_size)
     return mu, sigma
 
 
@@ -144,6 +164,15 @@ def refuse_other_notes(path, notes, made):
     if notes and notes != made:
         raise FidError(
             f"{path} was made with {notes}, which does not compare with what is made with {made}"
+        )
+
+
+def tell_other_size(path, size_of_reference, image_size):
+    """Say where a reference is of images of another size. A size is "" where it is not known."""
+    if size_of_reference and image_size and size_of_reference != image_size:
+        tell(
+            f"{path}: its images are {size_of_reference} and the samples {image_size}, "
+            "so the FID measures the change of size, too"
         )
 
 
@@ -223,6 +252,7 @@ class Input:
         self.images = None  # of imageset.open_images
         self.gaussian = None  # (mu, sigma), of a file or, after `measure`, of the images
         self.notes = ""  # how --save-stats made the statistics of a file
+        self.image_size = ""  # "64x48", where it is known
         self.features = None  # (n, 2048), of the images, after `measure`
         self.few = ""  # or the remark that the images are too few
         has_images, has_statistics = contents(path)
@@ -231,9 +261,12 @@ class Input:
         use_file = has_statistics and (is_reference or not has_images)
         if has_images:
             self.images = open_images(path, size)
+            self.image_size = self.images.image_size
         if use_file:
-            mu, sigma, self.notes = read_statistics(path)
+            mu, sigma, notes = read_statistics(path)
             self.gaussian = mu, sigma
+            self.notes, size_of_statistics = split_notes(notes)
+            self.image_size = self.image_size or size_of_statistics
 
     def dimensions(self):
         return FEATURES if self.gaussian is None else len(self.gaussian[0])
@@ -304,9 +337,14 @@ def parse(argv):
     args = parser.parse_args(argv)
     check_options(args)
     # Complain before the work, not after it.
-    for file in (args.reference if args.save_stats else None, args.state):
-        if file:
-            os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+    rank = ranks_of_torchrun()[0]
+    if args.save_stats:
+        args.reference = follow_link(args.reference)
+    if args.save_stats and rank == 0:  # which writes the file
+        check_writable(args.reference)
+        need_room(args.reference, FEATURES + 1, (FEATURES,), np.float64)  # mu and sigma
+    if args.state:
+        check_writable(f"{args.state}-0-{rank}.npz")
     return args
 
 
@@ -365,6 +403,7 @@ def main(argv=None):
     if not args.save_stats:
         reference = Input(args.reference, is_reference=True)
         inputs.append(reference)
+        tell_other_size(reference.path, reference.image_size, samples.image_size)
     refuse_other_dimensions(inputs)
 
     join_ranks("gloo", timedelta(days=1))  # another rank may be slow
@@ -381,6 +420,7 @@ def main(argv=None):
         return
     if args.save_stats:
         mu, sigma = samples.gaussian
+        notes += f", images {samples.image_size}"
         write_npz(args.reference, mu=mu, sigma=sigma, notes=notes)
         return
     print_fid(samples, reference, notes)

@@ -261,18 +261,17 @@ def end_for(error):
 
 
 def set_up_streams(errors_in_one_line=False):
-    """Let names of files that are not UTF-8 be printed. A stream that is closed (>&-) takes any text.
+    """Let names of files that are not UTF-8 be printed, and print to nowhere where >&- is given.
 
     errors_in_one_line: for train.py, which has no main(). It ends as `run` says, but never because
     a line or a progress bar cannot be printed: what it makes lies in files.
     """
-    if sys.stdout is None:  # it is closed
+    if sys.stdout is None:  # closed, by >&-
         sys.stdout = open(os.devnull, "w")
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    if sys.stderr is None:  # closed, by 2>&-
+        sys.stderr = open(os.devnull, "w", errors="backslashreplace")  # as Python's own
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     if errors_in_one_line:
         sys.stdout = LenientStream(sys.stdout)
         sys.stderr = LenientStream(sys.stderr)

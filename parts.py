@@ -2,6 +2,7 @@
 The finished batches of a run of sample.py, kept until all are there.
 
     parts = Parts(folder, key, batches)
+    parts.need_room(shape, dtype)      # rank 0: the disk has room for them
     parts.hold()                       # rank 0: the folder is this run's own
     missing = parts.missing()          # rank 0 tells the other ranks
     parts.save(batch, array)           # each rank, for its share of the missing ones
@@ -19,6 +20,7 @@ import sys
 import numpy as np
 from tqdm import tqdm
 
+from dataset import need_room
 from files import PARTIAL, UserError, hold, remove_locked, written
 
 # The names of the files that are made here. Nothing else in the folder is ever removed.
@@ -41,6 +43,20 @@ class Parts:
 
     def path(self, batch):
         return os.path.join(self.folder, f"{self.key}-{batch.start:09d}.npy")
+
+    def need_room(self, shape, dtype, and_whole=False):
+        """Raise DataError where the disk has no room for the batches that are missing.
+
+        shape, dtype: of what a batch has of each index. and_whole: and no room for a file of all
+        batches, which is written while they are still there.
+        """
+        missing = self.missing()
+        if not missing:
+            return
+        count = sum(len(batch) for batch in missing)
+        if and_whole:
+            count += sum(len(batch) for batch in self.batches)
+        need_room(self.folder, count, shape, dtype)
 
     def hold(self):
         """Make the folder this run's own, and say how many of its batches are there.

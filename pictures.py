@@ -207,7 +207,7 @@ def refuse_taken(out, kind, overwrite=False):
 
 def refuse_strangers(aside):
     """Raise UserError where the folder that PNGs are written to first holds files of others."""
-    if not os.path.isdir(aside):
+    if not os.path.lexists(aside):
         return
     for name in sorted(os.listdir(aside)):
         if not OURS.fullmatch(name):

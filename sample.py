@@ -14,10 +14,10 @@ what is made (`Plan`), the score, and `main`, which has all steps in their order
 
 The noise and the label of image i depend on the seed and i alone: not on the batch size, the ranks
 or the other images. Finished batches wait in OUT.parts/, with --fid in CKPT-...-fid.parts/. After a
-kill the same command goes on from them, on any number of ranks, and ends with the same images. OUT
-appears whole or not at all; what is there already is replaced with --overwrite only, but for the
-default samples.png. A state of a run (state_STEP.safetensors) is sampled as its ckpt.safetensors
-is: by its evaluation network.
+kill the same command goes on from them, on any number of ranks, and ends with the same images;
+another command with this OUT is refused. OUT appears whole or not at all; what is there already is
+replaced with --overwrite only, but for the default samples.png. A state of a run
+(state_STEP.safetensors) is sampled as its ckpt.safetensors is: by its evaluation network.
 """
 
 import dataclasses
@@ -50,12 +50,15 @@ from device import (
 )
 from dual import column, widest
 from files import UserError
+from imageset import as_size
 from loss import EULER
 from model import Block, compile_blocks, load_model
 from options import Parser, run
 from parts import Parts
 from pictures import (
     find_vae,
+    follow_link,
+    form_of_images,
     output_kind,
     refuse_taken,
     rgb,
@@ -230,9 +233,6 @@ def prepare_fid(args):
         args.n = 50_000
     if args.n < 2:
         raise UserError(f"--fid needs at least 2 images, not {args.n}")
-    name = os.path.basename(args.checkpoint)
-    digest = hashlib.sha256(os.fsencode(os.path.abspath(args.checkpoint))).hexdigest()
-    args.parts = f"{name}-{digest[:8]}-nfe{args.nfe}-fid.parts"
     args.kind = None
 
 
@@ -242,8 +242,7 @@ def prepare_out(args):
         args.overwrite = True
     out = args.out or "samples.png"
     args.kind = output_kind(out)
-    args.out = os.path.normpath(out)
-    args.parts = args.out + ".parts"
+    args.out = follow_link(os.path.normpath(out))
     refuse_taken(args.out, args.kind, args.overwrite)
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
 
@@ -280,6 +279,8 @@ def find_classes(text, names, num_classes):
     """The numbers of the classes that --classes asks for. Names may have commas in them."""
     if not num_classes:
         raise UserError("--classes: this model was trained without classes")
+    # In a locale without UTF-8 Python reads a name that is not English as other letters.
+    text = os.fsencode(text).decode(errors="surrogateescape")
     classes = []
     words = text.split(",")
     while words:
@@ -422,13 +423,13 @@ def key_of(plan, about, model, device, vae, score):
 
 
 class Score:
-    """The FID of the images. Of each batch only Inception's features are kept."""
+    """The FID of images of a size such as "64x48". Only Inception's features of them are kept."""
 
-    def __init__(self, reference, weights, device):
+    def __init__(self, reference, weights, device, image_size):
         self.path = reference
         self.device = device
         self.inception = fid.load_inception(weights, device)
-        self.reference = fid.read_reference(reference, self.inception)
+        self.reference = fid.read_reference(reference, self.inception, image_size=image_size)
 
     def features(self, images):
         """uint8 (B, H, W, C) -> (B, 2048) float32."""
@@ -495,8 +496,19 @@ def check_images_fit(args, header, shape):
         )
 
 
-def claim_parts(parts, args):
-    """Make the folder of finished batches this run's own. Returns the batches still to be made."""
+def folder_of_parts(args, key):
+    """Where finished batches wait. With --fid each run has its own folder, by its key."""
+    if args.fid:
+        return f"{os.path.basename(args.checkpoint)}-{key}-fid.parts"
+    return args.out + ".parts"
+
+
+def claim_parts(parts, args, shape, dtype):
+    """Make the folder of finished batches this run's own. Returns the batches still to be made.
+
+    shape, dtype: of what is kept of each image. Raises UserError where the disk has no room.
+    """
+    parts.need_room(shape, dtype, and_whole=args.kind == "npz")
     parts.hold()
     if not args.fid:
         try:
@@ -523,10 +535,14 @@ def main():
     plan = make_plan(args, model.config, about, device)
     check_images_fit(args, header, plan.shape)
     vae = find_vae(header, device, args.vae)
-    score = Score(args.fid, args.inception, device) if args.fid else None
+    shape, dtype = form_of_images(plan.shape, header, vae)
+    score = None
+    if args.fid:
+        score = Score(args.fid, args.inception, device, as_size(shape))
+        shape, dtype = (fid.FEATURES,), np.float32  # of an image only this is kept
     key = key_of(plan, about, model, device, vae, score)
-    parts = Parts(args.parts, key, plan.batches())
-    missing = from_rank_0(on_rank_0(claim_parts, parts, args))
+    parts = Parts(folder_of_parts(args, key), key, plan.batches())
+    missing = from_rank_0(on_rank_0(claim_parts, parts, args, shape, dtype))
     if rank == 0 and plan.class_counts:
         tell_classes(plan.classes, class_names(header))
 

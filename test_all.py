@@ -1483,7 +1483,7 @@ def test_objectives_of_any_shape(shape, condition_shape, kind):
     w_fm = w.clone()
     w_fm[drop] = 1
     if kind == "meanflow":
-        naive = {"meanflow": naive_meanflow(net, x0, asked, noise, t, s, w, drop, 0.5, 1e-3, 1.0)}
+        naive = {"meanflow": naive_meanflow(net, x0, asked, noise, t, s, w, drop, 0.5)}
     elif kind == "improved_meanflow":
         naive = {kind: naive_improved_meanflow(net, x0, asked, noise, t, s, w, drop)}
     elif kind == "alpha_flow":

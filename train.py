@@ -153,7 +153,7 @@ sample_every   = Option(500,        "steps from picture to picture", least=1, la
 save_every     = Option(500,        "steps from save to save", least=1, later=True)
 keep           = Option(2,          "how many of the newest states stay", least=1, later=True)
 lock_wait      = Option(30,         "seconds to wait for another process", least=0, later=True)
-score_images   = Option(2000,       "score at most so many samples; 0: none",   least=0, later=True)
+score_images   = Option(2000,       "score at most so many samples; 0: none", least=0, later=True)
 fid_reference  = Option("",         "statistics file: FID every sample_every steps", later=True)
 fid_images     = Option(10000,      "one-step samples for that FID", least=2, later=True)
 inception      = Option("",         "weights for that FID; default: downloaded once", later=True)

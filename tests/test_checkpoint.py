@@ -1,7 +1,9 @@
 """checkpoint.py: files that notice damage, the states of a run, weights to begin with."""
 
+import json
 import os
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -16,12 +18,14 @@ from helpers import (
     state,
     train_config,
     weights,
+    write_dataset,
 )
 
 import checkpoint as ckpt
 import files
 import model
-from model import DiT
+from header import load_header
+from model import DiT, DiTConfig
 
 ABOUT = dict(
     config={},
@@ -115,6 +119,19 @@ def test_headers_that_nobody_wrote(folder):
             ckpt.load_tensors(path)
 
 
+def test_a_folder_whose_name_is_not_utf_8(folder):
+    """safetensors does not open it. That is said, and not that the file is damaged."""
+    os.makedirs("caf\udce9")
+    path = "caf\udce9/x.safetensors"
+    ckpt.save_tensors(path, {"a": torch.zeros(2)}, ABOUT)
+    with pytest.raises(files.CheckpointError, match="is not UTF-8, and safetensors opens") as error:
+        ckpt.load_tensors(path)
+    assert not isinstance(error.value, ckpt.Damaged)
+    assert "is not UTF-8" in run_script("sample.py", path, "--n", 2)
+    with pytest.raises(files.CheckpointError, match="no checkpoint"):
+        ckpt.load_tensors("caf\udce9/y.safetensors")
+
+
 # ---- states --------------------------------------------------------------------------------------
 
 
@@ -122,7 +139,7 @@ def test_states(folder, capsys):
     """The last ones are kept, a damaged one is passed over and then replaced, and it takes one
     whole one to go on."""
     assert ckpt.load_newest(".") is None
-    assert ckpt.what_is_saved(".", 0) == "nothing was saved yet"
+    assert ckpt.what_is_saved(".", 0) == "no state was saved yet"
     for step in (5, 90, 100):
         ckpt.save_state(".", step, {"a": torch.full((9,), float(step))}, ABOUT, keep=2)
     assert list(ckpt.states(".")) == [90, 100]
@@ -134,8 +151,8 @@ def test_states(folder, capsys):
     assert (tensors["a"] == 90).all()
     assert capsys.readouterr().err.count("\n") == 1
     # What is left of a run that has loaded this state, and has not saved another.
-    assert ckpt.what_is_saved(".", 90) == "what was saved last is ./state_90.safetensors"
-    assert ckpt.what_is_saved(".", 0) == "nothing was saved yet"
+    assert ckpt.what_is_saved(".", 90) == "the last state is ./state_90.safetensors"
+    assert ckpt.what_is_saved(".", 0) == "no state was saved yet"
     ckpt.save_state(".", 95, tensors, ABOUT, keep=2)
     assert list(ckpt.states(".")) == [90, 95]
     assert ckpt.what_is_saved(".", 95).endswith("./state_95.safetensors")
@@ -209,6 +226,30 @@ def test_images_of_another_shape_than_the_networks(folder):
     ckpt.save_tensors("x.safetensors", tensors, about)
     complaint = run_script("sample.py", "x.safetensors", "--n", 2)
     assert "images of shape [3, 8, 8], and a network for [1, 8, 8]" in complaint
+
+
+@pytest.mark.parametrize("objective", ["other", "", None, 3, ["tvm"]])
+def test_an_objective_that_is_not_known(folder, objective):
+    """How its network is sampled is not known either."""
+    make_checkpoint("x.safetensors")
+    tensors, about = ckpt.load_tensors("x.safetensors")
+    assert "objective" not in about  # as in published snapshots
+    assert run_script("sample.py", "x.safetensors", "--n", 2, "--out", "x.npz") is None
+    about["objective"] = objective
+    ckpt.save_tensors("x.safetensors", tensors, about)
+    complaint = run_script("sample.py", "x.safetensors", "--n", 2)
+    assert f"the objective {objective!r} is none of tvm, meanflow, " in complaint
+
+
+@pytest.mark.parametrize("sides", [[8, 8, 8], [4, 8, 8], [8], []])
+def test_images_have_two_sides(folder, sides):
+    make_checkpoint("x.safetensors")
+    tensors, about = ckpt.load_tensors("x.safetensors")
+    about["config"]["input_size"] = sides
+    ckpt.save_tensors("x.safetensors", tensors, about)
+    complaint = run_script("sample.py", "x.safetensors", "--n", 2)
+    assert f"input_size must be one side or two, not {tuple(sides)}" in complaint
+    assert DiTConfig(input_size=(8, 8)).input_size == 8
 
 
 # ---- continuing a run ----------------------------------------------------------------------------
@@ -294,6 +335,33 @@ def test_runs_that_do_not_go_on(folder):
     os.remove("out/digits/state_3.safetensors")
     assert run_script("prepare.py", "digits", "--seed", 1, "--overwrite") is None
     assert "was trained on other data" in train("--steps=3")
+
+
+def test_data_that_were_replaced(folder):
+    """By other images, of which the header says the same but for their checksum; by the same ones;
+    by the same ones as an older prepare.py has left them."""
+
+    def write_images(seed):
+        shutil.rmtree("data", ignore_errors=True)
+        images = np.random.default_rng(seed).integers(0, 256, (32, 1, 8, 8), dtype=np.uint8)
+        write_dataset("mm", (1, 8, 8), images=images)
+
+    flags = ("--dataset=mm", "--score_images=0")
+    write_images(0)
+    assert train("--steps=1", *flags) is None
+    write_images(1)
+    assert "was trained on other data than data/mm holds now" in train("--steps=2", *flags)
+    source = "--init_from=out/mm/ckpt.safetensors"
+    assert train("--steps=1", "--name=tuned", source, *flags) is None
+    write_images(0)
+    assert train("--steps=2", *flags) is None
+    header = load_header("data/mm")
+    assert header.pop("train_crc32")
+    with open("data/mm/header.json", "w") as f:
+        json.dump(header, f)
+    assert train("--steps=3", *flags) is None  # the state has a checksum, the data have none
+    write_images(0)
+    assert train("--steps=4", *flags) is None  # and the reverse
 
 
 BIAS = "optimizer.final_layer.linear.bias."

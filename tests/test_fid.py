@@ -11,6 +11,7 @@ import re
 import struct
 import subprocess
 import sys
+import types
 import zipfile
 import zlib
 
@@ -24,6 +25,7 @@ from helpers import (
     HERE,
     SMALL,
     SMALL_FID,
+    full_disk,
     randn,
     run_script,
     seeded_inception,
@@ -290,6 +292,82 @@ def test_one_writer_of_statistics(pixels):
     other.close()
     assert fid_main("--save-stats", "a", "stats.npz") == ""
     assert glob.glob("stats*") == ["stats.npz"]
+
+
+@pytest.mark.parametrize(
+    "arguments, file",
+    [
+        (("--save-stats", "a", "new/stats.npz"), "new/stats.npz"),
+        (("a", "b.npz", "--state=new/state"), "new/state-0-0.npz"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_the_work(pixels, monkeypatch, arguments, file):
+    os.makedirs(file + files.PARTIAL)  # so that root cannot write it either
+    with monkeypatch.context() as patch:
+        patch.setattr(fid, "load_inception", None)  # calling it would be an error
+        assert fid_main(*arguments) == f"refused: [Errno 21] Is a directory: '{file}'"
+    os.rmdir(file + files.PARTIAL)
+    assert not fid_main(*arguments).startswith("refused")
+    assert os.path.exists(file)
+
+
+def test_statistics_on_a_full_disk(pixels, monkeypatch):
+    room = types.SimpleNamespace(free=10_000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: room)
+    monkeypatch.setattr(fid, "load_inception", None)
+    text = fid_main("--save-stats", "a", "stats.npz")
+    assert text == "refused: stats.npz takes 33.6 MB, and its disk has 10.0 kB left"
+
+
+def test_state_on_a_full_disk(pixels, capfd):
+    """The score does not need it: it is told, and the work goes on."""
+    whole = fid_main("a", "b.npz")
+    with full_disk(100_000):  # a state has 33 MB
+        assert fid_main("a", "b.npz", "--state=state") == whole
+    said = capfd.readouterr().err
+    assert "could not save --state: [Errno 27] File too large: 'state-0-0.npz'" in said
+    assert not glob.glob("state*")
+
+
+def test_statistics_behind_a_link(pixels):
+    """The link stays, perhaps to a larger disk."""
+    os.mkdir("large")
+    os.symlink("large/stats.npz", "stats.npz")
+    for source in ("a", "b.npz"):
+        assert fid_main("--save-stats", source, "stats.npz") == ""
+        assert os.path.islink("stats.npz")
+        assert os.listdir("large") == ["stats.npz"]
+    assert numbers(fid_main("b.npz", "large/stats.npz"))[0] == pytest.approx(0, abs=1e-4)
+
+
+def test_images_of_two_sizes(pixels, capfd):
+    """It is told; statistics note the size. Those without notes are taken as they are."""
+    small = np.ascontiguousarray(pixels[:12, :8, :10])  # the others are 24 wide and 20 high
+    np.save("small.npy", small)
+    np.savez("columns.npz", arr_0=np.asfortranarray(small))
+    write_data("small", small)
+    os.mkdir("small")
+    Image.fromarray(small[0]).save("small/0.png")
+    for path in ("small.npy", "columns.npz", "data/small", "small"):
+        assert imageset.open_images(path).image_size == "10x8"
+    for path in ("a", "a.npz", "b.npz"):
+        assert imageset.open_images(path).image_size == "24x20"
+    assert imageset.open_images("a", size=9).image_size == "9x9"
+
+    assert fid_main("--save-stats", "small.npy", "stats.npz") == ""
+    mu, sigma, notes = statistics_files.read_statistics("stats.npz")
+    assert notes.endswith(", images 10x8")
+    np.savez("published.npz", mu=mu, sigma=sigma)
+    for samples, reference, differs in (
+        ("b.npz", "small.npy", True),
+        ("b.npz", "stats.npz", True),
+        ("small.npy", "stats.npz", False),
+        ("b.npz", "published.npz", False),  # it does not say
+    ):
+        capfd.readouterr()
+        assert numbers(fid_main(samples, reference))
+        remark = f"{reference}: its images are 10x8 and the samples 24x20"
+        assert (remark in capfd.readouterr().err) == differs
 
 
 def test_save_stats_replaces_statistics_alone(pixels, moments, capfd):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -10,6 +11,8 @@ import pytest
 from helpers import HERE, SMALL, full_disk, run_script, until
 
 import files
+
+links = pytest.mark.skipif(sys.platform != "linux", reason="links as Linux has them")
 
 # A process that writes half of the file x, says so, and goes on when it is told to.
 SLOW_WRITER = """
@@ -179,6 +182,78 @@ def test_disks_without_locks(folder, monkeypatch):
     assert read("x") == b"123"
     files.hold("out").close()
     assert os.listdir("out") == ["lock"]
+
+
+def is_folder(descriptor):
+    return stat.S_ISDIR(os.fstat(descriptor).st_mode)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_disks_that_cannot_sync_a_folder(folder, monkeypatch, code):
+    """Some of FUSE and CIFS: the file is whole, so that is no failure."""
+
+    def no_sync_of_folders(descriptor):
+        if is_folder(descriptor):
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", no_sync_of_folders)
+    write("x", b"123")
+    assert read("x") == b"123"
+
+
+@pytest.mark.parametrize("fails_for", ["file", "folder"])
+def test_a_broken_disk_is_told(folder, monkeypatch, fails_for):
+    def failing_sync(descriptor):
+        if is_folder(descriptor) == (fails_for == "folder"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", failing_sync)
+    with pytest.raises(OSError, match="Input/output error: 'x'"):
+        write("x", b"123")
+
+
+def test_a_folder_that_may_be_written_but_not_read(folder, monkeypatch):
+    """As if it were: root may read any folder."""
+    open_any = os.open
+
+    def open_no_folder(path, flags, *mode):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return open_any(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", open_no_folder)
+    write("x", b"123")
+    assert read("x") == b"123"
+
+
+# ---- links that lead nowhere ---------------------------------------------------------------------
+
+
+@links
+@pytest.mark.parametrize("link", ["out", "out/digits", "out/digits/lock"])
+def test_a_link_to_nowhere_is_named(folder, link):
+    """Wherever it is on the way to a folder to be held, or to a file to be written."""
+    os.makedirs(os.path.dirname(link) or ".", exist_ok=True)
+    os.symlink(folder / "gone" / "far", link)
+    complaint = f"^{link} is a link to {folder}/gone/far, which is not there$"
+    with pytest.raises(FileNotFoundError, match=complaint):
+        files.hold("out/digits")
+    if link != "out/digits/lock":
+        with pytest.raises(FileNotFoundError, match=complaint):
+            write("out/digits/x", b"123")
+    assert not os.path.exists("gone")
+
+
+@links
+def test_scripts_name_a_link_to_nowhere(folder):
+    assert run_script("prepare.py", "digits") is None
+    os.symlink("gone", "out")
+    complaint = run_script("train.py", *SMALL)
+    assert complaint.startswith("train.py: cannot train in out/digits: out is a link to ")
+    assert complaint.endswith("/gone, which is not there")
+    os.rename("data", "moved")
+    os.symlink("gone", "data")
+    assert run_script("prepare.py", "digits").startswith("prepare.py: data is a link to ")
 
 
 # ---- hold ----------------------------------------------------------------------------------------

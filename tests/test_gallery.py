@@ -1,5 +1,7 @@
 """gallery.py: its images are those of sample.py, and the nearest ones are found by hand."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from PIL import Image
 import checkpoint as ckpt
 import gallery
 from dataset import load_dataset
+from files import PARTIAL
 
 SHAPE = (3, 4, 4)
 CLASSES = 2
@@ -107,6 +110,15 @@ def test_picture():
     assert (picture[y:, :x] < 128).any()  # the titles
 
 
+def test_names_that_the_font_has_no_letters_for(blocks_of):
+    """The class's number stands there instead of boxes."""
+    assert gallery.can_draw("Smileys & Emotion, no. 7")
+    write_checkpoint("c.safetensors", class_names=["Emoji 🐱", "cat"])
+    assert blocks_of("c.safetensors", "--out", "x.png")[1] == ["0", "cat"]
+    for name in ("猫", "кот", "🐱"):
+        assert not gallery.can_draw(name)
+
+
 def test_gray_images():
     images = np.zeros((3, 8, 8, 1), np.uint8)
     assert gallery.draw([("gray", images)], ["0", "1", "2"]).mode == "RGB"
@@ -139,3 +151,16 @@ def test_what_is_refused(two_networks):
         assert picture.format == "PNG"
     assert "is there already" in run("a.safetensors", *out)
     assert run("a.safetensors", "--overwrite", *out) is None
+
+
+def test_where_it_is_written(two_networks, monkeypatch):
+    """A link stays. What cannot be written is told before the work."""
+    os.mkdir("large")
+    os.symlink("large/x.png", "x.png")
+    for _ in range(2):
+        assert run("a.safetensors", "--overwrite", "--out", "x.png") is None
+        assert os.path.islink("x.png")
+        assert os.listdir("large") == ["x.png"]
+    os.mkdir("y.png" + PARTIAL)
+    monkeypatch.setattr("model.load_model", None)
+    assert "Is a directory: 'y.png'" in run("a.safetensors", "--out", "y.png")

@@ -2,14 +2,16 @@
 
 import ast
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
-from helpers import HERE, run_script, train_config
+from helpers import HERE, SMALL, run_script, steps_done, train_config, until
 
+import checkpoint as ckpt
 import options
 from files import UserError
 from options import Option, configure, differences, headings_of, options_of, out_of_range
@@ -22,6 +24,7 @@ OPTIONS = dict(
     mode=Option("gap", "how times are drawn", choices=("gap", "two")),
     scaled=Option(True, "whether F is scaled"),
 )
+linux = pytest.mark.skipif(sys.platform != "linux", reason="/dev/full, sh and signals as of Linux")
 PRESETS = {"large": dict(steps=1000, lr=1e-4), "unlike": dict(mode="two", scaled=False, lr=0)}
 
 
@@ -263,6 +266,87 @@ def test_a_script_without_main(statement, code, words):
     assert done.returncode == code
     assert all(text in said for text in words)
     assert said.count("\n") == len(words) or "Traceback" in words
+
+
+# ---- streams that cannot be written --------------------------------------------------------------
+
+SPEAKER = """
+import sys
+import options
+
+def main():
+    repeats = int(sys.argv[1])
+    print("result" * repeats)
+    print("remark" * repeats, file=sys.stderr)
+    open("made", "w").close()
+"""
+WITH_MAIN = f"{SPEAKER}\noptions.run(main)"
+WITHOUT_MAIN = f"{SPEAKER}\noptions.set_up_streams(errors_in_one_line=True)\nmain()"
+
+
+def run_redirected(code, redirection, repeats=1):
+    """Run Python code under a shell's redirection, such as 2>&-."""
+    command = ["sh", "-c", f'exec "$0" -c "$1" {repeats} {redirection}', sys.executable, code]
+    environment = {**os.environ, "PYTHONPATH": HERE}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@linux
+@pytest.mark.parametrize("code", [WITH_MAIN, WITHOUT_MAIN])
+@pytest.mark.parametrize(
+    "redirection, result, remark",
+    [(">&-", "", "remark\n"), ("2>&-", "result\n", ""), (">&- 2>&-", "", "")],
+)
+def test_closed_streams(folder, code, redirection, result, remark):
+    """What is printed there goes nowhere, and the script does its work."""
+    done = run_redirected(code, redirection)
+    assert (done.returncode, done.stdout, done.stderr) == (0, result, remark)
+    assert os.path.exists("made")
+
+
+@linux
+@pytest.mark.parametrize("repeats", [1, 100_000])
+@pytest.mark.parametrize("redirection", [">/dev/full", "2>/dev/full", ">/dev/full 2>/dev/full"])
+def test_train_does_not_end_where_it_cannot_print(folder, redirection, repeats):
+    """As on a disk that is full, with text that is longer than Python's buffers, too."""
+    done = run_redirected(WITHOUT_MAIN, redirection, repeats)
+    assert done.returncode == 0
+    assert os.path.exists("made")
+    if "2>" not in redirection:
+        assert done.stderr == "remark" * repeats + "\n"
+
+
+@linux
+def test_other_scripts_end_where_they_cannot_print(folder):
+    """What they print may be all that they make."""
+    done = run_redirected(WITH_MAIN, ">/dev/full")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "-c: [Errno 28] No space left on device"
+
+
+@linux
+def test_train_outlives_who_reads_its_output(folder):
+    """Ctrl-C ends `tee` before the run that is piped into it. The run saves its step all the same.
+
+    The same is true of `| head`, and of a terminal that is gone.
+    """
+    assert run_script("prepare.py", "digits") is None
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, os.path.join(HERE, "train.py"), "--steps=4000", *SMALL]
+    process = subprocess.Popen(command, stdout=writer, stderr=writer)
+    os.close(writer)
+    try:
+        until(lambda: steps_done("digits") > 2 or process.poll() is not None, "steps")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+        process.wait()
+    assert list(ckpt.states("out/digits")) == [steps_done("digits")]
+
+
+# ---- flags and constants of train.py -------------------------------------------------------------
 
 
 def test_train_refuses_flags(folder):

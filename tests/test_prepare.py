@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -869,6 +870,30 @@ def write_one():
         writer.finish("one", ["0"])
 
 
+def test_a_checksum_of_what_is_trained_on(folder):
+    """Headers are of the same data where it is the same. One that has none is compared without."""
+    write_one()
+    header = header_json.load_header("data/one")
+    content = b""
+    for name in ("train_images", "train_labels"):
+        with open(f"data/one/{name}.npy", "rb") as f:
+            content += f.read()
+    assert header["train_crc32"] == f"{zlib.crc32(content):08x}"
+
+    with dataset.Writer("data/one", (1, 8, 8), {"train": 2, "test": 0}, overwrite=True) as writer:
+        writer.set(0, BLACK, 0)
+        writer.set(1, BLACK + 1, 0)
+        writer.finish("one", ["0"])
+    other = header_json.load_header("data/one")
+    old = {key: value for key, value in header.items() if key != "train_crc32"}
+    assert {**other, "train_crc32": header["train_crc32"]} == header
+    assert header_json.same_data(header, dict(header))
+    assert not header_json.same_data(header, other)
+    for a, b in ((old, other), (header, old), (old, dict(old))):
+        assert header_json.same_data(a, b)
+        assert not header_json.same_data(a, dict(b, mean=[0]))
+
+
 @pytest.mark.parametrize(
     "image, label, complaint",
     [
@@ -988,6 +1013,7 @@ def test_a_writer_must_be_finished(folder):
         ("class_names", ["a", "b"]),
         ("skipped", "1"),
         ("num_classes", "1"),
+        ("train_crc32", 3),
     ],
 )
 def test_headers_that_cannot_be(folder, key, value):

@@ -3,6 +3,7 @@
 import glob
 import math
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -81,16 +82,51 @@ def test_columns_of_a_picture(folder, classes, columns):
     """Ten, of the classes in turn, also where there are fewer."""
     asked = []
 
-    def images_of(indices, nfe, classes):
-        asked.append((list(indices), nfe, classes))
+    def images_of(network, indices, nfe, classes):
+        asked.append((network, list(indices), nfe, classes))
         return np.zeros((len(indices), 8, 8, 1), np.uint8), None
 
+    header = dict(num_classes=classes, shape=[1, 8, 8], dtype="uint8")
     self = types.SimpleNamespace(
-        header=dict(num_classes=classes), images_of=images_of, picture_path=lambda step: "x.png"
+        header=header, images_of=images_of, picture_path=lambda step: "x.png"
     )
-    report.Report.draw_samples(self, 3)
-    assert asked == [(list(range(10)), nfe, columns) for nfe in (1, 2, 4)]
+    report.Report.draw_samples(self, "network", 3)
+    assert asked == [("network", list(range(10)), nfe, columns) for nfe in (1, 2, 4)]
     assert Image.open("x.png").size == (10 * 80 + 9 * 2, 3 * 80 + 2 * 2)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, these",
+    [
+        ([1, 64], "uint8", r"uint8 \(1, 64\)"),
+        ([3, 4, 8, 8], "uint8", r"uint8 \(3, 4, 8, 8\)"),
+        ([1, 8, 8], "float32", r"float32 \(1, 8, 8\)"),
+    ],
+)
+def test_data_that_are_no_pictures(shape, dtype, these):
+    self = types.SimpleNamespace(header=dict(num_classes=0, shape=shape, dtype=dtype))
+    with pytest.raises(ValueError, match=f"pictures are of uint8 .*, and these data are {these}"):
+        report.Report.draw_samples(self, "network", 3)
+
+
+def test_a_whole_network_is_handed_on(monkeypatch):
+    """The report keeps the network that it has, which may be divided over the ranks."""
+    monkeypatch.setattr(report, "whole_network", lambda network: "whole " + network)
+    self = types.SimpleNamespace(network="network")
+    assert report.Report.gather_network(self, "the scores") == "whole network"
+    assert self.network == "network"
+
+
+def test_no_scores(folder, capsys):
+    """None are wanted, which needs no word; or there are too few images, and that is said."""
+    assert train("--steps=1", "--score_images=0", "--name=none") is None
+    assert "no scores" not in capsys.readouterr().out
+    assert not [line for line in log_lines("none") if "nfe" in line]
+    assert train("--steps=1", "--score_images=1", "--name=one") is None
+    assert (
+        "no scores, which take two images at least: there are 360 held-out and 1437 training "
+        "images, and score_images is 1\n"
+    ) in capsys.readouterr().out
 
 
 def test_scores_that_say_nothing(capsys):
@@ -167,16 +203,41 @@ def test_full_disk(folder, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert complaint == (
-        "train.py: the save of step 4 failed; what was saved last is out/digits/state_1.safetensors"
+        "train.py: could not save the state of step 4; "
+        "the last state is out/digits/state_1.safetensors"
     )
-    of_steps = [line for line in warnings(capsys) if "write the checkpoint of step" in line]
-    assert len(of_steps) == 2
-    assert "File too large" in of_steps[0]
+    said = warnings(capsys)
+    for step in (2, 4):
+        (warning,) = [line for line in said if f"write state_{step}.safetensors" in line]
+        assert "File too large" in warning
     with open("out/digits/state_1.safetensors", "rb") as f:
         assert f.read() == before
     assert not glob.glob("out/digits/*.tvm-partial")
     assert train("--steps=4") is None
     assert list(ckpt.states("out/digits")) == [1, 4]
+
+
+def test_what_of_a_save_has_failed(folder, capsys, monkeypatch):
+    """The state and the network for sample.py are saved apart, and the last line tells which one
+    is missing."""
+    assert train("--name=a", "--steps=1") is None
+    os.remove("out/a/ckpt.safetensors")
+    os.makedirs("out/a/ckpt.safetensors")
+    assert train("--name=a", "--steps=2") == (
+        "train.py: could not save ckpt.safetensors of step 2; "
+        "the last state is out/a/state_2.safetensors"
+    )
+    assert [line for line in warnings(capsys) if "write state" in line] == []
+    os.rmdir("out/a/ckpt.safetensors")
+    assert train("--name=a", "--steps=2") is None
+    assert ckpt.load_tensors("out/a/ckpt.safetensors")[1]["step"] == 2
+
+    assert train("--name=b", "--steps=2") is None
+    monkeypatch.setattr("checkpoint.save_state", full)
+    assert train("--name=b", "--steps=4") == (
+        "train.py: could not save the state of step 4; the last state is out/b/state_2.safetensors"
+    )
+    assert ckpt.load_tensors("out/b/ckpt.safetensors")[1]["step"] == 4
 
 
 def test_small_things_of_a_run(folder, monkeypatch):
@@ -217,6 +278,33 @@ def test_what_a_stop_has_cost(folder, monkeypatch):
     before, _ = ckpt.load_tensors("was.safetensors")
     assert about["step"] == 1
     assert all((again[key] == t).all() for key, t in before.items())
+
+
+FOREIGN = (b"5", b"null", b"[]", b'{"loss": 1}', b'{"step": 1, "loss": "x"}', b"\xff", b"[" * 10**5)
+
+
+def test_a_curve_of_a_log_with_foreign_lines(folder, capsys):
+    """They are passed over. A name may be what matplotlib would take for mathematics."""
+    flags = ("--name=q$1_$", "--score_images=0")
+    assert train("--steps=1", *flags) is None
+    with open("out/q$1_$/log.jsonl", "ab") as f:
+        f.writelines(line + b"\n" for line in FOREIGN)
+    os.remove("out/q$1_$/curve.png")
+    assert train("--steps=2", *flags) is None
+    assert not warnings(capsys)
+    assert Image.open("out/q$1_$/curve.png").size[0] > 300
+    self = types.SimpleNamespace(out="out/q$1_$")
+    assert list(report.Report.logged_losses(self)) == [1, 2]
+
+
+def test_in_a_notebook_of_another_environment(folder):
+    """Its backend of matplotlib, which is not known here, keeps nothing from being drawn."""
+    command = [sys.executable, os.path.join(HERE, "train.py"), *SMALL]
+    environment = {**os.environ, "MPLBACKEND": "unknown", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--steps=1"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "could not write" not in done.stderr
+    assert Image.open("out/digits/curve.png").size[0] > 300
 
 
 # ---- the log -------------------------------------------------------------------------------------
@@ -273,6 +361,32 @@ def test_a_line_after_a_crash(folder):
             assert f.read() == before + between + '{"step": 2}\n'
     with pytest.raises(ValueError, match="JSON"):
         report.Report.append(self, {"step": math.nan})
+
+
+def git(*arguments):
+    author = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    subprocess.run(["git", *author, *arguments], check=True, capture_output=True)
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="no git")
+def test_the_commit_is_of_these_files(folder, monkeypatch):
+    """Not of another project, in whose folder they lie or whose hook calls them."""
+    for name in ("ours", "theirs"):
+        git("init", name)
+        git("-C", name, "commit", "--allow-empty", "-m", name)
+    monkeypatch.setattr(report, "HERE", str(folder / "ours"))
+    (folder / "ours" / "train.py").write_text("")
+    assert report.git_commit() == "unknown"
+    git("-C", "ours", "add", "train.py")
+    git("-C", "ours", "commit", "-m", "train.py")
+    commit = report.git_commit()
+    assert len(commit) == 12
+    monkeypatch.setenv("GIT_DIR", str(folder / "theirs" / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(folder / "theirs"))
+    monkeypatch.setenv("GIT_INDEX_FILE", str(folder / "theirs" / ".git" / "index"))
+    assert report.git_commit() == commit
+    (folder / "ours" / "train.py").write_text("edited")
+    assert report.git_commit() == f"{commit}-edited"
 
 
 # ---- FID -----------------------------------------------------------------------------------------

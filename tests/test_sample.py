@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from helpers import (
     random_inputs,
     random_model,
     run_script,
+    tiny_vae,
     torchrun,
     until,
 )
@@ -194,6 +196,13 @@ def test_classes_by_name(folder, capsys):
     assert "did you mean" not in run("c.safetensors", "--classes", "11")
     complaint = run("c.safetensors", "--classes", "cta")
     assert "'cta' is not a class" in complaint and "'cat'" in complaint
+
+
+def test_classes_in_a_locale_without_utf_8():
+    """Python then reads each byte of a name as a letter of its own."""
+    as_ascii = "猫,1".encode().decode("ascii", errors="surrogateescape")
+    assert s.find_classes(as_ascii, ["dog", "x", "猫"], 3) == [2, 1]
+    assert s.find_classes("猫", ["dog", "x", "猫"], 3) == [2]
 
 
 def test_images_that_are_not_square(folder):
@@ -388,38 +397,39 @@ def test_sampling_goes_on_after_a_kill(folder, capsys, one_thread):
     assert not os.path.exists("a.npz.parts")
 
 
-def test_partial_samples_are_of_one_run(folder, capsys, monkeypatch):
-    """Batches of another seed, nfe, guidance, class or checkpoint are not used; that is said."""
+def test_batches_of_another_run_stay(folder, capsys, monkeypatch):
+    """Those of another seed, nfe, guidance, class, batch or checkpoint are refused, not removed."""
     make_checkpoint("c.safetensors", guidance=RANGE_OF_WEIGHTS)
     make_checkpoint("other.safetensors", seed=1, guidance=RANGE_OF_WEIGHTS)
-    six = ("--n", 6, "--batch", 2, "--out")
+    six = ("--n", 6, "--batch", 2, "--out", "a.png")
     with monkeypatch.context() as patch:
         break_pictures(patch)
         with pytest.raises(TypeError, match="NoneType"):
-            run("c.safetensors", *six, "a.png")
-    assert len(glob.glob("a.png.parts/*.npy")) == 3
+            run("c.safetensors", *six)
     assert not os.path.exists("a.png")
+    batches = glob.glob("a.png.parts/*.npy")
+    assert len(batches) == 3
 
-    for arguments in (
-        ("c.safetensors", "--seed", 3),
-        ("c.safetensors", "--nfe", 2),
-        ("c.safetensors", "--w", 1.5),
-        ("c.safetensors", "--classes", "2"),
-        ("other.safetensors",),
-    ):
-        assert run(*arguments, *six, "a.npz", "--overwrite") is None
-        fresh = images_in("a.npz")
-        os.makedirs("a.npz.parts")
-        for name in os.listdir("a.png.parts"):
-            with open(f"a.png.parts/{name}", "rb") as f, open(f"a.npz.parts/{name}", "wb") as g:
-                g.write(f.read())
-        capsys.readouterr()
-        assert run(*arguments, *six, "a.npz", "--overwrite") is None
-        assert "starting over" in capsys.readouterr().err
-        assert (images_in("a.npz") == fresh).all()
-        assert not os.path.exists("a.npz.parts")
-    assert run("c.safetensors", *six, "a.png") is None
+    with monkeypatch.context() as patch:
+        break_network(patch)
+        for arguments in (
+            ("c.safetensors", *six, "--seed", 3),
+            ("c.safetensors", *six, "--nfe", 2),
+            ("c.safetensors", *six, "--w", 1.5),
+            ("c.safetensors", *six, "--classes", "2"),
+            ("c.safetensors", *six, "--batch", 3),
+            ("c.safetensors", *six, "--n", 7),
+            ("c.safetensors", *six, "--seed", 3, "--overwrite"),
+            ("other.safetensors", *six),
+        ):
+            complaint = run(*arguments)
+            assert "a.png.parts holds 3 finished batches of another checkpoint, seed" in complaint
+            assert "delete the folder, or name another --out" in complaint
+            assert glob.glob("a.png.parts/*.npy") == batches
+    capsys.readouterr()
+    assert run("c.safetensors", *six) is None
     assert "going on from 3 of 3" in capsys.readouterr().err
+    assert sorted(os.listdir()) == ["a.png", "c.safetensors", "other.safetensors"]
 
 
 def test_files_of_others_among_the_batches_stay(folder):
@@ -428,9 +438,8 @@ def test_files_of_others_among_the_batches_stay(folder):
     os.mkdir("a.npz.parts")
     for name in others:
         open(f"a.npz.parts/{name}", "w").close()
-    ours = "0123456789abcdef-000000000.npy"  # of another checkpoint
-    open(f"a.npz.parts/{ours}", "w").close()
-    open(f"a.npz.parts/{ours}{files.PARTIAL}", "w").close()
+    # A batch of another run that was never whole.
+    open(f"a.npz.parts/0123456789abcdef-000000000.npy{files.PARTIAL}", "w").close()
     assert run("c.safetensors", "--n", 2, "--out", "a.npz") is None
     assert sorted(os.listdir("a.npz.parts")) == others
 
@@ -445,27 +454,19 @@ def test_one_run_an_output(folder, monkeypatch):
 
 
 def test_batches_do_not_show(folder):
-    """Parts of another batch size are not used.
-
-    Classes go by the image's number, not by its place in a batch.
-    """
+    """Noise and classes go by the image's number, not by its place in a batch."""
     make_checkpoint("c.safetensors")
 
     def seven(batch, out, *more):
         return run("c.safetensors", "--n", 7, "--batch", batch, "--out", out, *more)
 
-    with pytest.MonkeyPatch.context() as patch:
-        break_pictures(patch)
-        with pytest.raises(TypeError):
-            seven(2, "a.png")
-    os.rename("a.png.parts", "a.npz.parts")
-    assert seven(3, "a.npz") is None
-    assert seven(3, "b.npz") is None
-    assert (images_in("a.npz") == images_in("b.npz")).all()
+    assert seven(2, "2.npz") is None
+    assert seven(3, "3.npz") is None
+    assert equal_to_a_level(images_in("2.npz"), images_in("3.npz"))
 
-    assert seven(3, "3.npz", "--classes", "3,5") is None
-    assert seven(7, "7.npz", "--classes", "3,5") is None
-    assert equal_to_a_level(images_in("3.npz"), images_in("7.npz"))
+    assert seven(3, "b.npz", "--classes", "3,5") is None
+    assert seven(7, "c.npz", "--classes", "3,5") is None
+    assert equal_to_a_level(images_in("b.npz"), images_in("c.npz"))
 
 
 # ---- the score -----------------------------------------------------------------------------------
@@ -488,7 +489,7 @@ def test_fid_of_samples(folder, capsys, monkeypatch):
     moments = fid.Moments
     reference = np.arange(8.0), np.eye(8)
     monkeypatch.setattr(fid, "load_inception", lambda path, device: SmallInception())
-    monkeypatch.setattr(fid, "read_reference", lambda path, net: reference)
+    monkeypatch.setattr(fid, "read_reference", lambda path, net, image_size: reference)
     monkeypatch.setattr(fid, "Moments", lambda dim: moments(8))
     make_checkpoint("c.safetensors")
     fifty = ("c.safetensors", "--n", 50)
@@ -503,13 +504,53 @@ def test_fid_of_samples(folder, capsys, monkeypatch):
     assert sorted(os.listdir()) == ["a.npz", "c.safetensors"]
 
     assert "without --out" in run("c.safetensors", "--fid", "ref.npz", "--out", "b.npz")
+
+
+def test_runs_with_fid_side_by_side(folder, capsys, monkeypatch):
+    """Each seed, and each network of features, has its own folder of batches."""
+    moments = fid.Moments
+    reference = np.arange(8.0), np.eye(8)
+    monkeypatch.setattr(fid, "load_inception", lambda path, device: SmallInception())
+    monkeypatch.setattr(fid, "read_reference", lambda path, net, image_size: reference)
+    monkeypatch.setattr(fid, "Moments", lambda dim: moments(8))
+    make_checkpoint("c.safetensors")
+    fifty = ("c.safetensors", "--n", 50, "--fid", "ref.npz", "--inception", "w.pth")
     with monkeypatch.context() as patch:
         patch.setattr(fid, "frechet_distance", None)  # ends at the last moment
         with pytest.raises(TypeError):
-            run(*fifty, "--fid", "ref.npz", "--inception", "w.pth")
-    monkeypatch.setattr(SmallInception, "digest", "b")  # other weights in the same file
-    assert run(*fifty, "--fid", "ref.npz", "--inception", "w.pth") is None
-    assert "starting over" in capsys.readouterr().err
+            run(*fifty)
+    first = sorted(os.listdir())
+    (parts_of_first,) = glob.glob("c.safetensors-*-fid.parts")
+    lock = files.hold(parts_of_first)  # as if it were still at work
+
+    assert run(*fifty, "--seed", 1) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(SmallInception, "digest", "b")  # other weights in the same file
+        assert run(*fifty) is None
+    assert "going on" not in capsys.readouterr().err
+    assert sorted(os.listdir()) == first
+
+    lock.close()
+    assert run(*fifty) is None
+    assert "going on from 1 of 1" in capsys.readouterr().err
+    assert os.listdir() == ["c.safetensors"]
+
+
+def test_fid_against_images_of_another_size(folder, capfd, monkeypatch):
+    """It is told, where --save-stats has noted the size, and the score is given."""
+    moments = fid.Moments
+    monkeypatch.setattr(fid, "load_inception", lambda path, device: SmallInception())
+    monkeypatch.setattr(fid, "Moments", lambda dim: moments(8))
+    monkeypatch.setattr(SmallInception, "fc", torch.nn.Linear(8, 1), raising=False)
+    make_checkpoint("c.safetensors")
+    made = "resize tf1, weights a"
+    for notes in ("", made, f"{made}, images 8x8", f"{made}, images 64x48"):
+        np.savez("ref.npz", mu=np.arange(8.0), sigma=np.eye(8), notes=notes)
+        assert run("c.safetensors", "--n", 50, "--fid", "ref.npz") is None
+        said = capfd.readouterr()
+        assert "FID " in said.out
+        remark = "ref.npz: its images are 64x48 and the samples 8x8"
+        assert (remark in said.err) == ("64x48" in notes)
 
 
 # ---- what it refuses, and what it must not -------------------------------------------------------
@@ -746,3 +787,105 @@ def test_a_folder_of_another_name_stays(folder):
     assert run("c.safetensors", "--n", 2, "--out", "mine") is None
     assert os.path.exists("mine.partial/x.txt")
     assert len(os.listdir("mine")) == 3  # two pictures and their labels
+
+
+def test_files_of_others_in_the_folder_that_is_written_first(folder, monkeypatch):
+    """They are refused before the work, and never removed. What an interrupted run left is."""
+    make_checkpoint("c.safetensors")
+    two = ("c.safetensors", "--n", 2, "--out", "pngs")
+    aside = "pngs" + files.PARTIAL
+    os.mkdir(aside)
+    for name in ("000000.png", "dataset.json", "notes.txt"):
+        open(f"{aside}/{name}", "w").close()
+    with monkeypatch.context() as patch:
+        break_network(patch)
+        assert f"{aside}/notes.txt is not of an interrupted run: move it away" in run(*two)
+    assert len(os.listdir(aside)) == 3
+    batch = np.zeros((2, 8, 8, 1), np.uint8)
+    with pytest.raises(OSError, match=f"not empty: '{aside}'"):  # one that comes during the work
+        pictures.write_images("pngs", "folder", iter([batch]), 2, None, 2)
+    assert os.listdir(aside) == ["notes.txt"]
+
+    os.remove(f"{aside}/notes.txt")
+    open(f"{aside}/000007.png", "w").close()
+    assert run(*two) is None
+    assert sorted(os.listdir()) == ["c.safetensors", "pngs"]
+    assert sorted(os.listdir("pngs")) == ["000000.png", "000001.png", "dataset.json"]
+
+
+def test_links_lead_to_another_disk(folder, monkeypatch):
+    """A link stays, and what it points to is written, its batches beside it."""
+    make_checkpoint("c.safetensors")
+    two = ("c.safetensors", "--n", 2)
+    os.makedirs("large/empty")
+    os.symlink("large/empty", "pngs")
+    os.symlink("large/a.npz", "link.npz")
+    os.symlink("large/new/b.png", "link.png")
+    with monkeypatch.context() as patch:
+        break_pictures(patch)
+        with pytest.raises(TypeError):
+            run(*two, "--out", "pngs/")
+    assert sorted(os.listdir("large")) == ["empty", "empty.parts"]
+    assert run(*two, "--out", "pngs/") is None
+    assert run(*two, "--out", "link.npz") is None  # which points to nothing yet
+    assert run(*two, "--out", "link.png") is None
+    assert sorted(os.listdir("large")) == ["a.npz", "empty", "new"]
+    assert len(os.listdir("large/empty")) == 3
+    assert os.listdir("large/new") == ["b.png"]
+    before = images_in("large/a.npz")
+    assert "large/a.npz is there already" in run(*two, "--out", "link.npz")
+    assert run(*two, "--out", "link.npz", "--seed", 1, "--overwrite") is None
+    assert not np.array_equal(before, images_in("large/a.npz"))
+    for name in ("pngs", "link.npz", "link.png"):
+        assert os.path.islink(name)
+
+
+def test_a_disk_is_not_replaced(folder, monkeypatch):
+    """A mount point cannot be removed, so it is refused before the work."""
+    make_checkpoint("c.safetensors")
+    os.mkdir("disk")
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == "disk")
+    with monkeypatch.context() as patch:
+        break_network(patch)
+        complaint = run("c.safetensors", "--n", 2, "--out", "disk")
+    assert "disk is where a disk is mounted; name a new folder in it" in complaint
+    assert run("c.safetensors", "--n", 2, "--out", "disk/pngs") is None
+
+
+def test_a_disk_without_room(folder, monkeypatch, capsys):
+    """It is told before the work; an .npz is written while its batches are still there."""
+    make_checkpoint("c.safetensors")
+    hundred = ("c.safetensors", "--n", 100, "--batch", 50, "--out")  # 64 bytes each
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=10_000))
+        with monkeypatch.context() as inner:
+            break_network(inner)
+            complaint = run(*hundred, "a.npz")
+            assert "takes 12.8 kB, and its disk has 10.0 kB left" in complaint
+        assert os.listdir() == ["c.safetensors"]
+        assert run(*hundred, "pngs") is None
+
+    with monkeypatch.context() as patch:
+        break_pictures(patch)
+        with pytest.raises(TypeError):
+            run(*hundred, "a.png")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=0))
+    assert run(*hundred, "a.png") is None  # all batches are there
+    assert "going on from 2 of 2" in capsys.readouterr().err
+
+
+def test_form_of_images(tmp_path):
+    pixels = dict(mean=[0.0] * 3, std=[1.0] * 3)
+    floats = dict(pixels, dtype="float32")
+    latents = dict(mean=[0.0] * 4, std=[1.0] * 4, vae="tiny")
+    vae = tiny_vae(tmp_path)
+    vae.shrinks = 4
+    for header, shape, decoder in (
+        (pixels, (3, 8, 12), None),
+        (floats, (3, 8, 12), None),
+        (latents, (4, 8, 4), vae),
+    ):
+        with torch.no_grad():
+            images = pictures.to_images(torch.zeros(2, *shape), header, decoder)
+        form = pictures.form_of_images(shape, header, decoder)
+        assert form == (images.shape[1:], images.dtype)

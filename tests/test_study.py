@@ -18,6 +18,7 @@ from tqdm import tqdm
 import record
 import record_report
 import study
+from files import hold
 from study_report import mean_distance
 
 LOG = "out/study-tiny/log.jsonl"
@@ -122,6 +123,36 @@ def test_study(tiny_study, capsys):
     assert again.out == text_of("out/study-tiny/study-tables.md")
     assert again.out == text_of("elsewhere/study-tables.md")
     assert Image.open("elsewhere/study.png").size[0] > 300
+
+
+@pytest.mark.parametrize(
+    "script, name, flags", [("study.py", "study", ()), ("record.py", "record", ("--round=1",))]
+)
+def test_two_at_once(folder, script, name, flags):
+    """They would make all runs twice."""
+    at = os.path.join("out", f"{name}-tiny")
+    with hold(at):
+        said = run_script(script, "--tiny", *flags)
+        assert f"is at work in {at}" in said
+        assert os.listdir(at) == ["lock"]
+        assert not os.path.exists("data")
+
+
+@pytest.mark.parametrize("script", ["study.py", "record.py"])
+def test_figures_in_a_notebook_of_another_environment(folder, script):
+    """Its backend of matplotlib is not known here."""
+    name = script.removesuffix(".py")
+    shutil.copy(os.path.join(HERE, "assets", f"{name}.jsonl"), "log.jsonl")
+    command = [sys.executable, os.path.join(HERE, script), "--report", "--log=log.jsonl"]
+    environment = {**os.environ, "MPLBACKEND": "unknown", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(f"{name}.png").size[0] > 300
+
+
+def test_train_does_not_score():
+    """The judge does."""
+    assert "--score_images=0" in study.command_of(study.FULL, "a", {}, 3)
 
 
 def test_study_refuses(folder):
@@ -362,11 +393,12 @@ def test_the_record_in_the_repository(folder):
 
 def test_the_second_run_in_the_repository():
     """The page has the distances of its log."""
-    page = text_of(os.path.join(HERE, "docs", "record.md"))
+    page = " ".join(text_of(os.path.join(HERE, "docs", "record.md")).split())
     _, *lines = text_of(os.path.join(HERE, "assets", "record-second.jsonl")).splitlines()
     runs = {line["idea"]: line for line in map(json.loads, lines)}
     distance = {idea: f"{run['scores']['1']['features']:.1f}" for idea, run in runs.items()}
     assert distance == {"TVM": "23.8", "Muon": "4.9", "Muon, 5e-4": "8.0", "Muon, 2e-3": "22.1"}
-    assert f"Muon has {distance['Muon']} at rate 1e-3" in page
-    assert f"{distance['Muon, 5e-4']} at 5e-4 and {distance['Muon, 2e-3']} at 2e-3" in page
-    assert f"and TVM {distance['TVM']}." in page
+    assert (
+        f"record-second.jsonl): {distance['Muon']} at 1e-3, {distance['Muon, 5e-4']} at 5e-4, "
+        f"{distance['Muon, 2e-3']} at 2e-3, and TVM {distance['TVM']} "
+    ) in page

@@ -30,6 +30,7 @@ from helpers import (
     torchrun,
     until,
     weights,
+    write_dataset,
     write_picture,
 )
 from PIL import Image
@@ -389,7 +390,7 @@ def test_a_run_that_blows_up_stops(folder):
     nothing is updated."""
     complaint = train("--steps=20", "--save_every=2", "--lr=1e30")
     assert "not finite in 10 steps in a row" in complaint
-    assert "nothing was saved yet" in complaint  # and nothing bad either
+    assert "no state was saved yet" in complaint  # and nothing bad either
     assert all(math.isfinite(loss) for loss in logged_losses("digits"))
     assert not ckpt.states("out/digits")
     # The end of a run is saved all the same.
@@ -397,7 +398,7 @@ def test_a_run_that_blows_up_stops(folder):
     assert all(value.isfinite().all() for value in state("short").values())
     # A state that is not finite is never saved.
     complaint = train("--name=big", "--steps=8", "--save_every=1", "--lr=1e38")
-    assert "the state of step 1 is not finite; nothing was saved yet" in complaint
+    assert "the state of step 1 is not finite; no state was saved yet" in complaint
 
 
 def test_a_run_that_only_skips(folder):
@@ -436,6 +437,13 @@ def test_train_refuses(folder):
     assert "--mu has no effect" in train("--times=two", "--mu=1")
     assert "bfloat16_sums is for GPUs" in train("--bfloat16_sums=True", "--device=cpu")
     assert "cannot be printed" in train("--name=caf\udce9")
+    write_dataset("video", (1, 4, 8, 8))
+    assert "takes images (C, H, W), not (1, 4, 8, 8)" in train(
+        "--dataset=video", "--classifier=cnn"
+    )
+    assert "one side or two, not (4, 8, 8)" in train("--dataset=video")
+    write_dataset("cubes", (1, 8, 8, 8))
+    assert "one side or two, not (8, 8, 8)" in train("--dataset=cubes")
     assert not os.path.exists("out")
 
 
@@ -518,7 +526,7 @@ def fill_the_disk(process, resource):
     """Let a save find no room, and the next one room again."""
     everything = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))
-    until(lambda: "could not write the checkpoint" in said(), "a full disk")
+    until(lambda: "could not write state_" in said(), "a full disk")
     before, path = newest_state()
     assert ckpt.load_tensors(path)
     assert not glob.glob(PARTIAL)
@@ -735,12 +743,12 @@ def test_two_ranks_have_the_losses_of_one(folder, two_ranks):
     """In float32, with a loss that is not finite in one sample on the last rank: all ranks skip
     that step, and say so."""
     make_checkpoint("start.safetensors", depth=1)
-    old = "            rest, terms = parallel(x0, y, *drawn, backward_part=backward_part)\n"
+    old = "        losses.add(terms)\n"
     new = (
-        "            if (step, rank, first + micro_batch) == (3, ranks - 1, local_batch):\n"
-        "                terms['fm'].error[-1] = math.inf\n"
+        "        if (step, rank, first + micro_batch) == (3, ranks - 1, local_batch):\n"
+        "            terms['fm'].error[-1] = math.inf\n"
     )
-    script = edited_train(folder, old, old + new)
+    script = edited_train(folder, old, new + old)
     arguments = (*SMALL, "--steps=8", "--init_from=start.safetensors")
     assert run_script(script, "--name=one", "--micro_batch=4", *arguments) is None
     one = loss_lines("one")
