@@ -1,0 +1,171 @@
+"""Tests of attention_hopper.py.
+
+    python -m pytest tests/test_attention_hopper.py
+
+Its kernels run on the CPU by gluon_on_cpu.py; then they are compiled for a GPU that need not be
+here; then they run on a Hopper GPU, where there is one. The truth is autograd in float64.
+"""
+
+import functools
+import math
+import os
+
+import gluon_on_cpu
+import pytest
+import torch
+from helpers import HERE, gpu, rel, stack_of
+
+import attention_jvp as A
+
+PATH = os.path.join(HERE, "attention_hopper.py")
+
+
+def inputs(B, H, Sq, Sk, D, dtype, offset=0.0, device="cpu"):
+    """q, k, v, tq, tk, tv, do and dto."""
+    g = torch.Generator(device).manual_seed(0)
+    sizes = (Sq, Sk, Sk, Sq, Sk, Sk, Sq, Sq)
+    x = [torch.randn(B, H, S, D, generator=g, device=device) for S in sizes]
+    x[4] += offset
+    x[5] += offset
+    return [t.to(dtype) for t in x]
+
+
+def exact(x):
+    """The gradients of q, k, v, tq, tk and tv, and the rows lse (base 2), mu, s1 and s2."""
+    y = [t.double().requires_grad_() for t in x[:6]]
+    do, dto = (t.double() for t in x[6:])
+    o, to = A.attention_jvp_reference(*y)
+    gradients = torch.autograd.grad((o, to), y, (do, dto))
+    q, k, _, tq, tk, _ = (t.detach() for t in y)
+    scale = q.size(3) ** -0.5
+    S = q @ k.mT * scale
+    tS = (tq @ k.mT + q @ tk.mT) * scale
+    lse = S.logsumexp(-1) / math.log(2)
+    mu = (S.softmax(-1) * tS).sum(-1)
+    s1 = (dto * o.detach()).sum(-1)
+    s2 = (dto * to.detach()).sum(-1) + (do * o.detach()).sum(-1)
+    return gradients, [t.float() for t in (lse, mu, s1, s2)]
+
+
+def gradients_of(module, x, rows):
+    """What a module's kernels make of the inputs, in attention_jvp's layout."""
+    dq, dk, dv, dtq, dtk, dtv = (A._like(t).fill_(math.nan) for t in x[:6])
+    scale = x[0].size(3) ** -0.5
+    module.rows(*x, *rows, dq, dtq, scale)
+    module.columns(*x, *rows, dk, dv, dtk, dtv, scale)
+    return dq, dk, dv, dtq, dtk, dtv
+
+
+@functools.cache
+def interpreted():
+    pytest.importorskip("triton")
+    return gluon_on_cpu.load_module(PATH)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, offset, most",
+    [
+        ((1, 1, 256, 256), torch.bfloat16, 0.0, 3e-3),
+        ((2, 1, 196, 130), torch.bfloat16, 0.0, 3e-3),
+        ((1, 2, 68, 200), torch.float16, 0.0, 4e-4),
+        ((1, 1, 128, 256), torch.bfloat16, 8.0, 3e-3),
+        ((1, 1, 4, 1), torch.bfloat16, 0.0, 4e-3),
+    ],
+)
+def test_interpreted(shape, dtype, offset, most):
+    """Against float64, also where blocks are not full and tK and tV have a large common part."""
+    x = inputs(*shape, 128, dtype, offset)
+    want, rows = exact(x)
+    got = gradients_of(interpreted(), x, rows)
+    for a, b in zip(got, want, strict=True):
+        assert torch.isfinite(a).all()
+        assert rel(a, b) < most or b.norm() < 1e-6
+
+
+def compiled(kernel, D, dtype, constants):
+    """A kernel, compiled for Hopper."""
+    compiler = pytest.importorskip("triton.compiler")
+    backend = pytest.importorskip("triton.backends.compiler")
+    runtime = pytest.importorskip("triton.experimental.gluon._runtime")
+    from triton.experimental.gluon import language as gl
+
+    def descriptor(block, kind, element):
+        layout = gl.NVMMASharedLayout.get_default_for(block, element)
+        return f"tensordesc<{kind}{block},{layout!r}>"
+
+    kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    blocks = dict.fromkeys(("Q", "TQ", "DO", "DTO"), constants["BM"])
+    blocks.update(dict.fromkeys(("K", "V", "TK", "TV"), constants["BN"]))
+    signature = dict(st=("i32",) * 3, Sq="i32", Sk="i32", scale="fp32", MEAN="*fp32")
+    signature.update(tasks="i32", H="i32")
+    for name, rows in blocks.items():
+        signature[name] = descriptor([1, 1, rows, D], kind, gl.float16)
+    for name in ("LSE", "MU", "S1", "S2"):
+        signature[name] = "*fp32"
+        if "SHIFT" in constants:
+            signature[name] = descriptor([1, constants["BM"]], "fp32", gl.float32)
+    for name in ("DQ", "DK", "DV", "DTQ", "DTK", "DTV"):
+        signature[name] = "*" + kind
+    constants = dict(constants, D=D, BUFFERS=1)
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature.update(dict.fromkeys(constants, "constexpr"))
+    signature = {name: signature[name] for name in kernel.arg_names}
+    fixed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    aligned = {}
+    for i, name in enumerate(kernel.arg_names):
+        if signature[name][0] == "*":
+            aligned[(i,)] = [["tt.divisibility", 16]]
+        if name == "st":
+            aligned.update({(i, j): [["tt.divisibility", 16]] for j in range(3)})
+    source = runtime.GluonASTSource(kernel, signature, fixed, aligned)
+    target = backend.GPUTarget("cuda", 90, 32)
+    return compiler.compile(source, target=target, options=dict(num_warps=4, maxnreg=168))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["row", "odd row", "column"])
+def test_compiles(name, dtype, tmp_path):
+    """For Hopper, without a GPU: it fits, and registers do not spill where that matters."""
+    triton = pytest.importorskip("triton")
+    import attention_hopper
+
+    if name == "column":
+        kernel = attention_hopper.column_kernel
+        shift = 14 if dtype == torch.bfloat16 else 0
+        constants = dict(BM=64, BN=64, STAGES=2, SHIFT=shift)
+    else:
+        kernel = attention_hopper.row_kernel
+        constants = dict(BM=64, BN=32, STAGES=3, EVEN=name == "row")
+    made = compiled(kernel, 128, dtype, constants)
+    assert made.metadata.shared <= 227 * 1024
+    if triton.__version__.startswith(attention_hopper.TRITON + "."):
+        assert stack_of(made, tmp_path) == 0
+
+
+@gpu
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("shape", [(1, 2, 256, 256), (2, 3, 196, 324), (1, 2, 512, 512)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_the_gpu(shape, dtype, swapped, monkeypatch):
+    """Called by attention_jvp; errors are those of its own kernels."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the GPU is not a Hopper one")
+    import attention_hopper
+
+    monkeypatch.setattr(attention_hopper, "LEAST_SCORES", 0)
+    calls = []
+    columns = attention_hopper.columns
+    monkeypatch.setattr(attention_hopper, "columns", lambda *x: (calls.append(1), columns(*x)))
+    x = inputs(*shape, 128, dtype, device="cuda")
+    if swapped:
+        x = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in x]
+    want, _ = exact(x)
+    errors = {}
+    for ours in (True, False):
+        monkeypatch.setattr(A, "HOPPER_KERNELS", ours)
+        y = [t.detach().requires_grad_() for t in x[:6]]
+        got = torch.autograd.grad(A.attention_jvp(*y), y, x[6:])
+        errors[ours] = max(rel(a, b) for a, b in zip(got, want, strict=True))
+    if attention_hopper.why_not(*x, torch.empty(shape[:3])) is None:
+        assert len(calls) == 1
+    assert errors[True] < 1.1 * errors[False]
