@@ -32,12 +32,11 @@ from tqdm import tqdm
 
 from dataset import need_room
 from device import find_device, from_all_ranks, join_ranks, ranks_of_torchrun
-from files import FidError, reading
+from files import FidError, check_writable, follow_link, reading
 from frechet import FEATURES, Moments, frechet_distance
 from imageset import arrays_in, images_in, kind_of, open_images, tell
 from inception import load_inception
 from options import Parser, run
-from pictures import check_writable, follow_link
 from statistics_files import is_of_save_stats, read_statistics, statistics_in, write_npz
 
 SAVE_SECONDS = 60  # between two saves of --state

@@ -104,6 +104,22 @@ def errors_named(path, aside):
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def follow_link(path):
+    """Where to write what is to be at `path`: of a link, the place that it points to.
+
+    A link to a larger disk then stays, and what is written lies on that disk.
+    """
+    return os.path.realpath(path) if os.path.islink(path) else path
+
+
+def check_writable(path):
+    """Make the folder of a file. Raises OSError where files.written could not write it there."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    aside = path + PARTIAL
+    with errors_named(path, aside):
+        remove_locked(open_locked(aside), aside)
+
+
 def sync_folder(folder):
     """Make a renaming in a folder outlive a power cut, where the disk can do that."""
     try:

@@ -24,14 +24,12 @@ from PIL import Image, ImageDraw, ImageFont
 from batches import conditions
 from dataset import load_dataset
 from device import find_device
-from files import UserError, written
+from files import UserError, check_writable, follow_link, written
 from loss import EULER
 from model import load_model
 from options import Parser, run
 from pictures import (
-    check_writable,
     find_vae,
-    follow_link,
     grid,
     output_kind,
     refuse_taken,

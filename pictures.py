@@ -4,8 +4,7 @@ What the network makes -> images, and the files that hold them.
     images = to_images(x0, header, vae)          # network units -> uint8 (B, H, W, C)
     grid(images, columns).save("grid.png")       # one picture of many
     kind = output_kind("samples.npz")            # "npz", "png" (a grid) or "folder" (PNGs)
-    out = follow_link("samples.npz")             # before the work
-    refuse_taken(out, kind)
+    refuse_taken("samples.npz", kind)            # before the work
     write_images(out, kind, batches, n, labels, columns)
 
 An .npz holds images of any number of channels, and floats. A PNG holds uint8, 1 or 3 channels.
@@ -23,7 +22,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from files import PARTIAL, UserError, errors_named, open_locked, remove_locked, sync_folder, written
+from files import PARTIAL, UserError, sync_folder, written
 from images import as_rgb
 from vae import VAEError, decode, load_vae
 
@@ -161,22 +160,6 @@ def output_kind(out):
     if suffix in OTHER_FILES and not os.path.isdir(out):
         raise UserError(f"--out takes a .png, an .npz or a folder, not {out!r}")
     return "folder"
-
-
-def follow_link(path):
-    """Where to write what is to be at `path`: of a link, the place that it points to.
-
-    A link to a larger disk then stays, and what is written lies on that disk.
-    """
-    return os.path.realpath(path) if os.path.islink(path) else path
-
-
-def check_writable(path):
-    """Make the folder of a file. Raises OSError where files.written could not write it there."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    aside = path + PARTIAL
-    with errors_named(path, aside):
-        remove_locked(open_locked(aside), aside)
 
 
 def refuse_taken(out, kind, overwrite=False):

@@ -49,7 +49,7 @@ from device import (
     ranks_of_torchrun,
 )
 from dual import column, widest
-from files import UserError
+from files import UserError, follow_link
 from imageset import as_size
 from loss import EULER
 from model import Block, compile_blocks, load_model
@@ -57,7 +57,6 @@ from options import Parser, run
 from parts import Parts
 from pictures import (
     find_vae,
-    follow_link,
     form_of_images,
     output_kind,
     refuse_taken,
