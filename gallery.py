@@ -25,6 +25,7 @@ from batches import conditions
 from dataset import load_dataset
 from device import find_device
 from files import UserError, check_writable, follow_link, written
+from header import same_data
 from loss import EULER
 from model import load_model
 from options import Parser, run
@@ -115,7 +116,7 @@ def load_models(paths, device):
     models = [load_model(path, device) for path in paths]
     header = models[0][1]["data"]
     for path, (_, about) in zip(paths, models, strict=True):
-        if about["data"] != header:
+        if not same_data(about["data"], header):
             raise UserError(f"{paths[0]} and {path} were trained on different data")
     return models
 
@@ -167,7 +168,7 @@ def load_training_images(path, header):
         raise UserError("the checkpoint does not name its data: give --data")
     path = path or os.path.join("data", header["name"])
     found, data = load_dataset(path)
-    if found != header:
+    if not same_data(found, header):
         raise UserError(f"{path} holds other data than these networks were trained on")
     return data["train_images"]
 

@@ -421,10 +421,11 @@ def save(step):
         fail(f"the state of step {step} is not finite; {what_is_saved(out, saved_step)}")
     state = gather(state)
     path = f"state_{step}.safetensors"
-    has_state = report.attempt(path, write_state, step, state, errors=OSError)
+    if not report.attempt(path, write_state, step, state, errors=OSError):
+        return False, False  # no later run would replace a network that has no state
     tensors = strip_prefix(state, "eval.")
     has_ckpt = report.attempt("ckpt.safetensors", write_evaluated, step, tensors, errors=OSError)
-    return has_state, has_ckpt
+    return True, has_ckpt
 
 
 def write_state(step, state):

@@ -218,8 +218,8 @@ def test_full_disk(folder, capsys):
 
 
 def test_what_of_a_save_has_failed(folder, capsys, monkeypatch):
-    """The state and the network for sample.py are saved apart, and the last line tells which one
-    is missing."""
+    """The last line tells: the state, or the network for sample.py. Where the state has failed the
+    network is not saved either, so that the same command can go on."""
     assert train("--name=a", "--steps=1") is None
     os.remove("out/a/ckpt.safetensors")
     os.makedirs("out/a/ckpt.safetensors")
@@ -233,11 +233,16 @@ def test_what_of_a_save_has_failed(folder, capsys, monkeypatch):
     assert ckpt.load_tensors("out/a/ckpt.safetensors")[1]["step"] == 2
 
     assert train("--name=b", "--steps=2") is None
-    monkeypatch.setattr("checkpoint.save_state", full)
-    assert train("--name=b", "--steps=4") == (
-        "train.py: could not save the state of step 4; the last state is out/b/state_2.safetensors"
-    )
-    assert ckpt.load_tensors("out/b/ckpt.safetensors")[1]["step"] == 4
+    with monkeypatch.context() as patch:
+        patch.setattr("checkpoint.save_state", full)
+        assert train("--name=b", "--steps=4") == (
+            "train.py: could not save the state of step 4; "
+            "the last state is out/b/state_2.safetensors"
+        )
+        assert ckpt.load_tensors("out/b/ckpt.safetensors")[1]["step"] == 2
+        complaint = train("--name=c", "--steps=2")
+        assert "could not save the state of step 2; no state was saved yet" in complaint
+    assert train("--name=c", "--steps=2") is None
 
 
 def test_small_things_of_a_run(folder, monkeypatch):
