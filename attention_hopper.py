@@ -86,13 +86,29 @@ def load_vector(buffer, layout: gl.constexpr):
 
 
 @gluon.jit
-def store_tile(X, x, b, h, row, end, st, layout: gl.constexpr):
-    """Writes an accumulator to X[b, h, row : row + 64], up to row `end`."""
+def is_seen(MASK, j, end):
+    """Whether keys j are seen. Those from `end` on are not. MASK points to a sample's key mask."""
+    return gl.load(MASK + j, mask=j < end, other=0) != 0
+
+
+@gluon.jit
+def store_tile(X, x, b, h, row, end, st, layout: gl.constexpr, MASK=None):
+    """Writes an accumulator to X[b, h, row : row + 64], up to row `end`; zeros for hidden keys."""
     r = row + gl.arange(0, x.shape[0], gl.SliceLayout(1, layout))
     c = gl.arange(0, x.shape[1], gl.SliceLayout(0, layout))
+    if MASK is not None:
+        x = gl.where(is_seen(MASK, r, end)[:, None], x, 0.0)
     X += gl.cast(b, gl.int64) * st[0] + gl.cast(h, gl.int64) * st[1]
     at = r.to(gl.int64)[:, None] * st[2] + c[None, :]
     gl.store(X + at, x.to(X.dtype.element_ty), mask=(r < end)[:, None])
+
+
+@gluon.jit
+def load_seen(SEEN, b):
+    """Of a sample's key mask: keys before the first number are all seen, and those that are seen
+    lie from the second up to the third. 2**30 and 0 where there are none."""
+    SEEN += 3 * b
+    return gl.load(SEEN), gl.load(SEEN + 1), gl.load(SEEN + 2)
 
 
 @gluon.jit
@@ -107,9 +123,28 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 # ---- rows: dQ and dtQ ----------------------------------------------------------------------------
 
 
+@gluon.jit
+def mean_kernel(TK, SEEN, MEAN, st, Sk, D: gl.constexpr):
+    """MEAN[b, h] is the mean of the first 16 rows of TK, from the first key on that is seen."""
+    b = gl.program_id(1)
+    h = gl.program_id(0)
+    start = 0
+    end = Sk
+    if SEEN is not None:
+        _, start, end = load_seen(SEEN, b)
+    layout: gl.constexpr = gl.BlockedLayout([16, 1], [1, 32], [1, 4], [1, 0])
+    r = start + gl.arange(0, 16, gl.SliceLayout(1, layout))
+    c = gl.arange(0, D, gl.SliceLayout(0, layout))
+    TK += gl.cast(b, gl.int64) * st[0] + gl.cast(h, gl.int64) * st[1]
+    at = r.to(gl.int64)[:, None] * st[2] + c[None, :]
+    tk = gl.load(TK + at, mask=(r < end)[:, None], other=0.0).to(gl.float32)
+    count = gl.maximum(gl.minimum(end - start, 16), 1)  # where no key is seen, the mean is 0
+    gl.store(MEAN + (b * gl.num_programs(0) + h) * D + c, gl.sum(tk, 0) / count)
+
+
 # fmt: off
 @gluon.jit
-def row_copies(tensors, rows, keys, rows_ready, ready, free, Sk,
+def row_copies(tensors, rows, keys, rows_ready, ready, free, start, end,
                BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
     # fmt: on
     """One warp copies: both groups' queries once, then block after block of keys."""
@@ -126,7 +161,7 @@ def row_copies(tensors, rows, keys, rows_ready, ready, free, Sk,
         copy(DTO, [b, h, m0, 0], full, rows.index(4 * g + 3))
     stage = 0
     phase = 1  # the first use of a stage waits for nothing
-    for n0 in range(0, Sk, BN):
+    for n0 in range(start, end, BN):
         mbarrier.wait(free.index(stage), phase)
         full = ready.index(stage)
         mbarrier.expect(full, 4 * K.block_type.nbytes)
@@ -139,9 +174,9 @@ def row_copies(tensors, rows, keys, rows_ready, ready, free, Sk,
 
 # fmt: off
 @gluon.jit
-def row_group(buffers, vectors, MEAN, DQ, DTQ, st, Sq, Sk, scale, g: gl.constexpr,
-              BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-              EVEN: gl.constexpr):
+def row_group(buffers, vectors, MEAN, DQ, DTQ, st, MASK, mask_from, start, end, Sq, Sk,
+              scale, g: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
+              STAGES: gl.constexpr, EVEN: gl.constexpr):
     # fmt: on
     """Group g: dQ and dtQ of BM queries."""
     rows, keys, ones, rows_ready, ready, free = buffers
@@ -151,6 +186,7 @@ def row_group(buffers, vectors, MEAN, DQ, DTQ, st, Sq, Sk, scale, g: gl.constexp
     SUMS: gl.constexpr = mma_layout(D)
     NARROW: gl.constexpr = mma_layout(8)
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)  # of a left factor in registers
+    ONE_EACH: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])  # key a thread
     b = gl.program_id(2)
     h = gl.program_id(1)
     m0 = gl.program_id(0) * (2 * BM) + g * BM
@@ -172,7 +208,7 @@ def row_group(buffers, vectors, MEAN, DQ, DTQ, st, Sq, Sk, scale, g: gl.constexp
     q_right = q_right.load(gl.DotOperandLayout(0, SCORES, 2))
     stage = 0
     phase = 0
-    for n0 in range(0, Sk, BN):
+    for n0 in range(start, end, BN):
         # Always 0. The compiler, which does not know, then makes addresses of tiles where they are
         # used; otherwise it keeps them in registers through the loop, and there are too few.
         zero = n0 >> 30
@@ -204,7 +240,13 @@ def row_group(buffers, vectors, MEAN, DQ, DTQ, st, Sq, Sk, scale, g: gl.constexp
         G_by_P = warpgroup_mma(do, vT, G_by_P, is_async=True)
         S = warpgroup_mma_wait(2, [S])
         P = gl.exp2(S * (scale * LOG2E) - lse)
-        if not EVEN:
+        if MASK is not None:
+            if n0 + BN > mask_from:
+                j = n0 + gl.arange(0, BN, gl.SliceLayout(0, ONE_EACH))
+                seen = is_seen(MASK, j, end)
+                seen = gl.convert_layout(seen, gl.SliceLayout(0, SCORES))
+                P = gl.where(seen[None, :], P, 0.0)
+        elif not EVEN:
             j = n0 + gl.arange(0, BN, gl.SliceLayout(0, SCORES))
             P = gl.where((j < Sk)[None, :], P, 0.0)
         Gt = gl.convert_layout((P * A_s1).to(dtype), LEFT)
@@ -230,11 +272,22 @@ def row_group(buffers, vectors, MEAN, DQ, DTQ, st, Sq, Sk, scale, g: gl.constexp
 
 # fmt: off
 @gluon.jit
-def row_kernel(Q, K, V, TQ, TK, TV, DO, DTO, LSE, MU, S1, S2, MEAN, DQ, DTQ, st, Sq, Sk, scale,
+def row_kernel(Q, K, V, TQ, TK, TV, DO, DTO, LSE, MU, S1, S2, MEAN, DQ, DTQ, st,
+               MASK, SEEN, mask_stride, Sq, Sk, scale,
                BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
                EVEN: gl.constexpr):
     # fmt: on
-    """DQ and DTQ of 2 BM queries. MEAN is the mean of the first rows of TK."""
+    """DQ and DTQ of 2 BM queries. MEAN: see `mean_kernel`. EVEN: Sk is a multiple of BN. Blocks of
+    keys before the first that is seen and after the last are left out."""
+    start = 0
+    end = Sk
+    mask_from = Sk
+    if MASK is not None:
+        b = gl.program_id(2)
+        MASK += gl.cast(b, gl.int64) * mask_stride
+        mask_from, start, end = load_seen(SEEN, b)
+        mask_from = gl.minimum(mask_from, end)  # keys from `end` on are hidden
+        start = start // BN * BN
     dtype: gl.constexpr = Q.dtype
     rows = gl.allocate_shared_memory(dtype, [8, 1, 1, BM, D], Q.layout)
     keys = gl.allocate_shared_memory(dtype, [4 * STAGES, 1, 1, BN, D], K.layout)
@@ -257,11 +310,12 @@ def row_kernel(Q, K, V, TQ, TK, TV, DO, DTO, LSE, MU, S1, S2, MEAN, DQ, DTQ, st,
     # fmt: off
     gl.warp_specialize(
         [
-            (row_group, (buffers, vectors, MEAN, DQ, DTQ, st, Sq, Sk, scale, 0,
-                         BM, BN, D, STAGES, EVEN)),
-            (row_group, (buffers, vectors, MEAN, DQ, DTQ, st, Sq, Sk, scale, 1,
-                         BM, BN, D, STAGES, EVEN)),
-            (row_copies, (tensors, rows, keys, rows_ready, ready, free, Sk, BM, BN, STAGES)),
+            (row_group, (buffers, vectors, MEAN, DQ, DTQ, st, MASK, mask_from,
+                         start, end, Sq, Sk, scale, 0, BM, BN, D, STAGES, EVEN)),
+            (row_group, (buffers, vectors, MEAN, DQ, DTQ, st, MASK, mask_from,
+                         start, end, Sq, Sk, scale, 1, BM, BN, D, STAGES, EVEN)),
+            (row_copies, (tensors, rows, keys, rows_ready, ready, free, start, end,
+                          BM, BN, STAGES)),
         ],
         [4, 1],
         [240, 24],
@@ -274,7 +328,7 @@ def row_kernel(Q, K, V, TQ, TK, TV, DO, DTO, LSE, MU, S1, S2, MEAN, DQ, DTQ, st,
 
 # fmt: off
 @gluon.jit
-def column_copies(tensors, sums, keys, rows, vectors, keys_ready, ready, free, Sq,
+def column_copies(tensors, sums, keys, rows, vectors, keys_ready, ready, free, start, Sq,
                   BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
     # fmt: on
     """One warp copies: the keys once, then block after block of queries."""
@@ -291,7 +345,7 @@ def column_copies(tensors, sums, keys, rows, vectors, keys_ready, ready, free, S
     copy(TV, [b, h, n0, 0], keys_ready, keys.index(3))
     stage = 0
     phase = 1  # the first use of a stage waits for nothing
-    for m0 in range(0, Sq, BM):
+    for m0 in range(start, Sq, BM):
         mbarrier.wait(free.index(stage), phase)
         full = ready.index(stage)
         mbarrier.expect(full, 4 * Q.block_type.nbytes + 4 * LSE.block_type.nbytes)
@@ -308,8 +362,8 @@ def column_copies(tensors, sums, keys, rows, vectors, keys_ready, ready, free, S
 
 # fmt: off
 @gluon.jit
-def value_group(buffers, DV, DTV, st, Sq, Sk, scale, BM: gl.constexpr, BN: gl.constexpr,
-                D: gl.constexpr, STAGES: gl.constexpr, SHIFT: gl.constexpr):
+def value_group(buffers, DV, DTV, st, MASK, start, Sq, Sk, scale, BM: gl.constexpr,
+                BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SHIFT: gl.constexpr):
     # fmt: on
     """The first group: P and N, which it sends to the other, then dV and dtV. P is 2**SHIFT P."""
     keys, rows, vectors, sent_P, sent_N, keys_ready, ready, free, sent_ready, sent_free = buffers
@@ -324,7 +378,7 @@ def value_group(buffers, DV, DTV, st, Sq, Sk, scale, BM: gl.constexpr, BN: gl.co
     stage = 0
     phase = 0
     sent_phase = 1
-    for m0 in range(0, Sq, BM):
+    for m0 in range(start, Sq, BM):
         zero = m0 >> 30  # see row_group
         k = tile(keys.index(zero))
         tk = tile(keys.index(1 + zero))
@@ -360,14 +414,14 @@ def value_group(buffers, DV, DTV, st, Sq, Sk, scale, BM: gl.constexpr, BN: gl.co
     b = gl.program_id(2)
     h = gl.program_id(1)
     n0 = gl.program_id(0) * BN
-    store_tile(DV, dv * 2.0**-SHIFT, b, h, n0, Sk, st, SUMS)
-    store_tile(DTV, dtv * 2.0**-SHIFT, b, h, n0, Sk, st, SUMS)
+    store_tile(DV, dv * 2.0**-SHIFT, b, h, n0, Sk, st, SUMS, MASK)
+    store_tile(DTV, dtv * 2.0**-SHIFT, b, h, n0, Sk, st, SUMS, MASK)
 
 
 # fmt: off
 @gluon.jit
-def key_group(buffers, DK, DTK, st, Sq, Sk, scale, BM: gl.constexpr, BN: gl.constexpr,
-              D: gl.constexpr, STAGES: gl.constexpr, SHIFT: gl.constexpr):
+def key_group(buffers, DK, DTK, st, MASK, start, Sq, Sk, scale, BM: gl.constexpr,
+              BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SHIFT: gl.constexpr):
     # fmt: on
     """The second group: G and Gt, from the first one's P and N, then dK and dtK."""
     keys, rows, vectors, sent_P, sent_N, keys_ready, ready, free, sent_ready, sent_free = buffers
@@ -382,7 +436,7 @@ def key_group(buffers, DK, DTK, st, Sq, Sk, scale, BM: gl.constexpr, BN: gl.cons
     stage = 0
     phase = 0
     sent_phase = 0
-    for m0 in range(0, Sq, BM):
+    for m0 in range(start, Sq, BM):
         zero = m0 >> 30  # see row_group
         v = tile(keys.index(2 + zero))
         tv = tile(keys.index(3 + zero))
@@ -418,20 +472,33 @@ def key_group(buffers, DK, DTK, st, Sq, Sk, scale, BM: gl.constexpr, BN: gl.cons
     b = gl.program_id(2)
     h = gl.program_id(1)
     n0 = gl.program_id(0) * BN
-    store_tile(DK, dk * (scale * 2.0**-SHIFT), b, h, n0, Sk, st, SUMS)
-    store_tile(DTK, dtk * (scale * 2.0**-SHIFT), b, h, n0, Sk, st, SUMS)
+    factor = scale * 2.0**-SHIFT
+    store_tile(DK, dk * factor, b, h, n0, Sk, st, SUMS, MASK)
+    store_tile(DTK, dtk * factor, b, h, n0, Sk, st, SUMS, MASK)
 
 
 # fmt: off
 @gluon.jit
-def column_kernel(Q, K, V, TQ, TK, TV, DO, DTO, LSE, MU, S1, S2, DK, DV, DTK, DTV,
-                  st, Sq, Sk, scale, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
-                  STAGES: gl.constexpr, SHIFT: gl.constexpr):
+def column_kernel(Q, K, V, TQ, TK, TV, DO, DTO, LSE, MU, S1, S2, DK, DV, DTK, DTV, st,
+                  MASK, SEEN, mask_stride, Sq, Sk, scale,
+                  BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+                  SHIFT: gl.constexpr):
     # fmt: on
     """DK, DV, DTK and DTV of BN keys. Rows of zeros, which TMA puts beyond Sq and Sk, add nothing.
 
     The groups exchange P as 2**SHIFT P. With 14 bits more it fits in float16 without a loss that
-    counts: P is at most 1, and what is under 2**-28 has too little weight."""
+    counts: P is at most 1, and what is under 2**-28 has too little weight.
+
+    A key mask changes nothing in the loop: a row here belongs to one key, so that a hidden key
+    spoils its own row alone, which becomes zeros in the end."""
+    start = 0
+    if MASK is not None:
+        b = gl.program_id(2)
+        MASK += gl.cast(b, gl.int64) * mask_stride
+        n0 = gl.program_id(0) * BN
+        _, seen_from, seen_to = load_seen(SEEN, b)
+        if (n0 + BN <= seen_from) | (n0 >= seen_to):  # zeros, without a loop
+            start = Sq
     dtype: gl.constexpr = Q.dtype
     keys = gl.allocate_shared_memory(dtype, [4, 1, 1, BN, D], K.layout)
     rows = gl.allocate_shared_memory(dtype, [4 * STAGES, 1, 1, BM, D], Q.layout)
@@ -459,10 +526,12 @@ def column_kernel(Q, K, V, TQ, TK, TV, DO, DTO, LSE, MU, S1, S2, DK, DV, DTK, DT
     # fmt: off
     gl.warp_specialize(
         [
-            (value_group, (buffers, DV, DTV, st, Sq, Sk, scale, BM, BN, D, STAGES, SHIFT)),
-            (key_group, (buffers, DK, DTK, st, Sq, Sk, scale, BM, BN, D, STAGES, SHIFT)),
-            (column_copies, (tensors, sums, keys, rows, vectors, keys_ready, ready, free, Sq,
-                             BM, BN, STAGES)),
+            (value_group, (buffers, DV, DTV, st, MASK, start, Sq, Sk, scale,
+                           BM, BN, D, STAGES, SHIFT)),
+            (key_group, (buffers, DK, DTK, st, MASK, start, Sq, Sk, scale,
+                         BM, BN, D, STAGES, SHIFT)),
+            (column_copies, (tensors, sums, keys, rows, vectors, keys_ready, ready, free,
+                             start, Sq, BM, BN, STAGES)),
         ],
         [4, 1],
         [240, 24],
@@ -488,20 +557,24 @@ def vectors_of(x, rows):
     return TensorDescriptor.from_tensor(x, [1, rows], layout)
 
 
-def why_not(q, k, v, tq, tk, tv, do, dto, lse):
-    """Why these kernels cannot take such tensors, or None where they can: the eight large ones,
-    none of which may be missing, and one of the float32 rows. Masks are the caller's affair."""
+def why_not(q, k, v, tq, tk, tv, do, dto, lse, mask, causal):
+    """Why these kernels cannot take such a call, or None where they can: the eight large tensors,
+    none of which may be missing, one of the float32 rows, and attention_jvp's mask or None."""
     large = (q, k, v, tq, tk, tv, do, dto)
     if triton.__version__.rsplit(".", 1)[0] != TRITON:
         return f"Triton is not {TRITON}"
     if any(x is None for x in large):
         return "a tangent or a gradient is missing"
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
-        return "the GPU is not a Hopper one"
     if q.dtype not in (torch.bfloat16, torch.float16) or q.size(3) not in HEAD_SIZES:
         return f"head size {q.size(3)} in {q.dtype}"
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
+        return "the GPU is not a Hopper one"
     if q.size(1) != k.size(1):
         return "grouped queries"
+    if causal:
+        return "a causal mask"
+    if mask is not None and (mask.dtype != torch.bool or mask.size(1) * mask.size(2) != 1):
+        return "a mask that is not a boolean one of keys"
     if lse.numel() * k.size(2) < LEAST_SCORES or max(q.shape[:2]) > 65535:
         return "a small or a very large grid"
     # What TMA asks for: addresses and strides in multiples of 16 bytes, and no row twice.
@@ -516,22 +589,39 @@ def why_not(q, k, v, tq, tk, tv, do, dto, lse):
 OPTIONS = dict(num_warps=4, maxnreg=168, enable_fp_fusion=True)
 
 
-def rows(q, k, v, tq, tk, tv, do, dto, lse, mu, s1, s2, dq, dtq, scale):
-    """Writes dq and dtq, which have the same strides."""
+def arguments_of(mask, seen):
+    """A key mask as the kernels take it: uint8, and its samples' stride."""
+    if mask is None:
+        return None, None, None
+    mask = mask[:, 0, 0]
+    if mask.stride(1) != 1:
+        mask = mask.contiguous()
+    return mask, seen, mask.stride(0)
+
+
+# fmt: off
+def rows(q, k, v, tq, tk, tv, do, dto, lse, mu, s1, s2, dq, dtq, scale, mask=None, seen=None):
+    # fmt: on
+    """Writes dq and dtq, which have the same strides. mask: a key mask as uint8, (B, H, Sq, Sk) by
+    strides of zero. seen: what attention_jvp's forward found in it, (B, 3) in int32."""
     B, H, Sq, D = q.shape
     Sk = k.size(2)
     BM, BN = 64, 32
-    mean = tk[:, :, :16].mean(2, dtype=torch.float32)
+    mean = lse.new_empty((B, H, D))
+    mean_kernel[(H, B)](tk, seen, mean, tk.stride()[:3], Sk, D=D, **OPTIONS)
     heights = (BM, BN, BN, BM, BN, BN, BM, BM)
     tensors = [tiles_of(x, n) for x, n in zip((q, k, v, tq, tk, tv, do, dto), heights)]
     grid = (triton.cdiv(Sq, 2 * BM), H, B)
     return row_kernel[grid](
-        *tensors, lse, mu, s1, s2, mean, dq, dtq, dq.stride()[:3], Sq, Sk, scale,
-        BM=BM, BN=BN, D=D, STAGES=3, EVEN=Sk % BN == 0, **OPTIONS,
+        *tensors, lse, mu, s1, s2, mean, dq, dtq, dq.stride()[:3], *arguments_of(mask, seen),
+        Sq, Sk, scale, BM=BM, BN=BN, D=D, STAGES=3, EVEN=Sk % BN == 0, **OPTIONS,
     )
 
 
-def columns(q, k, v, tq, tk, tv, do, dto, lse, mu, s1, s2, dk, dv, dtk, dtv, scale):
+# fmt: off
+def columns(q, k, v, tq, tk, tv, do, dto, lse, mu, s1, s2, dk, dv, dtk, dtv, scale,
+            mask=None, seen=None):
+    # fmt: on
     """Writes dk, dv, dtk and dtv, which have the same strides."""
     B, H, Sk, D = k.shape
     BM, BN = 64, 64
@@ -539,6 +629,7 @@ def columns(q, k, v, tq, tk, tv, do, dto, lse, mu, s1, s2, dk, dv, dtk, dtv, sca
     vectors = [vectors_of(x, BM) for x in (lse, mu, s1, s2)]
     grid = (triton.cdiv(Sk, BN), H, B)
     return column_kernel[grid](
-        *tensors, *vectors, dk, dv, dtk, dtv, dk.stride()[:3], q.size(2), Sk, scale,
-        BM=BM, BN=BN, D=D, STAGES=2, SHIFT=14 if q.dtype == torch.bfloat16 else 0, **OPTIONS,
+        *tensors, *vectors, dk, dv, dtk, dtv, dk.stride()[:3], *arguments_of(mask, seen),
+        q.size(2), Sk, scale, BM=BM, BN=BN, D=D, STAGES=2,
+        SHIFT=14 if q.dtype == torch.bfloat16 else 0, **OPTIONS,
     )

@@ -101,6 +101,7 @@ except ImportError as error:  # without Triton every call takes the PyTorch path
 # `kernels.FUSED = ...`): `from attention_jvp import attention_jvp` gives the function.
 
 FUSED = True  # False: the PyTorch path always; "require": an error where the kernels cannot run
+HOPPER_KERNELS = True  # attention_hopper.py, where it is installed and takes a call; else ours
 TUNE = True  # False: GPUs without a table of tiles take small ones, and nothing is timed
 CACHE = os.environ.get("ATTENTION_JVP_CACHE", "~/.cache/attention_jvp")  # where tuning is kept
 
@@ -1779,7 +1780,16 @@ def _backward_now(
 
     primal = dk is not None
     tangent = dtk is not None or dtv is not None
+    hopper = _hopper_kernels(q.device) if all(need) else None
+    large = (q, k, v, tq, tk, tv, do, dto)
     with _on(q):
+        if hopper is not None and hopper.why_not(*large, lse, mask, causal) is None:
+            rows("row", None, None)  # s1 and s2
+            inputs = (*large, lse, mu, s1, s2)
+            masked = (kernel_mask.tensor, seen)
+            hopper.rows(*inputs, dq, dtq, scale, *masked)
+            hopper.columns(*inputs, dk, dv, dtk, dtv, scale, *masked)
+            return grads
         if width_of(q.size(3)) > 128:  # the accumulators of two gradients do not fit
             rows("dq", dq, None)
             if dtq is not None:
@@ -1805,6 +1815,23 @@ def _backward_now(
             if tangent:
                 columns("tangent", None, None, dtk, dtv)
     return grads
+
+
+def _hopper_kernels(device):
+    """The module attention_hopper, or None."""
+    if not HOPPER_KERNELS or device.type != "cuda" or capability_of(device) != (9, 0):
+        return None
+    return _import_hopper_kernels()
+
+
+@functools.cache
+def _import_hopper_kernels():
+    """Not every installation has them, and not every version of Triton what they take from it."""
+    try:
+        import attention_hopper
+    except (ImportError, AttributeError):
+        return None
+    return attention_hopper
 
 
 def _one_pass(call):

@@ -69,7 +69,9 @@ def load(pointer, mask=None, other=0.0):
     return torch.where(mask, pointer.elements[torch.where(mask, at, 0)], other)
 
 
-def store(pointer, x, mask):
+def store(pointer, x, mask=None):
+    if mask is None:
+        mask = torch.tensor(True)
     mask = mask.expand(pointer.offset.shape)
     pointer.elements[pointer.offset[mask]] = x[mask]
 
@@ -232,6 +234,8 @@ def language():
     gl.arange = lambda start, end, layout: torch.arange(start, end)
     gl.cast = lambda x, dtype: torch.as_tensor(x).to(dtype)
     gl.exp2 = torch.exp2
+    gl.minimum = min
+    gl.maximum = max
     gl.where = torch.where
     gl.sum = torch.sum
     gl.convert_layout = lambda x, layout: x
