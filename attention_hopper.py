@@ -2,8 +2,8 @@
 # Copyright (c) 2026 the contributors. MIT License: https://opensource.org/license/mit
 """The backward of attention_jvp.py on Hopper GPUs, in Gluon: optional, and faster at head size 128.
 
-attention_jvp.py calls it where `why_not` allows. Without this file, or with its HOPPER_KERNELS set
-to False, it takes its own kernels, which run on every GPU. The maths and its names are at the top
+With HOPPER_KERNELS = True attention_jvp.py calls it where `why_not` allows. Otherwise, and without
+this file, it takes its own kernels, which run on every GPU. The maths and its names are at the top
 of attention_jvp.py; results have the same errors.
 
 Why it is faster

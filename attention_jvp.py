@@ -101,7 +101,7 @@ except ImportError as error:  # without Triton every call takes the PyTorch path
 # `kernels.FUSED = ...`): `from attention_jvp import attention_jvp` gives the function.
 
 FUSED = True  # False: the PyTorch path always; "require": an error where the kernels cannot run
-HOPPER_KERNELS = True  # attention_hopper.py, where it is installed and takes a call; else ours
+HOPPER_KERNELS = False  # True: those of attention_hopper.py, an optional file, where they can run
 TUNE = True  # False: GPUs without a table of tiles take small ones, and nothing is timed
 CACHE = os.environ.get("ATTENTION_JVP_CACHE", "~/.cache/attention_jvp")  # where tuning is kept
 

@@ -1,20 +1,20 @@
 """
 Every speed, measured, on a CUDA GPU.
 
-    python bench.py attention [--quick] [--plot=attention.png]    # beside plain attention
+    python bench.py attention [--quick] [--hopper] [--plot=attention.png]    # beside plain attention
     python bench.py step [--size=XL/2] [--input_size=32] [--batch=32] [--modes=compiled,...]
     torchrun --nproc_per_node=4 bench.py step --modes=compiled    # several GPUs, --batch on each
     torchrun --nproc_per_node=2 bench.py step --modes=sharded --size=G/2 --batch=8    # weights too
     python bench.py trainer [--preset=im256_w2] [--input_size=32] [--batch=64]
     python bench.py sample [--size=XL/2] [--input_size=32] [--batch=250]
     python bench.py fid [--batch=128]
-    compute-sanitizer --tool memcheck python bench.py sanitize    # or racecheck
+    compute-sanitizer --tool memcheck python bench.py sanitize [--hopper]    # or racecheck
 
 attention: speed, memory and error of attention_jvp (bench_attention.py has the table). step: whole
 training steps on random latents, by the wall clock. trainer: train.py itself, data wait and all.
 sample: images a second, latents only. fid: Inception's speed, and what TensorFloat-32 makes of FID.
 sanitize: attention's kernels on small odd shapes, for compute-sanitizer to watch, with
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 in the environment.
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 in the environment. --hopper: with those of attention_hopper.py.
 """
 
 import functools
@@ -362,6 +362,7 @@ def parse():
     attention = command("attention")
     attention.add_argument("--quick", action="store_true")
     attention.add_argument("--plot", default="attention.png")
+    attention.add_argument("--hopper", action="store_true")
     step = command("step", batch=32, network=True)
     step.add_argument("--size", default="XL/2", choices=SIZES)
     step.add_argument("--modes", type=lambda text: text.split(","), default=list(MODES))
@@ -370,7 +371,7 @@ def parse():
     sampling = command("sample", batch=250, network=True)
     sampling.add_argument("--size", default="XL/2", choices=SIZES)
     command("fid", batch=128)
-    command("sanitize")
+    command("sanitize").add_argument("--hopper", action="store_true")
     args = parser.parse_args()
     check(args)
     return args
@@ -396,6 +397,7 @@ def check(args):
 
 def main():
     args = parse()
+    bench_attention.A.HOPPER_KERNELS = getattr(args, "hopper", False)
     if args.what == "attention":
         bench_attention.table(args.quick, args.plot)
     elif args.what == "step":
