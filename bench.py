@@ -1,7 +1,7 @@
 """
 Every speed, measured, on a CUDA GPU.
 
-    python bench.py attention [--quick] [--hopper] [--plot=attention.png]    # beside plain attention
+    python bench.py attention [--quick] [--hopper] [--plot=attention.png]
     python bench.py step [--size=XL/2] [--input_size=32] [--batch=32] [--modes=compiled,...]
     torchrun --nproc_per_node=4 bench.py step --modes=compiled    # several GPUs, --batch on each
     torchrun --nproc_per_node=2 bench.py step --modes=sharded --size=G/2 --batch=8    # weights too
@@ -10,11 +10,12 @@ Every speed, measured, on a CUDA GPU.
     python bench.py fid [--batch=128]
     compute-sanitizer --tool memcheck python bench.py sanitize [--hopper]    # or racecheck
 
-attention: speed, memory and error of attention_jvp (bench_attention.py has the table). step: whole
-training steps on random latents, by the wall clock. trainer: train.py itself, data wait and all.
-sample: images a second, latents only. fid: Inception's speed, and what TensorFloat-32 makes of FID.
-sanitize: attention's kernels on small odd shapes, for compute-sanitizer to watch, with
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 in the environment. --hopper: with those of attention_hopper.py.
+attention: speed, memory and error of attention_jvp beside plain attention (bench_attention.py).
+step: whole training steps on random latents, by the wall clock. trainer: train.py itself, data wait
+and all. sample: images a second, latents only. fid: Inception's speed, and what TensorFloat-32
+makes of FID. sanitize: attention's kernels on small odd shapes, for compute-sanitizer to watch,
+with PYTORCH_NO_CUDA_MEMORY_CACHING=1 in the environment. --hopper: with the kernels of
+attention_hopper.py.
 """
 
 import functools
