@@ -54,6 +54,7 @@ import concurrent.futures
 import contextlib
 import functools
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -587,6 +588,12 @@ if triton is not None:
             seen_to = tl.maximum(seen_to, next_seen_to)
         return tl.reduce((mask_from, seen_from, seen_to), 0, extremes)
 
+    @triton.constexpr_function
+    def skips(MASKED, CAUSAL, W):
+        """Whether blocks of keys before `mask_from`, which need no mask, branch around it. In long
+        rows the branch of a causal mask takes too many registers."""
+        return KEY_MASK.value == MASKED or (CAUSAL and W.first + W.second <= 64)
+
     @triton.jit
     def load_seen(SEEN, b):
         """What `seen_keys` found: keys before `mask_from` need no mask, and all that are seen lie
@@ -636,9 +643,7 @@ if triton is not None:
         # With small heads a few keys often have most of P. The mean under P is then nearer to mu
         # than the plain mean.
         CENTRE_BY_P: tl.constexpr = W.first < 64
-        # Whether blocks of keys before mask_from, which need no mask, branch around it. In longer
-        # rows the branch of a causal mask costs registers.
-        SKIPS: tl.constexpr = MASKED == KEY_MASK or (CAUSAL and W.first + W.second <= 64)
+        SKIPS: tl.constexpr = skips(MASKED, CAUSAL, W)
         if SAME:
             stv = stk
             sttk = stk
@@ -771,7 +776,7 @@ if triton is not None:
         TANGENT: tl.constexpr = DTQ is not None
         SCORES_MOVE: tl.constexpr = TQ is not None or TK is not None
         HIDES: tl.constexpr = CAUSAL or MASKED != NO_MASK
-        SKIPS: tl.constexpr = MASKED == KEY_MASK or (CAUSAL and W.first + W.second <= 64)
+        SKIPS: tl.constexpr = skips(MASKED, CAUSAL, W)
         if SAME:
             stv = stk
             sttk = stk
@@ -1743,9 +1748,8 @@ def _backward_now(
         group=q.size(1) // k.size(1),
         dtype=q.dtype,
         device=q.device,
-        exists=tuple(
-            x is not None for x in (tq, tk, tv, dtk, dtv)
-        ),  # for _one_pass; each pass has its own
+        # _one_pass reads this; each pass below has its own
+        exists=tuple(x is not None for x in (tq, tk, tv, dtk, dtv)),
         strides=(*_strides(q, k, v, tq, tk, tv, *incoming), like_q),
         masked=kernel_mask.kind,
         mask_dtype=None if kernel_mask.tensor is None else kernel_mask.tensor.dtype,
@@ -1780,10 +1784,10 @@ def _backward_now(
 
     primal = dk is not None
     tangent = dtk is not None or dtv is not None
-    hopper = _hopper_kernels(q.device) if all(need) else None
     large = (q, k, v, tq, tk, tv, do, dto)
+    hopper = _hopper_kernels(need, *large, lse, mask, causal) if HOPPER_KERNELS else None
     with _on(q):
-        if hopper is not None and hopper.why_not(*large, lse, mask, causal) is None:
+        if hopper is not None:
             rows("row", None, None)  # s1 and s2
             inputs = (*large, lse, mu, s1, s2)
             masked = (kernel_mask.tensor, seen)
@@ -1817,21 +1821,25 @@ def _backward_now(
     return grads
 
 
-def _hopper_kernels(device):
-    """The module attention_hopper, or None."""
-    if not HOPPER_KERNELS or device.type != "cuda" or capability_of(device) != (9, 0):
+def _hopper_kernels(need, *call):
+    """The module attention_hopper, for a call that it takes. Otherwise None, and it is said why."""
+    module, reason = _import_hopper_kernels()
+    if module is not None:
+        reason = module.why_not(*call) if all(need) else "a gradient is not wanted"
+    if reason is not None:
+        _say(f"HOPPER_KERNELS are not used: {reason}")
         return None
-    return _import_hopper_kernels()
+    return module
 
 
 @functools.cache
 def _import_hopper_kernels():
-    """Not every installation has them, and not every version of Triton what they take from it."""
+    """-> the module, or None and why not. It lies beside this file, in a package as well."""
+    name = f"{__package__}.attention_hopper" if __package__ else "attention_hopper"
     try:
-        import attention_hopper
-    except (ImportError, AttributeError):
-        return None
-    return attention_hopper
+        return importlib.import_module(name), None
+    except (ImportError, AttributeError) as error:  # some versions of Triton lack what it takes
+        return None, str(error)
 
 
 def _one_pass(call):

@@ -398,9 +398,8 @@ def check(args):
 
 def main():
     args = parse()
-    bench_attention.A.HOPPER_KERNELS = getattr(args, "hopper", False)
     if args.what == "attention":
-        bench_attention.table(args.quick, args.plot)
+        bench_attention.table(args.quick, args.plot, args.hopper)
     elif args.what == "step":
         step_table(args.size, args.input_size, args.batch, args.modes)
     elif args.what == "trainer":
@@ -410,7 +409,7 @@ def main():
     elif args.what == "fid":
         fid_table(args.batch)
     elif args.what == "sanitize":
-        bench_attention.sanitize()
+        bench_attention.sanitize(args.hopper)
 
 
 if __name__ == "__main__":

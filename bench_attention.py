@@ -33,6 +33,8 @@ import torch
 import torch.nn.functional as F
 
 import attention_jvp as A
+from files import UserError
+from pictures import new_figure
 
 SHAPES = [  # B, H, S, D
     (32, 18, 256, 64),
@@ -330,8 +332,27 @@ def head_of(row):
     return f"{line_of(row)}\n{'|---' * len(row)}|"
 
 
-def table(quick=False, plot="attention.png"):
-    """Print the two tables and, where `plot` names a file, draw the plot."""
+def use_hopper_kernels(least_scores=None):
+    """Have attention_hopper.py's kernels run wherever they can, from so many scores on. Raises
+    UserError where they cannot run here."""
+    try:
+        import attention_hopper
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"the kernels for Hopper cannot be imported: {error}") from None
+    if not A.triton.__version__.startswith(f"{attention_hopper.TRITON}."):
+        raise UserError(f"the kernels for Hopper need Triton {attention_hopper.TRITON}")
+    A.HOPPER_KERNELS = True
+    if least_scores is not None:
+        attention_hopper.LEAST_SCORES = least_scores
+
+
+def table(quick=False, plot="attention.png", hopper=False):
+    """Print the two tables and, where `plot` names a file, draw the plot.
+
+    hopper: with attention_hopper.py's kernels.
+    """
+    if hopper:
+        use_hopper_kernels()
     os.makedirs(os.path.dirname(plot) or ".", exist_ok=True)
     began = time.monotonic()
     compile_all(quick)
@@ -362,13 +383,10 @@ def table(quick=False, plot="attention.png"):
 
 def draw_plot(path, quick, H=24, D=128):
     """Time over sequence length, both logarithmic, of one batch of H heads."""
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's is not known in every environment
-    from matplotlib.figure import Figure
-
     sizes = [256, 512, 1024, 2048, 4096, 8192, 16384]
     if quick:
         sizes = sizes[1:5]
-    figure = Figure(figsize=(6, 4.5), layout="tight")
+    figure = new_figure(figsize=(6, 4.5), layout="tight")
     axes = figure.add_subplot()
     for name, function, tensors, color in (
         ("attention_jvp", A.attention_jvp, 6, "C0"),
@@ -396,11 +414,10 @@ def draw_plot(path, quick, H=24, D=128):
     figure.savefig(path, dpi=150)
 
 
-def sanitize():
+def sanitize(hopper=False):
     """Small odd shapes, forward and backward, for compute-sanitizer to watch."""
-    hopper = A._hopper_kernels(torch.device("cuda"))
-    if hopper is not None:
-        hopper.LEAST_SCORES = 0  # it leaves small calls to the portable kernels otherwise
+    if hopper:
+        use_hopper_kernels(least_scores=0)
     for B, H, Sq, Sk, D in ODD_SHAPES:
         x = []
         for S in (Sq, Sk, Sk, Sq, Sk, Sk):

@@ -9,8 +9,8 @@ To autograd a Dual is two ordinary tensors. Backward, checkpointing and torch.co
 as they are.
 
 Residual sums, norms, modulation and GELU have kernels for GPUs in fused.py. The functions that call
-them come last. There a sum may be put off (class Residual). total(x) makes it, and returns tensors
-and Duals as they are: on a first reading, skip it.
+them come last. There an addition may wait for a kernel that does it (class Residual). total(x) does
+it now, and returns tensors and Duals as they are: on a first reading, skip it.
 """
 
 import dataclasses

@@ -71,7 +71,7 @@ def sample_times(
     two    t the larger and s the smaller of two draws of LN(mu_s, sigma_s); s_fm = s (MeanFlow's)
 
     Then, with probability p_noise, t becomes 1, where sampling begins. At last, with probability
-    p_equal, t becomes s (with "two", s becomes t).
+    p_equal, t becomes s (with "two", s becomes t, also where that is 1).
     Raises ValueError for arguments out of range.
     """
     check_times(sampler, mu, sigma, mu_s, sigma_s, p_equal, p_noise)

@@ -2,7 +2,7 @@
 The finished batches of a run of sample.py, kept until all are there.
 
     parts = Parts(folder, key, batches)
-    parts.need_room(shape, dtype)      # rank 0: the disk has room for them
+    parts.check_room(shape, dtype)     # rank 0: the disk has room for them
     parts.hold()                       # rank 0: the folder is this run's own
     missing = parts.missing()          # rank 0 tells the other ranks
     parts.save(batch, array)           # each rank, for its share of the missing ones
@@ -44,11 +44,11 @@ class Parts:
     def path(self, batch):
         return os.path.join(self.folder, f"{self.key}-{batch.start:09d}.npy")
 
-    def need_room(self, shape, dtype, and_whole=False):
+    def check_room(self, shape, dtype, and_whole=False):
         """Raise DataError where the disk has no room for the batches that are missing.
 
-        shape, dtype: of what a batch has of each index. and_whole: and no room for a file of all
-        batches, which is written while they are still there.
+        shape, dtype: of one image's entry. and_whole: count the final file, too, which is written
+        before the batches are removed.
         """
         missing = self.missing()
         if not missing:

@@ -275,3 +275,14 @@ def write_pngs(folder, batches, labels):
             json.dump({"labels": pairs}, f)
     if hasattr(os, "sync"):
         os.sync()  # all files at once, which is faster than one by one
+
+
+# ---- plots ---------------------------------------------------------------------------------------
+
+
+def new_figure(**options):
+    """A figure of matplotlib, which is imported only here."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's is not known in every environment
+    from matplotlib.figure import Figure
+
+    return Figure(**options)

@@ -10,10 +10,11 @@ The record: which cheap ideas make TVM's one-step samples better at equal traini
 The same command again goes on where it was stopped. Everything is in out/record/
 (out/record-tiny/): steps.json, the step times; log.jsonl, a line of settings, then one a run that
 finished or diverged; record-tables.md, record.png and samples.png; the judge's weights; and of each
-run its samples and what train.py said. Both rounds must find the same log.jsonl and
+run its samples and what train.py said. All rounds must find the same log.jsonl and
 judge.safetensors there. Checkpoints: out/record-RUN/.
 
-The protocol. It was fixed before any run (commit c7cb85c has it), but for what is marked (*):
+The protocol. Each round's part was written before its runs (rounds 1 and 2: commit c7cb85c, round
+3: 2264ee4). What changed later is marked (*):
 - Data, network, judge and scores are those of study.py. So are all constants of train.py that an
   idea does not change: its preset `shapes`, with the network and the ema_eval of study.FULL. TVM
   changes nothing more: its rate, 1e-3, was the best there. MeanFlow and flow matching have their
@@ -41,14 +42,14 @@ The protocol. It was fixed before any run (commit c7cb85c has it), but for what 
   (*) The steps of round 2 were timed anew, all on one machine: three of them had no time yet, and
   kernels had changed since round 1.
 - Round 3 (after round 2, and written before its runs): which times are trained. One step goes from
-  t = 1 to s = 0, and with the paper's times one sample in 700 has a gap t - s above 0.9. So: larger
+  t = 1 to s = 0, and with the paper's times one sample in 734 has a gap t - s above 0.9. So: larger
   gaps, the paper's other sampler, and a share of samples that begin at t = 1. First each with seed
   0, for as many steps as TVM has in round 2: none of these changes what a step costs. An idea that
   is better than all five of TVM's seeds goes on, the best one of each kind: with seeds 1 to 4, and
   with Muon, five seeds.
   (*) mu = 0 was better than all five (0.64), and did not go on for want of a GPU.
 - A claim has three seeds, a record five. Intervals are mean +- standard deviation over the seeds;
-  the report says of each idea whether its interval overlaps with TVM's of the same round.
+  the report says of each idea whether its interval overlaps with TVM's of as many seconds.
 - TVM's first three runs of round 1 kept two more averages of their weights, at rates 0.99 and
   0.998. Each is a row of its own: picking the best of them would be picking from the scores.
   (*) A rate that round 1 chose was to count in round 2. None does (see above), and other averages

@@ -30,7 +30,7 @@ from files import HERE, UserError, written
 from header import is_numbers
 from loss import EULER
 from options import one_line
-from pictures import are_floats, find_vae, grid, to_images, unlike_pictures
+from pictures import are_floats, find_vae, grid, new_figure, to_images, unlike_pictures
 from sample import guidance_weight, noise_and_labels, sample
 from scores import classify, small_data_scores, train_classifier
 from shard import whole_network
@@ -218,12 +218,9 @@ class Report:
         self.attempt("curve.png", self.draw_curve)
 
     def draw_curve(self):
-        os.environ["MPLBACKEND"] = "agg"  # a notebook's is not known in every environment
-        from matplotlib.figure import Figure
-
         by_step = self.logged_losses()
         steps = sorted(by_step)
-        figure = Figure(figsize=(7, 4), layout="constrained")
+        figure = new_figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         ends = "_by_time"  # of the keys that every term of the loss has
         keys = {key for line in by_step.values() for key in line if key.endswith(ends)}

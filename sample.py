@@ -507,7 +507,7 @@ def claim_parts(parts, args, shape, dtype):
 
     shape, dtype: of what is kept of each image. Raises UserError where the disk has no room.
     """
-    parts.need_room(shape, dtype, and_whole=args.kind == "npz")
+    parts.check_room(shape, dtype, and_whole=args.kind == "npz")
     parts.hold()
     if not args.fid:
         try:

@@ -24,6 +24,8 @@ from shard import shard_loss, whole
 
 
 class TrainingStep:
+    """The networks, the optimizers and the CUDA graphs of a step."""
+
     def __init__(
         self,
         loss,
@@ -39,10 +41,11 @@ class TrainingStep:
         that require a gradient.
 
         optimizers: of these weights. The first one is AdamW. averages: [(network, decay)] of each
-        exponential moving average. micro_batches: calls of gradients() in a step. graphs: whether
-        to record CUDA graphs; learning rates must then be tensors. Under torchrun the gradient is
-        the mean over the ranks, by DistributedDataParallel, or by FSDP2 with shard, for networks
-        that went through shard_weights. bfloat16_sums: DDP sends gradients as bfloat16.
+        exponential moving average: two, where one_pass.py makes them. micro_batches: calls of
+        gradients() in a step. graphs: whether to record CUDA graphs; learning rates must then be
+        tensors. Under torchrun the gradient is the mean over the ranks, by DistributedDataParallel,
+        or by FSDP2 with shard, for networks that went through shard_weights. bfloat16_sums: DDP
+        sends gradients as bfloat16.
         """
         self.model = loss.model
         self.optimizers = optimizers
@@ -65,9 +68,9 @@ class TrainingStep:
         if micro_batches > 1:  # gradients add up in .grad
             for p in self.weights:
                 p.grad = torch.zeros_like(p)
-        self.graphs = {}  # of what stands below
+        self.recorded = {}  # graphs: "last", "earlier" and "update"
         if dist.is_initialized():
-            atexit.register(self.graphs.clear)  # no process ends while a graph holds NCCL's links
+            atexit.register(self.recorded.clear)  # no process ends while a graph holds NCCL's links
 
     def gradients(self, *inputs, is_first=True, is_last=True):
         """Forward and backward of a micro-batch. Returns the terms of the loss, {name: Term}.
@@ -75,16 +78,16 @@ class TrainingStep:
         inputs: what the loss takes. is_first, is_last: of the micro-batches of a step. After the
         last one .grad is the gradient of the step, the mean over the ranks.
         """
-        if self.use_graphs and not self.graphs:
+        if self.use_graphs and not self.recorded:
             self.record_gradients(inputs)
         if is_first and self.micro_batches > 1:
             self.model.zero_grad(set_to_none=False)
         if self.use_graphs:
-            return self.graphs["last" if is_last else "earlier"](*inputs)
+            return self.recorded["last" if is_last else "earlier"](*inputs)
         return self.forward_and_backward(*inputs, is_last=is_last)
 
     def forward_and_backward(self, *inputs, is_last):
-        """Adds this micro-batch's share of the gradient to .grad.
+        """Adds this micro-batch's share of the gradient to .grad; a whole batch's replaces it.
 
         With DDP the last term's backward of the last micro-batch makes .grad the mean over the
         ranks. (With shard every backward adds a mean.)
@@ -109,10 +112,10 @@ class TrainingStep:
         """
         warm_ups = DDP_WARM_UPS if self.uses_ddp else 3
         last = Graph(partial(self.forward_and_backward, is_last=True), inputs, warm_ups)
-        self.graphs["last"] = self.graphs["earlier"] = last
+        self.recorded["last"] = self.recorded["earlier"] = last
         if self.uses_ddp and self.micro_batches > 1:
             earlier = partial(self.forward_and_backward, is_last=False)
-            self.graphs["earlier"] = Graph(earlier, inputs, warm_ups=0, twin=last)
+            self.recorded["earlier"] = Graph(earlier, inputs, warm_ups=0, twin=last)
 
     def gradient_norm(self):
         """The norm of the whole gradient, a tensor."""
@@ -125,12 +128,12 @@ class TrainingStep:
         On a GPU it is recorded after the first one, and Python's numbers stay as they were then.
         What changes from step to step must be a tensor, like the learning rate.
         """
-        if "update" in self.graphs:
-            self.graphs["update"]()
+        if "update" in self.recorded:
+            self.recorded["update"]()
             return
         self.update_weights()
         if self.use_graphs:  # its kernels are compiled now; recording runs nothing
-            self.graphs["update"] = Graph(self.update_weights, warm_ups=0)
+            self.recorded["update"] = Graph(self.update_weights, warm_ups=0)
 
     @torch.no_grad()
     def update_weights(self):

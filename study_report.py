@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from files import UserError
+from pictures import new_figure
 
 SCORES = {
     "features": "Fréchet, features",
@@ -272,14 +273,6 @@ def table_of_ablations(results):
 
 
 # ---- figures -------------------------------------------------------------------------------------
-
-
-def new_figure(**options):
-    """A figure of matplotlib, which is imported only here."""
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's is not known in every environment
-    from matplotlib.figure import Figure
-
-    return Figure(**options)
 
 
 def draw_scores(runs_of, first, title, path):

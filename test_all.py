@@ -88,6 +88,7 @@ from loss import (
     tvm_loss,
 )
 from model import Block, DiT, DiTConfig, Embedder, compile_blocks, load_model, positions
+from step import TrainingStep
 
 
 def seeded(seed):
@@ -1412,6 +1413,48 @@ def test_options_reach_the_objective(objective, option):
         loss.backward()
         found.append(net.blocks[0].mlp.fc1.weight.grad.clone())
     assert (found[0] - found[1]).norm() > 1e-3 * found[0].norm()
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_training_step(micro_batches):
+    """However a batch is cut, the gradient is that of the whole; then the update, the average."""
+    net = random_model(torch.float32)
+    whole, average, target = (copy.deepcopy(net) for _ in range(3))
+    x0 = randn(8, 2, 4, 4, dtype=torch.float32)
+    y = torch.arange(8) % 3
+    weights = [p for p in net.parameters() if p.requires_grad]
+    step = TrainingStep(
+        TrainingLoss(net, target, guidance=dict(w=2.0)),
+        [torch.optim.SGD(weights, lr=0.1)],
+        [(average, 0.75)],
+        torch.device("cpu"),
+        micro_batches=micro_batches,
+    )
+    objective = TrainingLoss(whole, target, guidance=dict(w=2.0))
+    before = [p.detach().clone() for p in weights]
+    for n in range(2):  # the second step must not see the gradient of the first
+        drawn = objective.draw(x0, n)
+        whole.load_state_dict(net.state_dict())
+        whole.zero_grad()
+        objective(x0, y, *drawn)[0].backward()
+        parts = zip(*(a.chunk(micro_batches) for a in (x0, y, *drawn)), strict=True)
+        for i, part in enumerate(parts):
+            step.gradients(*part, is_first=i == 0, is_last=i == micro_batches - 1)
+        gradient = [p.grad for p in whole.parameters() if p.requires_grad]
+        total = torch.cat([g.flatten() for g in gradient]).norm()
+        assert abs(step.gradient_norm() / total - 1) < 1e-5
+        for p, g in zip(weights, gradient, strict=True):
+            assert (p.grad - g).norm() < 1e-5 * total
+        averages = step.averages[0][0]
+        wanted = []
+        for p, a in zip(weights, averages, strict=True):
+            new = p.detach() - 0.1 * p.grad
+            wanted.append((new, 0.75 * a + 0.25 * new))
+        step.update()
+        for p, a, (new, new_average) in zip(weights, averages, wanted, strict=True):
+            close(p.detach(), new, 1e-6)
+            close(a.detach(), new_average, 1e-6)
+    assert any(not torch.equal(p, old) for p, old in zip(weights, before, strict=True))
 
 
 # ---- seams: data and conditions of any shape -----------------------------------------------------

@@ -35,6 +35,7 @@ from files import UserError, written
 from loss import TrainingLoss
 from model import DiTConfig
 from options import Parser, run
+from pictures import new_figure
 
 F64 = torch.float64
 
@@ -392,10 +393,7 @@ def print_table(about, rows, seconds):
 
 def draw_plot(about, rows, path):
     """The bounds over the distance that they bound, a marker for each network."""
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's is not known in every environment
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = new_figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     series = (
         ("corrected", "C0", "corrected bound"),

@@ -82,7 +82,8 @@ class RandomStep:
         on_gpu = self.device.type == "cuda"
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        with torch.device("meta") if shard else self.device:
+        where = torch.device("meta") if shard else self.device
+        with where:
             model = DiT(config)
         target = copy.deepcopy(model).requires_grad_(False)
         evaluated = copy.deepcopy(model).requires_grad_(False)

@@ -124,7 +124,7 @@ sigma          = Option(1.0,        "standard deviation of that logit", above=0)
 mu_s           = Option(-0.4,       "mean of logit(s)")
 sigma_s        = Option(1.0,        "standard deviation of that logit", above=0)
 p_equal        = Option(0.0,        "the probability of t = s", least=0, most=1)
-p_noise        = Option(0.0,        "the probability of t = 1, before that", least=0, most=1)
+p_noise        = Option(0.0,        "that t becomes 1; p_equal acts after it", least=0, most=1)
 guidance       = Option("constant", "how w is drawn; constant: w itself", choices=GUIDANCE)
 w              = Option(1.25,       "guidance weight, if constant; 1: none", least=1e-3, below=1e6)
 w_min          = Option(1.0,        "the smallest weight, if it is drawn", least=1e-3, below=1e6)
@@ -233,7 +233,7 @@ refuse_idle_flags(
     mu=draws_by_mu,
     sigma=draws_by_mu,
     p_equal=objective != "flow_matching" or times == "two",
-    p_noise=objective != "flow_matching",
+    p_noise=objective != "flow_matching" or (times == "two" and p_equal > 0),
     ema_target=objective not in MEANFLOWS,
     kappa=objective == "meanflow",
     alpha_min=objective == "alpha_flow",
@@ -422,7 +422,7 @@ def save(step):
     state = gather(state)
     path = f"state_{step}.safetensors"
     if not report.attempt(path, write_state, step, state, errors=OSError):
-        return False, False  # no later run would replace a network that has no state
+        return False, False  # a run refuses to begin beside a network without a state
     tensors = strip_prefix(state, "eval.")
     has_ckpt = report.attempt("ckpt.safetensors", write_evaluated, step, tensors, errors=OSError)
     return True, has_ckpt
@@ -634,7 +634,7 @@ if not stop and score_images > 0:
     network = report.gather_network("the scores")
 if distributed:
     dist.barrier()  # where a rank fails torchrun ends the others: not before rank 0 has saved
-    training.graphs.clear()
+    training.recorded.clear()
     dist.destroy_process_group()  # nobody waits while rank 0 scores
 if saved_step < done:
     fail(f"could not save the state of step {done}; {what_is_saved(out, saved_step)}")

@@ -9,6 +9,9 @@ here; then they run on a Hopper GPU, where there is one. The truth is autograd i
 import functools
 import math
 import os
+import shutil
+import subprocess
+import sys
 
 import gluon_on_cpu
 import pytest
@@ -227,6 +230,30 @@ def test_compiles(name, masked, dtype, tmp_path):
     assert made.metadata.shared <= 227 * 1024
     if triton.__version__.startswith(attention_hopper.TRITON + "."):
         assert stack_of(made, tmp_path) == 0
+
+
+def test_it_is_said_why_they_are_not_used(capsys):
+    pytest.importorskip("triton")
+    x = inputs(1, 1, 4, 4, 64, torch.bfloat16)
+    lse = torch.zeros(1, 1, 4)
+    for _ in range(2):
+        assert A._hopper_kernels([True] * 4, *x, lse, None, False) is None
+    assert A._hopper_kernels([True, False, True, True], *x, lse, None, False) is None
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2  # each reason once
+    assert all(line.startswith("attention_jvp: HOPPER_KERNELS are not used: ") for line in said)
+
+
+def test_both_files_in_a_package(tmp_path):
+    pytest.importorskip("triton")
+    package = tmp_path / "mine"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for name in ("attention_jvp.py", "attention_hopper.py"):
+        shutil.copy(os.path.join(HERE, name), package)
+    program = "import mine.attention_jvp as A; print(A._import_hopper_kernels()[0].__name__)"
+    made = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True)
+    assert made.stdout.split() == [b"mine.attention_hopper"], made.stderr
 
 
 def check_on_the_gpu(x, mask, monkeypatch):
