@@ -557,12 +557,19 @@ def vectors_of(x, rows):
     return TensorDescriptor.from_tensor(x, [1, rows], layout)
 
 
+def wrong_triton():
+    """Why this Triton will not do, or None."""
+    if triton.__version__.rsplit(".", 1)[0] != TRITON:
+        return f"Triton is not {TRITON}"
+    return None
+
+
 def why_not(q, k, v, tq, tk, tv, do, dto, lse, mask, causal):
     """Why these kernels cannot take such a call, or None where they can: the eight large tensors,
     none of which may be missing, one of the float32 rows, and attention_jvp's mask or None."""
     large = (q, k, v, tq, tk, tv, do, dto)
-    if triton.__version__.rsplit(".", 1)[0] != TRITON:
-        return f"Triton is not {TRITON}"
+    if wrong_triton():
+        return wrong_triton()
     if any(x is None for x in large):
         return "a tangent or a gradient is missing"
     if q.dtype not in (torch.bfloat16, torch.float16) or q.size(3) not in HEAD_SIZES:

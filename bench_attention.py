@@ -335,15 +335,13 @@ def head_of(row):
 def use_hopper_kernels(least_scores=None):
     """Have attention_hopper.py's kernels run wherever they can, from so many scores on. Raises
     UserError where they cannot run here."""
-    try:
-        import attention_hopper
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"the kernels for Hopper cannot be imported: {error}") from None
-    if not A.triton.__version__.startswith(f"{attention_hopper.TRITON}."):
-        raise UserError(f"the kernels for Hopper need Triton {attention_hopper.TRITON}")
+    hopper, reason = A._import_hopper_kernels()
+    reason = reason or hopper.wrong_triton()
+    if reason:
+        raise UserError(f"--hopper: {reason}")
     A.HOPPER_KERNELS = True
     if least_scores is not None:
-        attention_hopper.LEAST_SCORES = least_scores
+        hopper.LEAST_SCORES = least_scores
 
 
 def table(quick=False, plot="attention.png", hopper=False):

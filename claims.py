@@ -19,7 +19,7 @@ import contextlib
 import os
 import sys
 
-from files import PARTIAL, hold, is_still_at, sync_folder
+from files import PARTIAL, hold, is_still_at, others_in, remove_ours, sync_folder
 from header import DataError, load_header
 
 LEFT_OUT = "left_out.txt"
@@ -109,7 +109,7 @@ def refuse_strangers(folder, kind, need):
 
     kind, need: what the file is not, and why it is in the way, for the message.
     """
-    strangers = sorted(name for name in os.listdir(folder) if not is_ours(name))
+    strangers = others_in(folder, is_ours)
     if strangers:
         complain_of(os.path.join(folder, strangers[0]), kind, need)
 
@@ -168,7 +168,7 @@ def put_back(path):
 
 def remove_dataset(path):
     """Remove a folder that holds our files alone. Raises OSError."""
-    remove_ours(path)
+    remove_ours(path, is_ours)
     os.rmdir(path)
 
 
@@ -192,16 +192,9 @@ def refuse_replaced(path):
 # ---- giving up, or taking the name ---------------------------------------------------------------
 
 
-def remove_ours(folder, but=""):
-    """Remove the files of a folder that prepare.py has written, all but one name."""
-    for name in os.listdir(folder):
-        if name != but and is_ours(name):
-            os.remove(os.path.join(folder, name))
-
-
 def remove_files(path):
     """Remove the files that prepare.py has written in path.partial, all but the lock."""
-    remove_ours(unfinished(path), but="lock")
+    remove_ours(unfinished(path), lambda name: name != "lock" and is_ours(name))
 
 
 def clean_up_after(error, path, lock):

@@ -60,7 +60,7 @@ def features_of(images, net, resize="tf1", batch=128, keep=True, state=None):
     begin = len(images) * rank // ranks
     last = len(images) * (rank + 1) // ranks
     about = f"{images.about}, {begin} to {last}, {resize}, weights {net.digest}, {keep}"
-    file = f"{state}-{rank}.npz" if state else None
+    file = state_file(state, rank) if state else None
     moments = Moments(FEATURES)
     kept = [torch.empty(0, FEATURES)]
     if file and os.path.exists(file):
@@ -93,6 +93,10 @@ def features_of(images, net, resize="tf1", batch=128, keep=True, state=None):
     if ranks == 1:
         return moments, on_cpu(kept)
     return gather(moments, on_cpu(kept))
+
+
+def state_file(state, rank):
+    return f"{state}-{rank}.npz"
 
 
 def gather(moments, features):
@@ -343,7 +347,7 @@ def parse(argv):
         check_writable(args.reference)
         need_room(args.reference, FEATURES + 1, (FEATURES,), np.float64)  # mu and sigma
     if args.state:
-        check_writable(f"{args.state}-0-{rank}.npz")
+        check_writable(state_file(state_of_input(args, 0), rank))
     return args
 
 
@@ -413,7 +417,7 @@ def main(argv=None):
         net = load_inception(args.inception, device)
     notes = common_notes(inputs, net, args.resize)
     for number, one in enumerate(inputs):
-        one.measure(net, args, args.state and f"{args.state}-{number}")
+        one.measure(net, args, args.state and state_of_input(args, number))
 
     if rank > 0:
         return
@@ -427,6 +431,11 @@ def main(argv=None):
         print_inception_score(samples.features, net)
     if samples.features is not None and reference.features is not None:
         print_precision_recall(samples.features, reference.features)
+
+
+def state_of_input(args, number):
+    """Where features_of keeps its state: 0 for the samples, 1 for the reference."""
+    return f"{args.state}-{number}"
 
 
 def print_fid(samples, reference, notes):

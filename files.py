@@ -120,6 +120,18 @@ def check_writable(path):
         remove_locked(open_locked(aside), aside)
 
 
+def others_in(folder, is_ours):
+    """The names in a folder that are not ours, sorted. is_ours(name): whether we write such one."""
+    return sorted(name for name in os.listdir(folder) if not is_ours(name))
+
+
+def remove_ours(folder, is_ours):
+    """Remove the files of a folder that are ours. Those of others stay, and so does the folder."""
+    for name in os.listdir(folder):
+        if is_ours(name):
+            os.remove(os.path.join(folder, name))
+
+
 def sync_folder(folder):
     """Make a renaming in a folder outlive a power cut, where the disk can do that."""
     try:

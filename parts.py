@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset import need_room
-from files import PARTIAL, UserError, hold, remove_locked, written
+from files import PARTIAL, UserError, hold, remove_locked, remove_ours, written
 
 # The names of the files that are made here. Nothing else in the folder is ever removed.
 OURS = re.compile(r"[0-9a-f]{16}-\d{9}\.npy" + f"({re.escape(PARTIAL)})?")
@@ -98,8 +98,7 @@ class Parts:
 
     def remove(self):
         """Remove the batches and the lock. The folder stays where others have put files there."""
-        for path in self.files():
-            os.remove(path)
+        remove_ours(self.folder, OURS.fullmatch)
         remove_locked(self.lock, os.path.join(self.folder, "lock"))
         with contextlib.suppress(OSError):
             os.rmdir(self.folder)

@@ -5,7 +5,7 @@ What the network makes -> images, and the files that hold them.
     grid(images, columns).save("grid.png")       # one picture of many
     kind = output_kind("samples.npz")            # "npz", "png" (a grid) or "folder" (PNGs)
     refuse_taken("samples.npz", kind)            # before the work
-    write_images(out, kind, batches, n, labels, columns)
+    write_images("samples.npz", kind, batches, n, labels, columns)
 
 An .npz holds images of any number of channels, and floats. A PNG holds uint8, 1 or 3 channels.
 """
@@ -22,7 +22,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from files import PARTIAL, UserError, sync_folder, written
+from files import PARTIAL, UserError, others_in, remove_ours, sync_folder, written
 from images import as_rgb
 from vae import VAEError, decode, load_vae
 
@@ -192,19 +192,17 @@ def refuse_strangers(aside):
     """Raise UserError where the folder that PNGs are written to first holds files of others."""
     if not os.path.lexists(aside):
         return
-    for name in sorted(os.listdir(aside)):
-        if not OURS.fullmatch(name):
-            file = os.path.join(aside, name)
-            raise UserError(f"--out: {file} is not of an interrupted run: move it away")
+    strangers = others_in(aside, OURS.fullmatch)
+    if strangers:
+        file = os.path.join(aside, strangers[0])
+        raise UserError(f"--out: {file} is not of an interrupted run: move it away")
 
 
 def remove_unfinished(aside):
     """Remove a folder of PNGs that was not finished. Raises OSError where files of others stay."""
     if not os.path.isdir(aside):
         return
-    for name in os.listdir(aside):
-        if OURS.fullmatch(name):
-            os.remove(os.path.join(aside, name))
+    remove_ours(aside, OURS.fullmatch)
     os.rmdir(aside)
 
 

@@ -32,7 +32,6 @@ Each command is one function below, with its options above it. A dataset of your
 """
 
 import argparse
-import io
 import os
 import sys
 from functools import partial
@@ -440,8 +439,6 @@ def refuse_no_value(args):
 
 
 def main():
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a class name that it cannot show
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, function in COMMANDS.items():

@@ -484,13 +484,19 @@ class SmallInception:
         return images.float().flatten(2).mean(1)[:, ::8]
 
 
-def test_fid_of_samples(folder, capsys, monkeypatch):
-    """--fid: of the same images, the features' distance from the reference. It leaves nothing."""
+def use_small_features(monkeypatch):
+    """Eight features instead of Inception's 2048. Returns the reference, (mu, sigma)."""
     moments = fid.Moments
     reference = np.arange(8.0), np.eye(8)
     monkeypatch.setattr(fid, "load_inception", lambda path, device: SmallInception())
     monkeypatch.setattr(fid, "read_reference", lambda path, net, image_size: reference)
     monkeypatch.setattr(fid, "Moments", lambda dim: moments(8))
+    return reference
+
+
+def test_fid_of_samples(folder, capsys, monkeypatch):
+    """--fid: of the same images, the features' distance from the reference. It leaves nothing."""
+    reference = use_small_features(monkeypatch)
     make_checkpoint("c.safetensors")
     fifty = ("c.safetensors", "--n", 50)
     assert run(*fifty, "--out", "a.npz") is None
@@ -508,11 +514,7 @@ def test_fid_of_samples(folder, capsys, monkeypatch):
 
 def test_runs_with_fid_side_by_side(folder, capsys, monkeypatch):
     """Each seed, and each network of features, has its own folder of batches."""
-    moments = fid.Moments
-    reference = np.arange(8.0), np.eye(8)
-    monkeypatch.setattr(fid, "load_inception", lambda path, device: SmallInception())
-    monkeypatch.setattr(fid, "read_reference", lambda path, net, image_size: reference)
-    monkeypatch.setattr(fid, "Moments", lambda dim: moments(8))
+    use_small_features(monkeypatch)
     make_checkpoint("c.safetensors")
     fifty = ("c.safetensors", "--n", 50, "--fid", "ref.npz", "--inception", "w.pth")
     with monkeypatch.context() as patch:
