@@ -70,7 +70,9 @@ OTHER = "other"
 TENSORS_OF_ADD_NORM = 20 + 25.5 + 24 + 12 + 13.5
 TENSORS_OF_GELU = 16 + 24 + 0 + 8 + 12
 TENSORS_OF_QK_NORM = 8 + 16 + 8 + 4 + 8
-BYTES_OF_UPDATE = 44  # a weight: it, its gradient, two moments and two averages, read or written
+# Of a weight: it, two moments and two averages read and written, its gradient read, and two copies
+# in bfloat16 written.
+BYTES_OF_UPDATE = 48
 
 
 def describe_network(size, input_size):

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 import fused
 from attention_jvp import attention, attention_jvp
+from products import product
 
 EPS = fused.EPS  # of every norm
 
@@ -113,11 +114,43 @@ def cat(parts, dim):
 def linear(layer, x):
     """W x + b, and W dx. Another kind of layer (LoRA, for example) needs a rule of its own."""
     x = total(x)
+    copies = copies_of(layer)
+    if copies is not None:
+        return pair(*product(value_of(x), tangent_of(x), [layer], copies))
     if isinstance(x, Dual):
         if type(layer) is not nn.Linear:
             raise TypeError(f"there is no rule for the tangent of a {type(layer).__name__}")
         return Dual(layer(x.value), functional.linear(x.tangent, layer.weight))
     return layer(x)
+
+
+def linear_side_by_side(layers, x):
+    """The results of several layers for one x (B, D), side by side: (B, sum of their outputs)."""
+    x = total(x)
+    count, *stack = getattr(layers[0], "stack", (0,))  # of products.py: all copies as one matrix
+    if count == len(layers) and all(copies_of(layer) is not None for layer in layers):
+        return pair(*product(value_of(x), tangent_of(x), layers, stack))
+    return cat([linear(layer, x) for layer in layers], -1)
+
+
+def copies_of(layer):
+    """A layer's weight and bias in bfloat16, where a training step has made them (products.py).
+
+    None where there are none, and where autocast would not compute this layer.
+    """
+    copies = getattr(layer, "copies", None)
+    if copies is None or has_hooks(layer):
+        return None
+    if not torch.is_autocast_enabled(copies[0].device.type):
+        return None
+    return None if fused.transformed() else copies
+
+
+def has_hooks(layer):
+    """Whether a layer must be called, because it has hooks."""
+    hooks = len(layer._forward_pre_hooks) + len(layer._forward_hooks)
+    hooks += len(layer._backward_pre_hooks) + len(layer._backward_hooks)
+    return hooks > 0
 
 
 def silu(x):
@@ -265,13 +298,11 @@ def has_kernels(x, *vectors, layer=None):
         return False
     if product_dtype(x) == torch.float16:  # the residual stream would overflow in it
         return False
-    if layer is not None:
-        # The kernels take the layer's weight and bias and do not call it. A layer of another class
-        # must be called, and one with hooks.
-        hooks = len(layer._forward_pre_hooks) + len(layer._forward_hooks)
-        hooks += len(layer._backward_pre_hooks) + len(layer._backward_hooks)
-        if type(layer) is not nn.Linear or layer.bias is None or hooks:
-            return False
+    # The kernels take the layer's weight and bias and do not call it. A layer of another class must
+    # be called.
+    is_plain = type(layer) is nn.Linear and layer.bias is not None and not has_hooks(layer)
+    if layer is not None and not is_plain:
+        return False
     if vectors and x.ndim != 3:
         return False
     shapes = [getattr(value_of(vector), "shape", None) for vector in vectors]
@@ -286,9 +317,6 @@ def add_gated(x, gate, branch):
         return total(x) + gate * branch
     if isinstance(x, Residual) and x.branch is not None:
         x = total(x)  # a Residual holds one sum: this one is made now
-    # The gate leaves the block in a Residual. Without this copy a compiled block would return a
-    # view of the tensor that holds all its six vectors.
-    gate = linear_map(lambda gate: gate.contiguous(), gate)
     if isinstance(x, Residual):
         return Residual(x.high, x.low, gate, branch)
     return Residual(x, None, gate, branch)
@@ -318,7 +346,8 @@ def linear_gelu(layer, x):
         return gelu(linear(layer, x))
     dtype = product_dtype(x)
     if not isinstance(x, Dual) and dtype == torch.bfloat16 and not torch.is_grad_enabled():
-        return fused.linear_gelu(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
+        weight, bias = copies_of(layer) or (layer.weight, layer.bias)
+        return fused.linear_gelu(x.to(dtype), weight.to(dtype), bias.to(dtype))
     u = linear_detached_bias(layer, x)
     return pair(*fused.gelu(value_of(u), tangent_of(u), layer.bias))
 
@@ -353,6 +382,9 @@ def linear_detached_bias(layer, x):
 
     Hooks of the layer do not fire.
     """
+    copies = copies_of(layer)
+    if copies is not None:
+        return pair(*product(value_of(x), tangent_of(x), [layer], copies, bias_gradient=False))
     y = functional.linear(value_of(x), layer.weight, layer.bias.detach())
     if not isinstance(x, Dual):
         return y

@@ -105,14 +105,17 @@ def why_not(x):
         return "the kernels run on NVIDIA GPUs"
     if x.dtype not in DTYPES:
         return f"the kernels do not take {x.dtype}"
-    if not torch.compiler.is_compiling() and _transformed():
+    if transformed():
         return "a transform of torch.func, or forward AD, is at work"
     if torch.cuda.get_device_properties(x.device).major < 8:
         return "the kernels need compute capability 8.0"
     return None
 
 
-def _transformed():
+def transformed():
+    """Whether a transform of torch.func or forward AD is at work, outside of torch.compile."""
+    if torch.compiler.is_compiling():
+        return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

@@ -403,6 +403,11 @@ class TrainingLoss(nn.Module):
         """Whether no gradient goes through the derivative (for compile_blocks)."""
         return self.detach_jvp or self.objective in DETACHED_JVP
 
+    def networks(self):
+        """The networks that the objective runs."""
+        has_target = self.objective in ("tvm", "flow_matching")
+        return [self.model, self.target] if has_target else [self.model]
+
     def draw(self, x0, seed, first=0, total=None, progress=0.0):
         """What is random in a step, for x0 (B, ...): a list of x1, t, s, s_fm, w, drop.
 

@@ -15,6 +15,7 @@ Shapes: B images, T tokens, D = hidden_size, H heads of size d, patches of p x p
 """
 
 import dataclasses
+import itertools
 
 import torch
 from einops import rearrange
@@ -34,6 +35,7 @@ from dual import (
     linear_gelu,
     linear_map,
     linear_qkv,
+    linear_side_by_side,
     norm_modulate,
     rms_norm,
     silu,
@@ -44,6 +46,7 @@ from dual import (
 from files import CheckpointError
 
 FREQUENCIES = 128  # cosines, and as many sines, of a time embedding
+TOGETHER = 4  # blocks whose modulation vectors are made by one product
 
 # fmt: off
 SIZES = {
@@ -177,15 +180,17 @@ class PatchEmbed(nn.Module):
         )
 
     def forward(self, x):  # (B, C, height, width)
+        # A convolution whose stride is its size is a linear layer of each patch. self.proj keeps
+        # the published names and shapes, and is never called: its hooks do not fire.
+        weight, bias = self.proj.weight.flatten(1), self.proj.bias  # (D, C p p), (D,)
+        x = linear_map(self.patches, x)  # (B, T, C p p)
         if not isinstance(x, Dual):
-            return self.tokens(self.proj(x))  # (B, T, D)
-        dx = functional.conv2d(x.tangent, self.proj.weight, stride=self.proj.stride)
-        return linear_map(self.tokens, Dual(self.proj(x.value), dx))
+            return functional.linear(x, weight, bias)  # (B, T, D)
+        return Dual(functional.linear(x.value, weight, bias), functional.linear(x.tangent, weight))
 
-    @staticmethod
-    def tokens(x):
-        # Contiguous, because torch 2.13's inductor for CPUs gets a transposed view wrong.
-        return rearrange(x, "b d h w -> b (h w) d").contiguous()
+    def patches(self, x):
+        p, q = self.proj.kernel_size
+        return rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=q)
 
 
 class LabelEmbedder(nn.Module):
@@ -266,8 +271,11 @@ class Modulated(nn.Module):
         """c (B, D) -> `self.vectors` vectors (B, 1, D)."""
         x = linear(self.adaLN_modulation[1], c)
         x = linear_map(lambda x: x.unflatten(1, (self.vectors, 1, -1)), x)  # (B, vectors, 1, D)
-        x = rms_norm(x) if self.mod_norm else linear_map(at_least_float32, x)
-        return split(lambda x: x.unbind(1), x)
+        return split(lambda x: x.unbind(1), self.normed(x))
+
+    def normed(self, x):
+        """The norm of vectors (..., D), in at least float32."""
+        return rms_norm(x) if self.mod_norm else linear_map(at_least_float32, x)
 
 
 class Block(Modulated):
@@ -276,8 +284,14 @@ class Block(Modulated):
         self.attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, c, mask=None):  # x (B, T, D), c (B, D), mask as in dual.attend
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)  # (B, 1, D) each
+    def forward(self, x, c, mask=None):
+        """x (B, T, D) -> (B, T, D).
+
+        c: the condition (B, D), or the tuple of six vectors that block_vectors has made of it for
+        several blocks at once. mask: as in dual.attend.
+        """
+        vectors = c if isinstance(c, tuple) else self.modulation(c)
+        shift1, scale1, gate1, shift2, scale2, gate2 = vectors  # (B, 1, D) each
         # x = x + gate1 * attn(norm(x) * (1 + scale1) + shift1), and the same with the MLP. Where
         # fused.py has kernels, x is a dual.Residual from here on, whose sum the next norm makes.
         x, h = norm_modulate(x, shift1, scale1, self.norm)
@@ -293,6 +307,22 @@ class Block(Modulated):
         the block, it keeps nothing for the backward of a tangent.
         """
         return detach_tangent(self.forward(x, c, mask))
+
+
+def block_vectors(blocks, c):
+    """c (B, D) -> the modulation vectors of several blocks, in order: (B, 6 blocks, 1, D).
+
+    They are one product and one norm. Alone each block would have many kernels of a few rows, which
+    take longer to start than to run.
+    """
+    x = linear_side_by_side([block.adaLN_modulation[1] for block in blocks], c)
+    x = linear_map(lambda x: x.unflatten(1, (sum(block.vectors for block in blocks), 1, -1)), x)
+    return blocks[0].normed(x)
+
+
+def block_vectors_detach_jvp(blocks, c):
+    """block_vectors, with no gradient through the tangent (as Block.forward_detach_jvp)."""
+    return detach_tangent(block_vectors(blocks, c))
 
 
 class FinalLayer(Modulated):
@@ -324,9 +354,11 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
-        # compile_blocks replaces this function. It is called instead of the block itself, so hooks
-        # of blocks do not fire.
+        # compile_blocks replaces these two functions. The first is called instead of the block
+        # itself, so hooks of blocks do not fire. Where the second is None, each block makes its
+        # vectors itself.
         self.run_block = Block.forward
+        self.make_vectors = block_vectors
         # Activation checkpointing: this many blocks are computed twice, the second time in the
         # backward. A pass without tangents needs less memory: there it is half of this number.
         self.checkpoint_blocks = 0
@@ -363,23 +395,26 @@ class DiT(nn.Module):
         if not any(isinstance(a, Dual) for a in (x, c)):
             checkpointed = checkpointed // 2
         for i, block in enumerate(self.blocks):
+            if i % TOGETHER == 0:
+                conditions = self.conditions(list(self.blocks)[i : i + TOGETHER], c)
+            condition = conditions[i % TOGETHER]
             if torch.is_grad_enabled() and i < checkpointed:
                 x = checkpoint(
                     self.run_block,
                     block,
                     x,
-                    c,
+                    condition,
                     *more,
                     use_reentrant=False,
                     preserve_rng_state=False,
                 )
             else:
-                x = self.run_block(block, x, c, *more)
+                x = self.run_block(block, x, condition, *more)
         x = self.final_layer(x, c)  # (B, T, p p C)
         return linear_map(self.unpatchify, x)  # (B, C, height, width)
 
     def embed(self, x, t, s, y, w):
-        """The tokens (B, T, D), and what every block is given beside them: here c (B, D).
+        """The tokens (B, T, D), and the condition c (B, D), of which blocks make their vectors.
 
         This is the place for other conditions. What it returns after c goes to Block.forward as
         it is, for example a mask of padding.
@@ -397,6 +432,18 @@ class DiT(nn.Module):
         """Conditions like y that mean "no class". The loss needs them for guidance and dropout."""
         return torch.full_like(y, self.config.num_classes)
 
+    def conditions(self, blocks, c):
+        """What each of these blocks is given as its condition: a tuple of its vectors."""
+        if self.make_vectors is None:
+            return [c] * len(blocks)
+        vectors = iter(split(lambda x: x.unbind(1), self.make_vectors(blocks, c)))
+        return [tuple(itertools.islice(vectors, block.vectors)) for block in blocks]
+
+    def side_by_side(self):
+        """Groups of layers that are computed as one product (for products.py)."""
+        layers = [block.adaLN_modulation[1] for block in self.blocks]
+        return [layers[i : i + TOGETHER] for i in range(0, len(layers), TOGETHER)]
+
     def unpatchify(self, x):
         height, p = self.config.grid[0], self.config.patch_size
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=p, q=p)
@@ -409,7 +456,7 @@ class DiT(nn.Module):
         """
         # A tangent of None becomes zeros, so that every block takes Duals and torch.compile makes
         # one program for them. The first block's attention has a tangent in any case, which comes
-        # from the modulation. The zeros cost one convolution in PatchEmbed.
+        # from the modulation. The zeros cost one product in PatchEmbed.
         duals = []
         for value, tangent in ((x, dx), (t, dt), (s, ds)):
             duals.append(Dual(value, torch.zeros_like(value) if tangent is None else tangent))
@@ -430,10 +477,13 @@ def compile_blocks(*models, detach_jvp=False, dynamic=False):
     torch._dynamo.config.optimize_ddp = False  # True cuts blocks where DDP's buckets end
     limit = torch._dynamo.config.accumulated_recompile_limit
     torch._dynamo.config.accumulated_recompile_limit = max(limit, 1024)
-    function = Block.forward_detach_jvp if detach_jvp else Block.forward
-    compiled = torch.compile(function, fullgraph=True, dynamic=None if dynamic else False)
+    options = dict(fullgraph=True, dynamic=None if dynamic else False)
+    run_block = torch.compile(Block.forward_detach_jvp if detach_jvp else Block.forward, **options)
+    make_vectors = block_vectors_detach_jvp if detach_jvp else block_vectors
+    make_vectors = torch.compile(make_vectors, **options)
     for model in models:
-        model.run_block = compiled
+        model.run_block = run_block
+        model.make_vectors = make_vectors
 
 
 def spectral_norm(weight):

@@ -2,11 +2,13 @@
 AdamW and the averages of the weights, in one pass over their memory, for a CUDA device.
 
     step(optimizer, averages)  # for a graph: capturable=True, and a tensor as learning rate
+    step(optimizer, averages, copy_of)  # writes bfloat16 copies, too
 
 PyTorch's AdamW passes over weights, gradients and moments, and each average then passes over the
 weights again. Here one Triton kernel a tensor reads and writes each of them once: 44 bytes a
-weight, with two averages. It allocates next to nothing and never waits for the host, so it can be
-recorded as a CUDA graph. Results are those of PyTorch within the rounding of float32.
+weight, with two averages, and 2 more for each copy. It allocates next to nothing and never waits
+for the host, so it can be recorded as a CUDA graph. Results are those of PyTorch within the
+rounding of float32.
 
 AdamW (Loshchilov and Hutter, arXiv 1711.05101), with gradient g, moments m and v, and step n:
 
@@ -40,11 +42,12 @@ def state_of(optimizer, p):
 
 
 @torch.no_grad()
-def step(optimizer, averages):
-    """optimizer.step(), then the averages.
+def step(optimizer, averages, copy_of=None):
+    """optimizer.step(), then the averages, then the copies.
 
     optimizer: torch.optim.AdamW of one group of float32 weights; its learning rate may be a tensor.
     averages: two of (tensors, decay), each with a tensor for each weight, in the same order.
+    copy_of: {id(tensor): its copy in bfloat16}, of some of the weights and averages.
     A weight without a gradient stays as it is, and so do its averages. Raises ValueError for other
     optimizers and options, and for tensors that are not contiguous, float32, on one device and as
     large as their weight.
@@ -53,12 +56,14 @@ def step(optimizer, averages):
     (group,) = optimizer.param_groups
     (first, first_decay), (second, second_decay) = averages
     beta1, beta2 = group["betas"]
+    copy_of = copy_of or {}
     rows = []  # what the kernel is given of each weight
     counts = []
     for p, a, b in zip(group["params"], first, second, strict=True):
         if p.grad is not None:
             state = state_of(optimizer, p)
-            rows.append((p, p.grad, state["exp_avg"], state["exp_avg_sq"], a, b))
+            copies = [copy_of.get(id(t)) for t in (p, a, b)]
+            rows.append((p, p.grad, state["exp_avg"], state["exp_avg_sq"], a, b, *copies))
             counts.append(state["step"])
     check(rows)
     if not rows:
@@ -94,7 +99,7 @@ def check_options(optimizer):
 def check(rows):
     for row in rows:
         p = row[0]
-        for t in row:
+        for t in row[:6]:
             if not t.is_contiguous() or t.dtype != torch.float32:
                 raise ValueError(
                     "weights, gradients, moments and averages must be contiguous and float32, "
@@ -112,8 +117,8 @@ def check(rows):
 if triton:
 
     @triton.jit(do_not_specialize=["rate_m", "rate_v", "eps", "rate_a", "rate_b"])
-    def adamw_kernel(P, G, M, V, A, B, NUMBERS, size, rate_m, rate_v, eps, rate_a, rate_b,
-                    BLOCK: tl.constexpr):  # fmt: skip
+    def adamw_kernel(P, G, M, V, A, B, P_COPY, A_COPY, B_COPY, NUMBERS, size,
+                     rate_m, rate_v, eps, rate_a, rate_b, BLOCK: tl.constexpr):  # fmt: skip
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = i < size
         shrink = tl.load(NUMBERS)  # 1 - lr weight_decay
@@ -138,3 +143,9 @@ if triton:
         tl.store(V + i, v, inside)
         tl.store(A + i, a, inside)
         tl.store(B + i, b, inside)
+        if P_COPY is not None:
+            tl.store(P_COPY + i, p.to(tl.bfloat16), inside)
+        if A_COPY is not None:
+            tl.store(A_COPY + i, a.to(tl.bfloat16), inside)
+        if B_COPY is not None:
+            tl.store(B_COPY + i, b.to(tl.bfloat16), inside)

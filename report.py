@@ -28,9 +28,18 @@ from batches import conditions
 from device import from_rank_0
 from files import HERE, UserError, written
 from header import is_numbers
+from imageset import as_size
 from loss import EULER
 from options import one_line
-from pictures import are_floats, find_vae, grid, new_figure, to_images, unlike_pictures
+from pictures import (
+    are_floats,
+    find_vae,
+    form_of_images,
+    grid,
+    new_figure,
+    to_images,
+    unlike_pictures,
+)
 from sample import guidance_weight, noise_and_labels, sample
 from scores import classify, small_data_scores, train_classifier
 from shard import whole_network
@@ -337,8 +346,11 @@ class Report:
         if unlike:
             raise UserError(f"fid_reference is for uint8 images of 1 or 3 channels, not {unlike}")
         self.inception = fid.load_inception(self.config["inception"] or None, self.device)
-        self.reference = fid.read_reference(self.config["fid_reference"], self.inception)
-        find_vae(self.header, self.device, self.config["vae_files"])
+        vae = find_vae(self.header, self.device, self.config["vae_files"])
+        shape, _ = form_of_images(self.header["shape"], self.header, vae)
+        self.reference = fid.read_reference(
+            self.config["fid_reference"], self.inception, image_size=as_size(shape)
+        )
 
     def log_fid(self, network, step):
         """Log the FID of one-step samples, made by all ranks together."""

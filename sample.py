@@ -52,7 +52,7 @@ from dual import column, widest
 from files import UserError, follow_link
 from imageset import as_size
 from loss import EULER
-from model import Block, compile_blocks, load_model
+from model import Block, block_vectors, compile_blocks, load_model
 from options import Parser, run
 from parts import Parts
 from pictures import (
@@ -107,6 +107,7 @@ def prepare_to_sample(model, bfloat16=True, compiled=True):
     device = next(model.parameters()).device
     has_bfloat16, can_compile = abilities(device)
     model.run_block = Block.forward
+    model.make_vectors = block_vectors
     if compiled and can_compile:
         compile_blocks(model, dynamic=True)
     return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16 and has_bfloat16)

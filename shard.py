@@ -70,6 +70,7 @@ def shard_loss(loss):
         for block in net.blocks:
             block.forward = functools.partial(net.run_block, block)
         net.run_block = Block.__call__
+        net.make_vectors = None  # each block makes its own, with the weights gathered for it
     return fully_shard(loss, mesh=next(loss.parameters()).device_mesh)
 
 

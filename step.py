@@ -20,6 +20,7 @@ import torch.distributed as dist
 import one_pass
 from device import DDP_WARM_UPS, Graph, abilities, data_parallel
 from loss import backward
+from products import RoundedCopies
 from shard import shard_loss, whole
 
 
@@ -65,6 +66,9 @@ class TrainingStep:
             self.wrapped_loss = data_parallel(loss, bfloat16=bfloat16_sums, for_graph=graphs)
         else:
             self.wrapped_loss = loss
+        self.copies = None  # in bfloat16, of the weights of all networks that the loss runs
+        if self.has_bfloat16 and not shard and torch.version.hip is None:  # FSDP2 has its own
+            self.copies = RoundedCopies(loss.networks())
         if micro_batches > 1:  # gradients add up in .grad
             for p in self.weights:
                 p.grad = torch.zeros_like(p)
@@ -78,6 +82,8 @@ class TrainingStep:
         inputs: what the loss takes. is_first, is_last: of the micro-batches of a step. After the
         last one .grad is the gradient of the step, the mean over the ranks.
         """
+        if self.copies:
+            self.copies.refresh_if_changed()
         if self.use_graphs and not self.recorded:
             self.record_gradients(inputs)
         if is_first and self.micro_batches > 1:
@@ -98,7 +104,8 @@ class TrainingStep:
         sync = nullcontext()
         if self.uses_ddp and not is_last:
             sync = self.wrapped_loss.no_sync()  # DDP then only adds to .grad and sends nothing
-        with sync:
+        copies_in_use = self.copies.in_use() if self.copies else nullcontext()
+        with sync, copies_in_use:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.has_bfloat16):
                 rest, terms = self.wrapped_loss(*inputs, backward_part=backward_part)
             backward_part(rest)
@@ -111,7 +118,10 @@ class TrainingStep:
         since the other has compiled all that it runs.
         """
         warm_ups = DDP_WARM_UPS if self.uses_ddp else 3
-        last = Graph(partial(self.forward_and_backward, is_last=True), inputs, warm_ups)
+        clean = self.model.zero_grad if self.micro_batches == 1 else None
+        last = Graph(
+            partial(self.forward_and_backward, is_last=True), inputs, warm_ups, clean=clean
+        )
         self.recorded["last"] = self.recorded["earlier"] = last
         if self.uses_ddp and self.micro_batches > 1:
             earlier = partial(self.forward_and_backward, is_last=False)
@@ -130,19 +140,28 @@ class TrainingStep:
         """
         if "update" in self.recorded:
             self.recorded["update"]()
-            return
-        self.update_weights()
-        if self.use_graphs:  # its kernels are compiled now; recording runs nothing
-            self.recorded["update"] = Graph(self.update_weights, warm_ups=0)
+        else:
+            self.update_weights()
+            if self.use_graphs:  # its kernels are compiled now; recording runs nothing
+                self.recorded["update"] = Graph(self.update_weights, warm_ups=0)
+        if self.copies:
+            # PyTorch counts its own writes to a tensor. Those of graphs and of one_pass.py count,
+            # too, for others who keep copies.
+            for written in (self.weights, *(average for average, _ in self.averages)):
+                torch.autograd.graph.increment_version(written)
+            self.copies.are_fresh()
 
     @torch.no_grad()
     def update_weights(self):
         if self.use_graphs and len(self.optimizers) == 1:
             # One kernel does what stands below. To change the optimizer or an EMA, delete these
             # lines.
-            one_pass.step(self.optimizers[0], self.averages)
+            copy_of = self.copies.copy_of if self.copies else None
+            one_pass.step(self.optimizers[0], self.averages, copy_of)
             return
         for optimizer in self.optimizers:
             optimizer.step()
         for average, decay in self.averages:
             torch._foreach_lerp_(average, self.weights, 1 - decay)
+        if self.copies:
+            self.copies.refresh()

@@ -35,6 +35,9 @@ class FlowMatching(nn.Module):
         super().__init__()
         self.model = model
 
+    def networks(self):
+        return [self.model]
+
     def draw(self, x0, seed, first=0, total=None):
         """Noise like x0 and times (B,). seed, first and total are ignored: each call draws anew."""
         return torch.randn_like(x0), torch.rand(len(x0), device=x0.device)

@@ -48,6 +48,25 @@ def test_train_refuses_devices(folder):
     assert "no device 'cuda:77' here" in run_script("train.py", "--device=cuda:77")
 
 
+def test_memory_grows(monkeypatch):
+    """A value of the user's stays, and where PyTorch cannot do it nothing is set."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(device.sys, "platform", "linux")
+    monkeypatch.setattr(device.platform, "release", lambda: "5.15.0-microsoft-standard-WSL2")
+    device.let_memory_grow()
+    assert not any(name in os.environ for name in names)
+    monkeypatch.setattr(device.platform, "release", lambda: "6.8.0-generic")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    device.let_memory_grow()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    device.let_memory_grow()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+
+
 # ---- ranks ---------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,25 @@ LR, BETAS, EPS, WEIGHT_DECAY = 1e-2, (0.9, 0.95), 1e-8, 0.1
 DECAYS = (0.99, 0.999)
 
 
+def copies_of(tensors):
+    """What one_pass.step takes as copy_of, for all of these tensors but the second."""
+    copies = {id(t): torch.zeros_like(t, dtype=torch.bfloat16) for t in tensors}
+    del copies[id(tensors[1])]
+    return copies
+
+
+def check_copies(copy_of, tensors):
+    """Copies are the nearest numbers in bfloat16. (Triton's interpreter rounds towards 0.)"""
+    for t in tensors:
+        copy = copy_of.get(id(t))
+        if copy is None:
+            continue
+        if t.is_cuda:
+            assert torch.equal(copy, t.detach().bfloat16())
+        else:
+            assert (copy.float() - t.detach()).abs().max() <= 2**-7 * t.detach().abs().max()
+
+
 def make(device="cpu"):
     """(weights, optimizer, averages), the same ones each time."""
     generator = torch.Generator().manual_seed(0)
@@ -54,6 +73,8 @@ def matches_the_formulas():
     v = [torch.zeros_like(p) for p in wide]
     wide_averages = [copy.deepcopy(wide) for _ in DECAYS]
     beta1, beta2 = BETAS
+    tensors = [*weights, *averages[0][0][:-1], *averages[1][0][:-1]]
+    copies = copies_of(tensors)
     for n in range(1, 21):
         lr = LR / n
         optimizer.param_groups[0]["lr"].fill_(lr)
@@ -66,7 +87,8 @@ def matches_the_formulas():
             wide[i] = (1 - lr * WEIGHT_DECAY) * wide[i] - lr / (1 - beta1**n) * m[i] / size
             for average, decay in zip(wide_averages, DECAYS, strict=True):
                 average[i] = decay * average[i] + (1 - decay) * wide[i]
-        one_pass.step(optimizer, averages)
+        one_pass.step(optimizer, averages, copies)
+    check_copies(copies, tensors)
     assert (unused == 1).all() and not optimizer.state[unused]
     for i, p in enumerate(weights):
         state = optimizer.state[p]
@@ -130,6 +152,8 @@ def test_gpu_matches_torch():
     for p in weights:
         p.grad = torch.zeros_like(p)
     copies, reference, reference_averages = make("cuda")
+    tensors = [*weights, *averages[0][0]]
+    copy_of = copies_of(tensors)
     graph = None
     for n in range(20):
         optimizer.param_groups[0]["lr"].fill_(LR / (n + 1))
@@ -140,12 +164,13 @@ def test_gpu_matches_torch():
         if graph:
             graph()
         else:
-            one_pass.step(optimizer, averages)
-            graph = Graph(lambda: one_pass.step(optimizer, averages), warm_ups=0)
+            one_pass.step(optimizer, averages, copy_of)
+            graph = Graph(lambda: one_pass.step(optimizer, averages, copy_of), warm_ups=0)
         reference.step()
         with torch.no_grad():
             for average, decay in reference_averages:
                 torch._foreach_lerp_(average, copies, 1 - decay)
+    check_copies(copy_of, tensors)
     for i, (p, q) in enumerate(zip(weights, copies, strict=True)):
         assert rel(p, q) < 1e-6
         for key, t in reference.state[q].items():

@@ -423,8 +423,11 @@ def small_inception(monkeypatch, folder):
     return inception
 
 
-def test_train_logs_fid(small_inception):
-    """With a stand-in for Inception: the number is that of the same samples by sample.py."""
+def test_train_logs_fid(small_inception, capsys):
+    """With a stand-in for Inception: the number is that of the same samples by sample.py.
+
+    A reference of images of another size is remarked on.
+    """
     other = "resize torch, weights 01234567"
     np.savez("other.npz", mu=np.zeros(2), sigma=np.eye(2), notes=other)
     np.savez("wide.npz", mu=np.zeros(3), sigma=np.eye(3))
@@ -434,8 +437,11 @@ def test_train_logs_fid(small_inception):
         ("wide.npz", "3 dimensions"),
     ):
         assert words in train(f"--fid_reference={name}")
+    notes = f"{fid.made_with(small_inception)}, images 64x48"
+    np.savez("ref.npz", mu=np.zeros(2), sigma=np.eye(2), notes=notes)
     flags = ("--steps=2", "--sample_every=2", "--fid_reference=ref.npz", "--fid_images=30")
     assert train(*flags) is None
+    assert "its images are 64x48 and the samples 8x8" in capsys.readouterr().err
     (line,) = [line for line in log_lines("digits") if "fid" in line]
     command = ("sample.py", "out/digits/ckpt.safetensors", "--n", 30, "--out", "a.npz")
     assert run_script(*command) is None

@@ -1,0 +1,251 @@
+"""products.py beside float64, and a training step that uses it beside autocast's."""
+
+import copy
+
+import pytest
+import torch
+from helpers import gpu, rel
+from torch import nn
+
+import products
+from dual import linear
+from loss import TrainingLoss
+from model import TOGETHER, Block, DiT, DiTConfig, block_vectors
+from products import RoundedCopies, product
+from step import TrainingStep
+
+# With few rows the gradients of value and tangent are one product, with more they are two.
+ROWS = (5, products.FEW_ROWS + 3)
+CASES = ["value", "both", "value's gradient alone", "tangent's gradient alone", "constant bias"]
+
+
+def layers_of(count, device):
+    layers = nn.ModuleList(nn.Linear(16, 8) for _ in range(count)).to(device)
+    for p in layers.parameters():
+        nn.init.normal_(p)
+    return list(layers)
+
+
+def check_product(case, rows, count, device):
+    """Values, tangents and all gradients. What is not float32 is exact in bfloat16."""
+    torch.manual_seed(0)
+    layers = layers_of(count, device)
+    weight = torch.cat([layer.weight for layer in layers]).detach().bfloat16()
+    bias = torch.cat([layer.bias for layer in layers]).detach().bfloat16()
+    x, dx = torch.randn(2, 1, rows, 16, device=device).bfloat16()
+    gy, gdy = torch.randn(2, 1, rows, 8 * count, device=device).bfloat16()
+    if case == "value":
+        dx = None
+
+    inputs = [None if t is None else t.clone().requires_grad_() for t in (x, dx)]
+    y, dy = product(*inputs, layers, (weight, bias), bias_gradient=case != "constant bias")
+    wide = [None if t is None else t.double().requires_grad_() for t in (x, dx, weight, bias)]
+    wide_x, wide_dx, wide_weight, wide_bias = wide
+    wide_y = wide_x @ wide_weight.T + wide_bias
+    assert rel(y, wide_y) < 2**-8
+    found, wanted = [y], [wide_y]
+    gradients = [gy]
+    if case == "value":
+        assert dy is None
+    else:
+        wide_dy = wide_dx @ wide_weight.T
+        assert rel(dy, wide_dy) < 2**-8
+        found.append(dy)
+        wanted.append(wide_dy)
+        gradients.append(gdy)
+    if case == "value's gradient alone":
+        found, wanted, gradients = found[:1], wanted[:1], gradients[:1]
+    if case == "tangent's gradient alone":
+        found, wanted, gradients = found[1:], wanted[1:], gradients[1:]
+    torch.autograd.backward(found, gradients)
+    torch.autograd.backward(wanted, [g.double() for g in gradients])
+
+    for a, b in zip(inputs, (wide_x, wide_dx), strict=True):
+        if a is not None and b.grad is not None:
+            assert rel(a.grad, b.grad) < 2**-8
+    for layer, rows_of_it in zip(layers, wide_weight.grad.chunk(count), strict=True):
+        assert layer.weight.grad.dtype == torch.float32
+        assert rel(layer.weight.grad, rows_of_it) < 1e-6  # a sum that was rounded has 2^-9
+    if case in ("constant bias", "tangent's gradient alone"):
+        assert all(layer.bias.grad is None for layer in layers)
+        return
+    for layer, rows_of_it in zip(layers, wide_bias.grad.chunk(count), strict=True):
+        assert rel(layer.bias.grad, rows_of_it) < 1e-6
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("case", CASES)
+def test_product(case, rows, count):
+    check_product(case, rows, count, "cpu")
+
+
+@gpu
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("case", CASES)
+def test_gpu_product(case, rows):
+    check_product(case, rows, 3, "cuda")
+
+
+def two_networks():
+    """(network, target) with random weights."""
+    torch.manual_seed(0)
+    net = DiT(DiTConfig.named("tiny", input_size=4, in_channels=2, num_classes=3))
+    for p in net.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.2)
+    return net, copy.deepcopy(net).requires_grad_(False)
+
+
+def linear_layers(*nets):
+    return [layer for net in nets for layer in net.modules() if type(layer) is nn.Linear]
+
+
+def test_copies():
+    """They are the rounded weights, in use within the context alone, and made anew when needed."""
+    nets = two_networks()
+    copies = RoundedCopies(nets)
+    layers = linear_layers(*nets)
+    assert len(copies.copies) == 2 * len(layers)
+
+    def check():
+        copies.refresh_if_changed()
+        with copies.in_use():
+            for layer in layers:
+                weight, bias = layer.copies
+                assert torch.equal(weight, layer.weight.bfloat16())
+                assert torch.equal(bias, layer.bias.bfloat16())
+            for group in nets[0].side_by_side():
+                count, weight, bias = group[0].stack
+                assert count == len(group) == 2
+                assert torch.equal(weight, torch.cat([layer.weight for layer in group]).bfloat16())
+
+    check()
+    versions = copies.versions
+    copies.refresh_if_changed()
+    assert copies.versions is versions  # nothing was done
+    nets[0].load_state_dict({name: 2 * t for name, t in nets[0].state_dict().items()})
+    check()
+    with torch.no_grad():
+        layers[0].bias.add_(1)
+    check()
+    with pytest.raises(ZeroDivisionError), copies.in_use():
+        raise ZeroDivisionError
+    assert not any(hasattr(layer, "copies") or hasattr(layer, "stack") for layer in layers)
+
+
+class OtherLinear(nn.Linear):
+    pass
+
+
+def test_layers_without_copies():
+    """Those that autocast must compute: without bias, of a subclass, with a weight of another."""
+    net, _ = two_networks()
+    first, second = net.blocks
+    first.mlp.fc1 = OtherLinear(32, 128)
+    first.mlp.fc2.bias = None
+    second.attn.proj.weight = first.attn.proj.weight
+    second.adaLN_modulation[1] = OtherLinear(32, 6 * 32)
+    copies = RoundedCopies([net])
+    with copies.in_use():
+        for layer in (first.mlp.fc1, first.mlp.fc2, second.attn.proj, second.adaLN_modulation[1]):
+            assert not hasattr(layer, "copies")
+        for layer in (first.attn.proj, first.adaLN_modulation[1], second.mlp.fc1):
+            assert hasattr(layer, "copies")
+        assert not hasattr(first.adaLN_modulation[1], "stack")
+    one_for_all = copy.deepcopy(net)
+    for block in one_for_all.blocks:
+        block.adaLN_modulation = one_for_all.blocks[0].adaLN_modulation
+    RoundedCopies([one_for_all, net])
+
+
+def test_where_copies_are_used():
+    """Where autocast computes the layer, and not in transforms, hooks or outside of autocast."""
+    layer = nn.Linear(16, 8)
+    nn.init.normal_(layer.weight)
+    x = torch.randn(3, 16)
+    copies = RoundedCopies([layer])
+    with torch.no_grad():
+        for copied in copies.copies:
+            copied.zero_()
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    with copies.in_use():
+        assert torch.equal(linear(layer, x), layer(x))
+        with autocast:
+            assert not linear(layer, x).any()
+            _, tangent = torch.func.jvp(lambda x: linear(layer, x), (x,), (x,))
+            assert tangent.any()
+            hook = layer.register_forward_hook(lambda *_: None)
+            assert linear(layer, x).any()
+            hook.remove()
+    with autocast:
+        assert linear(layer, x).any()
+
+
+@pytest.mark.parametrize("options", [{}, dict(rms_norm=False, qk_norm=False, mod_norm=False)])
+def test_vectors_of_several_blocks(options):
+    """DiT's blocks are given the vectors that each makes of the condition alone."""
+    net = DiT(DiTConfig.named("tiny", depth=5, input_size=4, **options)).double()
+    for p in net.parameters():
+        nn.init.normal_(p)
+    c = torch.randn(5, 32, dtype=torch.float64)
+    found = []
+    for i in range(0, 5, TOGETHER):
+        found += net.conditions(list(net.blocks)[i : i + TOGETHER], c)
+    for block, vectors in zip(net.blocks, found, strict=True):
+        for a, b in zip(vectors, block.modulation(c), strict=True):
+            assert rel(a, b) < 1e-14
+
+
+def gradients_in(net, target, dtype=torch.float32, copies=False, backend=None):
+    """The terms of TVM's loss on one batch, and the gradients; in float32 under autocast."""
+    torch._dynamo.reset()
+    net = copy.deepcopy(net).to(dtype)
+    target = copy.deepcopy(target).to(dtype)
+    loss = TrainingLoss(net, target, guidance=dict(w=2.0))
+    step = TrainingStep(loss, [], [], torch.device("cpu"))
+    step.has_bfloat16 = dtype == torch.float32
+    if copies:
+        step.copies = RoundedCopies([net, target])
+    if backend:
+        net.run_block = torch.compile(Block.forward, fullgraph=True, backend=backend)
+        net.make_vectors = torch.compile(block_vectors, fullgraph=True, backend=backend)
+        target.run_block, target.make_vectors = net.run_block, net.make_vectors
+    x0 = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    inputs = [x0, torch.arange(8) % 3, *loss.draw(x0, 0)]
+    inputs = [t.to(dtype) if t.is_floating_point() else t for t in inputs]
+    terms = step.gradients(*inputs)
+    values = [term.loss for term in terms.values()]
+    return values, torch.cat([p.grad.flatten() for p in net.parameters() if p.requires_grad])
+
+
+def test_gradients_are_as_near_to_float64():
+    """As near as autocast's, with the same values; and when compiled."""
+    networks = two_networks()
+    _, wanted = gradients_in(*networks, torch.float64)
+    values, autocast = gradients_in(*networks)
+    found_values, found = gradients_in(*networks, copies=True)
+    for a, b in zip(found_values, values, strict=True):
+        assert torch.equal(a, b)
+    assert rel(found, wanted) < 1.05 * rel(autocast, wanted)
+    _, compiled = gradients_in(*networks, copies=True, backend="aot_eager")
+    assert rel(compiled, wanted) < 1.05 * rel(autocast, wanted)
+
+
+def test_a_step_refreshes_copies():
+    """Also with an optimizer that knows nothing of them. Each step's copies are of its weights."""
+    net, target = two_networks()
+    weights = [p for p in net.parameters() if p.requires_grad]
+    loss = TrainingLoss(net, target, guidance=dict(w=2.0))
+    optimizer = torch.optim.SGD(weights, lr=0.1)
+    step = TrainingStep(loss, [optimizer], [(target, 0.5)], torch.device("cpu"))
+    step.has_bfloat16 = True
+    step.copies = RoundedCopies([net, target])
+    x0 = torch.randn(4, 2, 4, 4)
+    for n in range(3):
+        before = net.blocks[0].mlp.fc1.weight.detach().clone()
+        step.gradients(x0, torch.arange(4) % 3, *loss.draw(x0, n))
+        step.update()
+        assert not torch.equal(net.blocks[0].mlp.fc1.weight, before)
+        for weight, copied in zip(step.copies.weights, step.copies.copies, strict=True):
+            assert torch.equal(copied, weight.bfloat16())
