@@ -14,6 +14,9 @@ from model import TOGETHER, Block, DiT, DiTConfig, block_vectors
 from products import RoundedCopies, product
 from step import TrainingStep
 
+# Of a weight's gradient, relative: a sum in float32, and on a GPU in tensor cores, whose adders drop
+# a few bits (9.1e-6 for 8,192 rows on an H200, at any shape). A gradient in bfloat16 has 1e-3.
+LIMIT = {"cpu": 1e-6, "cuda": 2e-5}
 # With few rows the gradients of value and tangent are one product, with more they are two.
 ROWS = (5, products.FEW_ROWS + 3)
 CASES = ["value", "both", "value's gradient alone", "tangent's gradient alone", "constant bias"]
@@ -65,7 +68,7 @@ def check_product(case, rows, count, device):
             assert rel(a.grad, b.grad) < 2**-8
     for layer, rows_of_it in zip(layers, wide_weight.grad.chunk(count), strict=True):
         assert layer.weight.grad.dtype == torch.float32
-        assert rel(layer.weight.grad, rows_of_it) < 1e-6  # a sum that was rounded has 2^-9
+        assert rel(layer.weight.grad, rows_of_it) < LIMIT[device]
     if case in ("constant bias", "tangent's gradient alone"):
         assert all(layer.bias.grad is None for layer in layers)
         return
