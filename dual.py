@@ -124,11 +124,13 @@ def linear(layer, x):
     return layer(x)
 
 
-def linear_side_by_side(layers, x):
-    """The results of several layers for one x (B, D), side by side: (B, sum of their outputs)."""
+def linear_side_by_side(layers, x, stack=None):
+    """The results of several layers for one x (B, D), side by side: (B, sum of their outputs).
+
+    stack: their copies as one matrix, of products.stack_of.
+    """
     x = total(x)
-    count, *stack = getattr(layers[0], "stack", (0,))  # of products.py: all copies as one matrix
-    if count == len(layers) and all(copies_of(layer) is not None for layer in layers):
+    if stack is not None and all(copies_of(layer) is not None for layer in layers):
         return pair(*product(value_of(x), tangent_of(x), layers, stack))
     return cat([linear(layer, x) for layer in layers], -1)
 

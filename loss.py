@@ -39,6 +39,7 @@ OBJECTIVES = ("tvm", "meanflow", "improved_meanflow", "alpha_flow", "flow_matchi
 EULER = ("flow_matching",)  # trained at s = t only: sampled by Euler steps with F(x, t, t)
 MEANFLOWS = ("meanflow", "improved_meanflow", "alpha_flow")  # MeanFlow and its relatives
 DETACHED_JVP = ("meanflow", "improved_meanflow")  # no gradient goes through their derivative
+WITHOUT_TARGET = ("meanflow", "improved_meanflow", "alpha_flow")  # do not run the EMA network
 # The constants of train.py with which MeanFlow and its relatives are trained.
 MEANFLOW_CONSTANTS = dict(times="two", p_equal=0.75, scaled=False)
 TIMES = ("gap*", "gap", "trunc", "clamp", "two")
@@ -405,8 +406,9 @@ class TrainingLoss(nn.Module):
 
     def networks(self):
         """The networks that the objective runs."""
-        has_target = self.objective in ("tvm", "flow_matching")
-        return [self.model, self.target] if has_target else [self.model]
+        if self.objective in WITHOUT_TARGET:
+            return [self.model]
+        return [self.model, self.target]
 
     def draw(self, x0, seed, first=0, total=None, progress=0.0):
         """What is random in a step, for x0 (B, ...): a list of x1, t, s, s_fm, w, drop.

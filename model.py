@@ -44,6 +44,7 @@ from dual import (
     widest,
 )
 from files import CheckpointError
+from products import stack_of
 
 FREQUENCIES = 128  # cosines, and as many sines, of a time embedding
 TOGETHER = 4  # blocks whose modulation vectors are made by one product
@@ -309,20 +310,24 @@ class Block(Modulated):
         return detach_tangent(self.forward(x, c, mask))
 
 
-def block_vectors(blocks, c):
+def block_vectors(blocks, c, stack=None):
     """c (B, D) -> the modulation vectors of several blocks, in order: (B, 6 blocks, 1, D).
 
     They are one product and one norm. Alone each block would have many kernels of a few rows, which
-    take longer to start than to run.
+    take longer to start than to run. stack: as in dual.linear_side_by_side.
     """
-    x = linear_side_by_side([block.adaLN_modulation[1] for block in blocks], c)
+    x = linear_side_by_side(modulation_layers(blocks), c, stack)
     x = linear_map(lambda x: x.unflatten(1, (sum(block.vectors for block in blocks), 1, -1)), x)
     return blocks[0].normed(x)
 
 
-def block_vectors_detach_jvp(blocks, c):
+def block_vectors_detach_jvp(blocks, c, stack=None):
     """block_vectors, with no gradient through the tangent (as Block.forward_detach_jvp)."""
-    return detach_tangent(block_vectors(blocks, c))
+    return detach_tangent(block_vectors(blocks, c, stack))
+
+
+def modulation_layers(blocks):
+    return [block.adaLN_modulation[1] for block in blocks]
 
 
 class FinalLayer(Modulated):
@@ -395,9 +400,9 @@ class DiT(nn.Module):
         if not any(isinstance(a, Dual) for a in (x, c)):
             checkpointed = checkpointed // 2
         for i, block in enumerate(self.blocks):
-            if i % TOGETHER == 0:
-                conditions = self.conditions(list(self.blocks)[i : i + TOGETHER], c)
-            condition = conditions[i % TOGETHER]
+            if i % TOGETHER == 0:  # here, so that their gradients come when those of the blocks do
+                vectors = self.vectors_of(self.groups()[i // TOGETHER], c)
+            condition = vectors[i % TOGETHER]
             if torch.is_grad_enabled() and i < checkpointed:
                 x = checkpoint(
                     self.run_block,
@@ -432,17 +437,22 @@ class DiT(nn.Module):
         """Conditions like y that mean "no class". The loss needs them for guidance and dropout."""
         return torch.full_like(y, self.config.num_classes)
 
-    def conditions(self, blocks, c):
+    def vectors_of(self, blocks, c):
         """What each of these blocks is given as its condition: a tuple of its vectors."""
         if self.make_vectors is None:
             return [c] * len(blocks)
-        vectors = iter(split(lambda x: x.unbind(1), self.make_vectors(blocks, c)))
+        x = self.make_vectors(blocks, c, stack_of(modulation_layers(blocks)))
+        vectors = iter(split(lambda x: x.unbind(1), x))
         return [tuple(itertools.islice(vectors, block.vectors)) for block in blocks]
+
+    def groups(self):
+        """The blocks whose vectors are made together."""
+        blocks = list(self.blocks)
+        return [blocks[i : i + TOGETHER] for i in range(0, len(blocks), TOGETHER)]
 
     def side_by_side(self):
         """Groups of layers that are computed as one product (for products.py)."""
-        layers = [block.adaLN_modulation[1] for block in self.blocks]
-        return [layers[i : i + TOGETHER] for i in range(0, len(layers), TOGETHER)]
+        return [modulation_layers(blocks) for blocks in self.groups()]
 
     def unpatchify(self, x):
         height, p = self.config.grid[0], self.config.patch_size
@@ -466,7 +476,9 @@ class DiT(nn.Module):
 
 def compile_blocks(*models, detach_jvp=False, dynamic=False):
     """Compile the blocks of models: one function for all of them, once for each shape of a batch.
-    (On a GPU twice: the first block is given a tensor or a Dual, the others a dual.Residual.)
+    (On a GPU twice: the first block is given a tensor or a Dual, the others a dual.Residual.) Their
+    vectors are another function. A depth that is no multiple of TOGETHER has a second program of
+    each, for the last blocks.
 
     detach_jvp: for a loss that does not ask for the gradient of a tangent. dynamic: from the second
     batch size on, one program for all sizes (for sampling; a training step has fixed shapes).

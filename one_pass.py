@@ -50,7 +50,7 @@ def step(optimizer, averages, copy_of=None):
     copy_of: {id(tensor): its copy in bfloat16}, of some of the weights and averages.
     A weight without a gradient stays as it is, and so do its averages. Raises ValueError for other
     optimizers and options, and for tensors that are not contiguous, float32, on one device and as
-    large as their weight.
+    large as their weight; and for copies that are not like their tensor in bfloat16.
     """
     check_options(optimizer)
     (group,) = optimizer.param_groups
@@ -109,6 +109,15 @@ def check(rows):
                 raise ValueError(
                     f"a weight {tuple(p.shape)} on {p.device} has a gradient, moment or average "
                     f"{tuple(t.shape)} on {t.device}"
+                )
+        for copy in row[6:]:
+            wanted = (p.shape, torch.bfloat16, p.device)
+            if copy is None:
+                continue
+            if (copy.shape, copy.dtype, copy.device) != wanted or not copy.is_contiguous():
+                raise ValueError(
+                    f"a copy of a weight {tuple(p.shape)} must be bfloat16, contiguous and like "
+                    f"it, not {copy.dtype} {tuple(copy.shape)} on {copy.device}"
                 )
         if p.device != rows[0][0].device:
             raise ValueError(f"weights on {rows[0][0].device} and on {p.device}")

@@ -18,31 +18,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# A gradient of a weight is a sum of two products, of the value's gradient and of the tangent's. Up
-# to so many rows (of modulation, images) it is one product of both below each other: it then takes
-# as long as to write the result, which is once and not twice.
+# The gradient of a weight is the sum of two products: of the value's gradient and of the tangent's.
+# With few rows (modulation has one an image) a product takes as long as writing its result. Up to
+# so many rows both are one product, of the rows stacked, and the result is written once.
 FEW_ROWS = 1024
 
 
 class RoundedCopies:
     """bfloat16 copies of the weights and biases of networks' linear layers.
 
-    A layer with hooks, without a bias, or of a subclass of nn.Linear is left to autocast, and so is
-    one that shares its weight with another.
+    These layers have none, and are left to autocast: one without a bias, one that is not float32,
+    one of a subclass of nn.Linear, and one whose weight or bias an earlier layer has.
     """
 
     def __init__(self, nets):
-        """nets: networks of float32 weights. One that has side_by_side(), as DiT has, says there
-        which layers are computed as one product. Their copies lie one below the other."""
+        """nets: networks. One that has side_by_side(), as DiT has, says there which layers are
+        computed as one product. Their copies lie one below the other."""
         self.weights = []
         self.copies = []
         self.attributes = []  # (layer, name, value): what is set while the copies are in use
-        seen = set()  # weights
-        for module in [module for net in nets for module in net.modules()]:
-            groups = module.side_by_side() if hasattr(module, "side_by_side") else []
-            for layers in groups:
-                self.add(layers, seen)
-            self.add([module], seen)
+        seen = set()  # ids of weights and biases
+        for net in nets:
+            for module in net.modules():
+                if hasattr(module, "side_by_side"):
+                    for layers in module.side_by_side():
+                        self.add(layers, seen)
+                self.add([module], seen)
         self.copy_of = {id(p): copy for p, copy in zip(self.weights, self.copies, strict=True)}
         self.versions = None  # of the weights when their copies were made
 
@@ -52,24 +53,29 @@ class RoundedCopies:
         if not all(type(layer) is nn.Linear and layer.bias is not None for layer in layers):
             return
         weights = [layer.weight for layer in layers]
-        ids = {id(p) for p in weights}
-        if ids & seen or len(ids) < len(layers) or len({p.shape for p in weights}) > 1:
+        biases = [layer.bias for layer in layers]
+        parameters = weights + biases
+        ids = {id(p) for p in parameters}
+        if ids & seen or len(ids) < len(parameters) or len({p.shape for p in weights}) > 1:
+            return
+        if any(p.dtype != torch.float32 for p in parameters):
             return
         seen |= ids
-        biases = [layer.bias for layer in layers]
-        stack = torch.cat(weights).bfloat16(), torch.cat(biases).bfloat16()
+        weight = torch.cat(weights).bfloat16()
+        bias = torch.cat(biases).bfloat16()
         if len(layers) > 1:
-            self.attributes.append((layers[0], "stack", (len(layers), *stack)))
-        rows = zip(*(t.chunk(len(layers)) for t in stack), strict=True)
-        for layer, copies in zip(layers, rows, strict=True):
-            self.attributes.append((layer, "copies", copies))
+            self.attributes.append((layers[0], "stack", (layers, (weight, bias))))
+        weight_rows, bias_rows = weight.chunk(len(layers)), bias.chunk(len(layers))
+        for layer, *copies in zip(layers, weight_rows, bias_rows, strict=True):
+            self.attributes.append((layer, "copies", tuple(copies)))
             self.weights += [layer.weight, layer.bias]
             self.copies += copies
 
     def refresh_if_changed(self):
         """Copy all weights again, if PyTorch has written to one since (as load_state_dict does).
 
-        It does not notice writes through .data and by kernels of other libraries.
+        It does not notice writes through .data, writes by others' kernels, and a layer that is
+        given another tensor (as load_state_dict does with assign=True).
         """
         if self.versions != [p._version for p in self.weights]:
             self.refresh()
@@ -80,7 +86,7 @@ class RoundedCopies:
         self.are_fresh()
 
     def are_fresh(self):
-        """To be called by who has written to weights and to their copies."""
+        """Call this after writing to the weights and to their copies."""
         self.versions = [p._version for p in self.weights]
 
     @contextlib.contextmanager
@@ -96,6 +102,16 @@ class RoundedCopies:
         finally:
             for layer, name, _ in self.attributes:
                 vars(layer).pop(name, None)
+
+
+def stack_of(layers):
+    """The copies of these layers as one matrix and one vector of biases; None where they are none.
+
+    They are one where copies are in use and these are the layers of a group, in its order.
+    """
+    group, stack = getattr(layers[0], "stack", ((), None))
+    is_group = len(group) == len(layers) and all(a is b for a, b in zip(group, layers, strict=True))
+    return stack if is_group else None
 
 
 def product(x, dx, layers, copies, bias_gradient=True):
@@ -127,6 +143,7 @@ class _Product(torch.autograd.Function):
         return y, functional.linear(dx, weight)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable  # the copies have no gradient
     def backward(ctx, gy, gdy=None):
         x, dx, weight = ctx.saved_tensors
         needs_x, needs_dx, _, _, _, *needs_parameters = ctx.needs_input_grad
@@ -136,13 +153,22 @@ class _Product(torch.autograd.Function):
         gdx = gdy @ weight if needs_dx and gdy is not None else None
         gweights = [None] * ctx.count
         gbiases = [None] * (len(needs_parameters) - ctx.count)
-        pairs = [(g, a) for g, a in ((gy, x), (gdy, dx)) if g is not None]
-        if needs_weights and pairs:
-            (g, a), (dg, da) = [*pairs, (None, None)][:2]
-            gweights = weight_gradient(g, a, dg, da).chunk(ctx.count)
+        if needs_weights:
+            if gy is None:
+                gweight = weight_gradient(gdy, dx, None, None)
+            elif gdy is None:
+                gweight = weight_gradient(gy, x, None, None)
+            else:
+                gweight = weight_gradient(gy, x, gdy, dx)
+            gweights = gweight.chunk(ctx.count)
         if needs_biases and gy is not None:
-            gbiases = gy.flatten(0, -2).sum(0, dtype=torch.float32).chunk(ctx.count)
+            gbiases = rows_of(gy).sum(0, dtype=torch.float32).chunk(ctx.count)
         return gx, gdx, None, None, None, *gweights, *gbiases
+
+
+def rows_of(x):
+    """(..., D) -> (rows, D)"""
+    return x.reshape(-1, x.size(-1))
 
 
 @torch.compiler.allow_in_graph  # Dynamo's own tracing would replace missing gradients by zeros
@@ -153,10 +179,10 @@ def _product(*arguments):
 @torch.library.custom_op("products::weight_gradient", mutates_args=())
 def weight_gradient(gy: Tensor, x: Tensor, gdy: Tensor | None, dx: Tensor | None) -> Tensor:
     """gy^T x + gdy^T dx over all rows, float32 (N, D)."""
-    gy, x = gy.flatten(0, -2), x.flatten(0, -2)
+    gy, x = rows_of(gy), rows_of(x)
     if gdy is None:
         return float32_product(gy.t(), x)
-    gdy, dx = gdy.flatten(0, -2), dx.flatten(0, -2)
+    gdy, dx = rows_of(gdy), rows_of(dx)
     if len(x) <= FEW_ROWS:
         return float32_product(torch.cat([gy, gdy]).t(), torch.cat([x, dx]))
     return float32_product(gdy.t(), dx, add_to=float32_product(gy.t(), x))

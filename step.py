@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import one_pass
-from device import DDP_WARM_UPS, Graph, abilities, data_parallel
+from device import DDP_WARM_UPS, Graph, data_parallel
 from loss import backward
 from products import RoundedCopies
 from shard import shard_loss, whole
@@ -35,24 +35,25 @@ class TrainingStep:
         device,
         micro_batches=1,
         graphs=False,
+        bfloat16=False,
         shard=False,
         bfloat16_sums=False,
     ):
-        """loss: a TrainingLoss, or a module like it. What is trained are the weights of loss.model
-        that require a gradient.
+        """loss: a TrainingLoss, or a module like it: it has model and networks(). What is trained
+        are the weights of loss.model that require a gradient.
 
         optimizers: of these weights. The first one is AdamW. averages: [(network, decay)] of each
         exponential moving average: two, where one_pass.py makes them. micro_batches: calls of
         gradients() in a step. graphs: whether to record CUDA graphs; learning rates must then be
-        tensors. Under torchrun the gradient is the mean over the ranks, by DistributedDataParallel,
-        or by FSDP2 with shard, for networks that went through shard_weights. bfloat16_sums: DDP
-        sends gradients as bfloat16.
+        tensors. bfloat16: the networks run under autocast. Under torchrun the gradient is the mean
+        over the ranks, by DistributedDataParallel, or by FSDP2 with shard, for networks that went
+        through shard_weights. bfloat16_sums: DDP sends gradients as bfloat16.
         """
         self.model = loss.model
         self.optimizers = optimizers
         self.micro_batches = micro_batches
         self.device = device
-        self.has_bfloat16, _ = abilities(device)
+        self.bfloat16 = bfloat16
         self.uses_ddp = dist.is_initialized() and not shard
         self.use_graphs = graphs
         trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
@@ -66,8 +67,10 @@ class TrainingStep:
             self.wrapped_loss = data_parallel(loss, bfloat16=bfloat16_sums, for_graph=graphs)
         else:
             self.wrapped_loss = loss
-        self.copies = None  # in bfloat16, of the weights of all networks that the loss runs
-        if self.has_bfloat16 and not shard and torch.version.hip is None:  # FSDP2 has its own
+        # In bfloat16, of the weights of all networks that the loss runs. FSDP2 gathers weights in
+        # bfloat16 itself. Products of bfloat16 that are float32 have not been tried on AMD's GPUs.
+        self.copies = None
+        if bfloat16 and not shard and torch.version.hip is None:
             self.copies = RoundedCopies(loss.networks())
         if micro_batches > 1:  # gradients add up in .grad
             for p in self.weights:
@@ -106,7 +109,7 @@ class TrainingStep:
             sync = self.wrapped_loss.no_sync()  # DDP then only adds to .grad and sends nothing
         copies_in_use = self.copies.in_use() if self.copies else nullcontext()
         with sync, copies_in_use:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.has_bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
                 rest, terms = self.wrapped_loss(*inputs, backward_part=backward_part)
             backward_part(rest)
         return terms
@@ -145,8 +148,8 @@ class TrainingStep:
             if self.use_graphs:  # its kernels are compiled now; recording runs nothing
                 self.recorded["update"] = Graph(self.update_weights, warm_ups=0)
         if self.copies:
-            # PyTorch counts its own writes to a tensor. Those of graphs and of one_pass.py count,
-            # too, for others who keep copies.
+            # PyTorch does not see writes by CUDA graphs and by one_pass.py. They are counted here,
+            # so that other copies of these weights are refreshed.
             for written in (self.weights, *(average for average, _ in self.averages)):
                 torch.autograd.graph.increment_version(written)
             self.copies.are_fresh()

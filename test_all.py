@@ -680,7 +680,7 @@ def test_blocks_compile_for_many_batch_sizes(dynamic, most, monkeypatch):
         for B in range(1, 13):
             x, _, t, s, y, w = random_inputs(B)
             close(compiled(x, t, s, y, w), net(x, t, s, y, w), 1e-14)
-    assert 1 <= len(counter.graphs) <= most
+    assert 2 <= len(counter.graphs) <= most
 
 
 # ---- samplers ------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from batches import conditions
+from device import abilities
 from dual import column
 from loss import Term, TrainingLoss, mean_square
 from model import DiT, compile_blocks
@@ -123,6 +124,7 @@ class RandomStep:
             [(target, 0.99), (evaluated, 0.9999)],
             self.device,
             graphs=graphs,
+            bfloat16=abilities(self.device)[0],
             shard=shard,
             bfloat16_sums=bfloat16_sums,
         )

@@ -544,6 +544,7 @@ training = TrainingStep(
     device,
     micro_batches=local_batch // micro_batch,
     graphs=use_graphs,
+    bfloat16=has_bfloat16,
     shard=shard,
     bfloat16_sums=bfloat16_sums,
 )

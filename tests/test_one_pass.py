@@ -137,6 +137,10 @@ def test_wrong_tensors():
     averages[1][0][2] = torch.zeros(3)
     with pytest.raises(ValueError, match=r"a weight \(64, 40\) .* average \(3,\)"):
         one_pass.step(optimizer, averages)
+    averages[1][0][2] = torch.zeros(64, 40)
+    for wrong in (torch.zeros(64, 40), torch.zeros(64, 39).bfloat16()):
+        with pytest.raises(ValueError, match=r"a copy of a weight \(64, 40\) must be bfloat16"):
+            one_pass.step(optimizer, averages, {id(weights[2]): wrong})
     optimizer.param_groups[0]["maximize"] = True
     with pytest.raises(ValueError, match="AdamW without maximize"):
         one_pass.step(optimizer, averages)

@@ -8,18 +8,25 @@ from helpers import gpu, rel
 from torch import nn
 
 import products
-from dual import linear
+from dual import linear, linear_side_by_side
 from loss import TrainingLoss
-from model import TOGETHER, Block, DiT, DiTConfig, block_vectors
-from products import RoundedCopies, product
+from model import Block, DiT, DiTConfig, block_vectors
+from products import RoundedCopies, product, stack_of
 from step import TrainingStep
 
-# Of a weight's gradient, relative: a sum in float32, and on a GPU in tensor cores, whose adders drop
-# a few bits (9.1e-6 for 8,192 rows on an H200, at any shape). A gradient in bfloat16 has 1e-3.
+# Relative, of a weight's gradient: a sum in float32, on a GPU in tensor cores, whose adders drop a
+# few bits (9.1e-6 for 8,192 rows on an H200, at any shape). A gradient in bfloat16 has 1e-3.
 LIMIT = {"cpu": 1e-6, "cuda": 2e-5}
 # With few rows the gradients of value and tangent are one product, with more they are two.
 ROWS = (5, products.FEW_ROWS + 3)
-CASES = ["value", "both", "value's gradient alone", "tangent's gradient alone", "constant bias"]
+CASES = [
+    "value",
+    "float32",
+    "both",
+    "value's gradient alone",
+    "tangent's gradient alone",
+    "constant bias",
+]
 
 
 def layers_of(count, device):
@@ -39,6 +46,8 @@ def check_product(case, rows, count, device):
     gy, gdy = torch.randn(2, 1, rows, 8 * count, device=device).bfloat16()
     if case == "value":
         dx = None
+    if case == "float32":  # it is rounded
+        x, dx = x.float(), dx.float()
 
     inputs = [None if t is None else t.clone().requires_grad_() for t in (x, dx)]
     y, dy = product(*inputs, layers, (weight, bias), bias_gradient=case != "constant bias")
@@ -118,10 +127,14 @@ def test_copies():
                 weight, bias = layer.copies
                 assert torch.equal(weight, layer.weight.bfloat16())
                 assert torch.equal(bias, layer.bias.bfloat16())
-            for group in nets[0].side_by_side():
-                count, weight, bias = group[0].stack
-                assert count == len(group) == 2
-                assert torch.equal(weight, torch.cat([layer.weight for layer in group]).bfloat16())
+            (group,) = nets[0].side_by_side()
+            assert len(group) == 2
+            weight, bias = stack_of(group)
+            assert torch.equal(weight, torch.cat([layer.weight for layer in group]).bfloat16())
+            assert torch.equal(bias, torch.cat([layer.bias for layer in group]).bfloat16())
+            assert stack_of(group[::-1]) is None
+            assert stack_of(group[:1]) is None
+        assert stack_of(group) is None
 
     check()
     versions = copies.versions
@@ -142,8 +155,13 @@ class OtherLinear(nn.Linear):
 
 
 def test_layers_without_copies():
-    """Those that autocast must compute: without bias, of a subclass, with a weight of another."""
+    """Those that autocast must compute: without bias, float64, of a subclass, with another's
+    weight or bias."""
     net, _ = two_networks()
+    twins = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+    twins[1].bias = twins[0].bias
+    copies = RoundedCopies([twins, nn.Linear(3, 3).double()])
+    assert len(copies.copies) == len(copies.copy_of) == 2
     first, second = net.blocks
     first.mlp.fc1 = OtherLinear(32, 128)
     first.mlp.fc2.bias = None
@@ -185,6 +203,32 @@ def test_where_copies_are_used():
         assert linear(layer, x).any()
 
 
+def test_a_hook_on_one_layer_of_a_group():
+    """Its layers are then computed one by one, and this one is called."""
+    net, _ = two_networks()
+    (group,) = net.side_by_side()
+    c = torch.randn(3, 32)
+    copies = RoundedCopies([net])
+    with copies.in_use(), torch.autocast("cpu", torch.bfloat16):
+        wanted = linear_side_by_side(group, c, stack_of(group))
+        calls = []
+        group[1].register_forward_hook(lambda *_: calls.append(1))
+        found = linear_side_by_side(group, c, stack_of(group))
+    assert calls
+    assert torch.equal(found, wanted)
+
+
+def test_no_second_derivative():
+    """The copies have no gradient, so a derivative of the backward would miss a part."""
+    layer = nn.Linear(16, 8)
+    x = torch.randn(3, 16, requires_grad=True)
+    copies = RoundedCopies([layer])
+    with copies.in_use(), torch.autocast("cpu", torch.bfloat16):
+        (g,) = torch.autograd.grad(linear(layer, x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            g.square().sum().backward()
+
+
 @pytest.mark.parametrize("options", [{}, dict(rms_norm=False, qk_norm=False, mod_norm=False)])
 def test_vectors_of_several_blocks(options):
     """DiT's blocks are given the vectors that each makes of the condition alone."""
@@ -193,23 +237,27 @@ def test_vectors_of_several_blocks(options):
         nn.init.normal_(p)
     c = torch.randn(5, 32, dtype=torch.float64)
     found = []
-    for i in range(0, 5, TOGETHER):
-        found += net.conditions(list(net.blocks)[i : i + TOGETHER], c)
+    for blocks in net.groups():
+        found += net.vectors_of(blocks, c)
+    assert len(net.groups()) == 2
     for block, vectors in zip(net.blocks, found, strict=True):
         for a, b in zip(vectors, block.modulation(c), strict=True):
             assert rel(a, b) < 1e-14
 
 
-def gradients_in(net, target, dtype=torch.float32, copies=False, backend=None):
+def gradients_in(
+    net, target, dtype=torch.float32, copies=False, backend=None, checkpointed=0, device="cpu"
+):
     """The terms of TVM's loss on one batch, and the gradients; in float32 under autocast."""
     torch._dynamo.reset()
-    net = copy.deepcopy(net).to(dtype)
-    target = copy.deepcopy(target).to(dtype)
+    net = copy.deepcopy(net).to(device, dtype)
+    net.checkpoint_blocks = checkpointed
+    target = copy.deepcopy(target).to(device, dtype)
     loss = TrainingLoss(net, target, guidance=dict(w=2.0))
-    step = TrainingStep(loss, [], [], torch.device("cpu"))
-    step.has_bfloat16 = dtype == torch.float32
-    if copies:
-        step.copies = RoundedCopies([net, target])
+    bfloat16 = dtype == torch.float32
+    step = TrainingStep(loss, [], [], torch.device(device), bfloat16=bfloat16)
+    if not copies:
+        step.copies = None
     if backend:
         net.run_block = torch.compile(Block.forward, fullgraph=True, backend=backend)
         net.make_vectors = torch.compile(block_vectors, fullgraph=True, backend=backend)
@@ -217,9 +265,10 @@ def gradients_in(net, target, dtype=torch.float32, copies=False, backend=None):
     x0 = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     inputs = [x0, torch.arange(8) % 3, *loss.draw(x0, 0)]
     inputs = [t.to(dtype) if t.is_floating_point() else t for t in inputs]
-    terms = step.gradients(*inputs)
+    terms = step.gradients(*(t.to(device) for t in inputs))
     values = [term.loss for term in terms.values()]
-    return values, torch.cat([p.grad.flatten() for p in net.parameters() if p.requires_grad])
+    gradients = [p.grad.flatten().cpu() for p in net.parameters() if p.requires_grad]
+    return values, torch.cat(gradients)
 
 
 def test_gradients_are_as_near_to_float64():
@@ -231,8 +280,21 @@ def test_gradients_are_as_near_to_float64():
     for a, b in zip(found_values, values, strict=True):
         assert torch.equal(a, b)
     assert rel(found, wanted) < 1.05 * rel(autocast, wanted)
+    _, checkpointed = gradients_in(*networks, copies=True, checkpointed=2)
+    assert torch.equal(checkpointed, found)
     _, compiled = gradients_in(*networks, copies=True, backend="aot_eager")
     assert rel(compiled, wanted) < 1.05 * rel(autocast, wanted)
+
+
+@gpu
+def test_gpu_gradients_are_as_near_to_float64():
+    """With the kernels of fused.py, which take the copies of their layers, and compiled."""
+    networks = two_networks()
+    _, wanted = gradients_in(*networks, torch.float64)
+    _, autocast = gradients_in(*networks, device="cuda")
+    for backend in (None, "inductor"):
+        _, found = gradients_in(*networks, copies=True, device="cuda", backend=backend)
+        assert rel(found, wanted) < 1.2 * rel(autocast, wanted)
 
 
 def test_a_step_refreshes_copies():
@@ -241,14 +303,25 @@ def test_a_step_refreshes_copies():
     weights = [p for p in net.parameters() if p.requires_grad]
     loss = TrainingLoss(net, target, guidance=dict(w=2.0))
     optimizer = torch.optim.SGD(weights, lr=0.1)
-    step = TrainingStep(loss, [optimizer], [(target, 0.5)], torch.device("cpu"))
-    step.has_bfloat16 = True
-    step.copies = RoundedCopies([net, target])
+    cpu = torch.device("cpu")
+    step = TrainingStep(loss, [optimizer], [(target, 0.5)], cpu, bfloat16=True)
+    other = RoundedCopies([net])
+    other.refresh()
+    with torch.no_grad():
+        net.blocks[0].mlp.fc1.weight.mul_(2)  # as a checkpoint that is loaded
     x0 = torch.randn(4, 2, 4, 4)
     for n in range(3):
         before = net.blocks[0].mlp.fc1.weight.detach().clone()
         step.gradients(x0, torch.arange(4) % 3, *loss.draw(x0, n))
+        weight = net.blocks[0].mlp.fc1.weight
+        assert torch.equal(step.copies.copy_of[id(weight)], weight.bfloat16())
         step.update()
         assert not torch.equal(net.blocks[0].mlp.fc1.weight, before)
-        for weight, copied in zip(step.copies.weights, step.copies.copies, strict=True):
-            assert torch.equal(copied, weight.bfloat16())
+        for p, copied in zip(step.copies.weights, step.copies.copies, strict=True):
+            assert torch.equal(copied, p.bfloat16())
+        versions = step.copies.versions
+        step.copies.refresh_if_changed()
+        assert step.copies.versions is versions  # they are fresh, and known to be
+        other.refresh_if_changed()
+        assert torch.equal(other.copy_of[id(weight)], weight.bfloat16())
+    assert len(step.copies.copies) == 2 * len(linear_layers(net, target))
