@@ -2,12 +2,17 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 
 import numpy as np
 import pytest
 from helpers import HERE, tiny_vae, train_here
 from PIL import Image
+
+# A shell starts a job in the background with Ctrl-C ignored. What tests start would inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -1416,6 +1416,19 @@ def test_options_reach_the_objective(objective, option):
     assert (found[0] - found[1]).norm() > 1e-3 * found[0].norm()
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_networks_of_an_objective(objective):
+    """networks() are those that the loss runs."""
+    net = random_model(torch.float32)
+    target = copy.deepcopy(net).requires_grad_(False)
+    calls = []
+    target.register_forward_hook(lambda *_: calls.append(1))
+    loss = TrainingLoss(net, target, guidance=dict(w=2.0), objective=objective)
+    x0 = randn(4, 2, 4, 4, dtype=torch.float32)
+    loss(x0, torch.arange(4) % 3, *loss.draw(x0, 0))
+    assert loss.networks() == ([net, target] if calls else [net])
+
+
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_training_step(micro_batches):
     """However a batch is cut, the gradient is that of the whole; then the update, the average."""
