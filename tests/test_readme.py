@@ -212,12 +212,17 @@ def options_of_train():
 
 
 @functools.lru_cache
+def text_and_about(script):
+    """A script's text, and its docstring."""
+    text = read(script)
+    return text, ast.get_docstring(ast.parse(text)) or ""
+
+
 def knows(script, flag):
     """Whether a script takes --flag."""
     if script == "train.py":
         return flag in options_of_train() | {"help"}
-    text = read(script)
-    about = ast.get_docstring(ast.parse(text)) or ""
+    text, about = text_and_about(script)
     return flag == "help" or f'"--{flag}"' in text or f"--{flag}" in about
 
 
