@@ -22,7 +22,7 @@ from torch.nn import functional
 
 import fused
 from attention_jvp import attention, attention_jvp
-from products import product
+from products import is_plain, product
 
 EPS = fused.EPS  # of every norm
 
@@ -300,10 +300,8 @@ def has_kernels(x, *vectors, layer=None):
         return False
     if product_dtype(x) == torch.float16:  # the residual stream would overflow in it
         return False
-    # The kernels take the layer's weight and bias and do not call it. A layer of another class must
-    # be called.
-    is_plain = type(layer) is nn.Linear and layer.bias is not None and not has_hooks(layer)
-    if layer is not None and not is_plain:
+    # The kernels take the layer's weight and bias and do not call it. Others must be called.
+    if layer is not None and (not is_plain(layer) or has_hooks(layer)):
         return False
     if vectors and x.ndim != 3:
         return False

@@ -39,7 +39,6 @@ OBJECTIVES = ("tvm", "meanflow", "improved_meanflow", "alpha_flow", "flow_matchi
 EULER = ("flow_matching",)  # trained at s = t only: sampled by Euler steps with F(x, t, t)
 MEANFLOWS = ("meanflow", "improved_meanflow", "alpha_flow")  # MeanFlow and its relatives
 DETACHED_JVP = ("meanflow", "improved_meanflow")  # no gradient goes through their derivative
-WITHOUT_TARGET = ("meanflow", "improved_meanflow", "alpha_flow")  # do not run the EMA network
 # The constants of train.py with which MeanFlow and its relatives are trained.
 MEANFLOW_CONSTANTS = dict(times="two", p_equal=0.75, scaled=False)
 TIMES = ("gap*", "gap", "trunc", "clamp", "two")
@@ -406,7 +405,7 @@ class TrainingLoss(nn.Module):
 
     def networks(self):
         """The networks that the objective runs."""
-        if self.objective in WITHOUT_TARGET:
+        if self.objective in MEANFLOWS:  # they do not run the EMA network
             return [self.model]
         return [self.model, self.target]
 

@@ -399,10 +399,7 @@ class DiT(nn.Module):
         checkpointed = self.checkpoint_blocks
         if not any(isinstance(a, Dual) for a in (x, c)):
             checkpointed = checkpointed // 2
-        for i, block in enumerate(self.blocks):
-            if i % TOGETHER == 0:  # here, so that their gradients come when those of the blocks do
-                vectors = self.vectors_of(self.groups()[i // TOGETHER], c)
-            condition = vectors[i % TOGETHER]
+        for i, (block, condition) in enumerate(self.blocks_with_vectors(c)):
             if torch.is_grad_enabled() and i < checkpointed:
                 x = checkpoint(
                     self.run_block,
@@ -436,6 +433,15 @@ class DiT(nn.Module):
     def no_condition(self, y):
         """Conditions like y that mean "no class". The loss needs them for guidance and dropout."""
         return torch.full_like(y, self.config.num_classes)
+
+    def blocks_with_vectors(self, c):
+        """Yields (block, what it is given as its condition).
+
+        A group's vectors are made just before its first block is run. So their gradients come when
+        those of the group do, and DDP can send them.
+        """
+        for blocks in self.groups():
+            yield from zip(blocks, self.vectors_of(blocks, c), strict=True)
 
     def vectors_of(self, blocks, c):
         """What each of these blocks is given as its condition: a tuple of its vectors."""

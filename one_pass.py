@@ -110,8 +110,8 @@ def check(rows):
                     f"a weight {tuple(p.shape)} on {p.device} has a gradient, moment or average "
                     f"{tuple(t.shape)} on {t.device}"
                 )
+        wanted = (p.shape, torch.bfloat16, p.device)
         for copy in row[6:]:
-            wanted = (p.shape, torch.bfloat16, p.device)
             if copy is None:
                 continue
             if (copy.shape, copy.dtype, copy.device) != wanted or not copy.is_contiguous():

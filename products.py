@@ -50,7 +50,7 @@ class RoundedCopies:
     @torch.no_grad()
     def add(self, layers, seen):
         """Copies of one layer, or of several whose weights are rows of one matrix."""
-        if not all(type(layer) is nn.Linear and layer.bias is not None for layer in layers):
+        if not all(is_plain(layer) for layer in layers):
             return
         weights = [layer.weight for layer in layers]
         biases = [layer.bias for layer in layers]
@@ -102,6 +102,11 @@ class RoundedCopies:
         finally:
             for layer, name, _ in self.attributes:
                 vars(layer).pop(name, None)
+
+
+def is_plain(layer):
+    """Whether a layer is W x + b, and nothing more that a subclass may add."""
+    return type(layer) is nn.Linear and layer.bias is not None
 
 
 def stack_of(layers):

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from helpers import gpu, rel
+from helpers import gpu, random_model, rel
 from torch import nn
 
 import products
 from dual import linear, linear_side_by_side
 from loss import TrainingLoss
-from model import Block, DiT, DiTConfig, block_vectors
+from model import Block, block_vectors
 from products import RoundedCopies, product, stack_of
 from step import TrainingStep
 
@@ -100,12 +100,8 @@ def test_gpu_product(case, rows):
 
 
 def two_networks():
-    """(network, target) with random weights."""
-    torch.manual_seed(0)
-    net = DiT(DiTConfig.named("tiny", input_size=4, in_channels=2, num_classes=3))
-    for p in net.parameters():
-        if p.requires_grad:
-            nn.init.normal_(p, std=0.2)
+    """(network, target) with the same random weights."""
+    net = random_model(torch.float32)
     return net, copy.deepcopy(net).requires_grad_(False)
 
 
@@ -232,9 +228,7 @@ def test_no_second_derivative():
 @pytest.mark.parametrize("options", [{}, dict(rms_norm=False, qk_norm=False, mod_norm=False)])
 def test_vectors_of_several_blocks(options):
     """DiT's blocks are given the vectors that each makes of the condition alone."""
-    net = DiT(DiTConfig.named("tiny", depth=5, input_size=4, **options)).double()
-    for p in net.parameters():
-        nn.init.normal_(p)
+    net = random_model(depth=5, **options)
     c = torch.randn(5, 32, dtype=torch.float64)
     found = []
     for blocks in net.groups():
