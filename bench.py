@@ -2,8 +2,8 @@
 Every speed, measured, on a CUDA GPU.
 
     python bench.py attention [--quick] [--hopper] [--plot=attention.png]
-    python bench.py step [--size=XL/2] [--input_size=32] [--batch=32] [--modes=compiled,...]
-    torchrun --nproc_per_node=4 bench.py step --modes=compiled    # several GPUs, --batch on each
+    python bench.py step [--size=XL/2] [--input_size=32] [--batch=32] [--modes=graph,...]
+    torchrun --nproc_per_node=4 bench.py step --modes=graph    # several GPUs, --batch on each
     torchrun --nproc_per_node=2 bench.py step --modes=sharded --size=G/2 --batch=8    # weights too
     python bench.py trainer [--preset=im256_w2] [--input_size=32] [--batch=64]
     python bench.py sample [--size=XL/2] [--input_size=32] [--batch=250]
@@ -46,15 +46,16 @@ from timing import RandomStep, milliseconds
 from vae import SD_VAE
 
 MODES = {  # of a step: what RandomStep is given, and passes that its products are worth
-    "eager": (dict(compiled=False), 11),
-    "compiled": ({}, 11),
+    "graph": ({}, 11),  # as train.py has it: fused.py's kernels in a CUDA graph
+    "eager": (dict(graphs=False), 11),
+    "compiled": (dict(compiled=True), 11),  # kernels of torch.compile instead of fused.py's
     "checkpointed": (dict(checkpoint=True), 11),
     "detach_jvp": (dict(detach_jvp=True), 9),
     "flow_matching": (dict(flow=True), 3),
     "muon": (dict(muon=True), 11),  # Muon's own products, some 7 TFLOP for XL/2, do not count
     "bfloat16_sums": (dict(bfloat16_sums=True), 11),
-    "sharded": (dict(shard=True), 11),
-    "sharded_checkpointed": (dict(shard=True, checkpoint=True), 11),
+    "sharded": (dict(shard=True, compiled=True), 11),
+    "sharded_checkpointed": (dict(shard=True, compiled=True, checkpoint=True), 11),
 }
 KERNELS = {  # kinds of GPU kernels by what their names hold; the first kind that fits
     "fused": ("add_norm_", "qk_norm_", "gelu_forward_kernel", "gelu_backward_kernel"),
@@ -64,7 +65,7 @@ KERNELS = {  # kinds of GPU kernels by what their names hold; the first kind tha
     "products": ("nvjet", "gemm", "cutlass", "cublas", "xmma", "splitK"),
 }
 OTHER = "other"
-# Tensors (B, T, D) in bfloat16 that fused.py must read or write in a block, in a compiled step:
+# Tensors (B, T, D) in bfloat16 that fused.py must read or write in a block, in a step:
 # value and tangent forward and backward, the target network at both points, and the value alone
 # forward and backward. docs/performance.md has the table. (The target's GELU is in its product.)
 TENSORS_OF_ADD_NORM = 20 + 25.5 + 24 + 12 + 13.5
@@ -93,7 +94,7 @@ def forward_tflop(config, batch):
 
 
 def bytes_of_step(config, batch):
-    """{kind of kernel: bytes that it must move} in a compiled step, of those that move most."""
+    """{kind of kernel: bytes that it must move} in a step, of those that move most."""
     tokens = config.grid[0] * config.grid[1]
     tensor_bytes = 2 * batch * tokens * config.hidden_size
     tensors = TENSORS_OF_ADD_NORM + TENSORS_OF_GELU + TENSORS_OF_QK_NORM
@@ -146,7 +147,7 @@ def step_table(size, input_size, batch, modes):
             f"{mode:>20} | {ms:6.1f} {ranks * batch / ms * 1e3:6.0f} {tflops:4.0f} "
             f"{tflops / rate:5.0%} {peak / 1e9:7.1f} {start:7.1f} | {each}"
         )
-        if mode == "compiled":
+        if mode == "graph":
             show_bytes(config, batch, kinds, show)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -280,19 +281,15 @@ def sample_table(size, input_size, batch):
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, "
         f"{describe_network(size, input_size)}, batch {batch}"
     )
-    for name, half, compiled in (
-        ("float32, eager", False, False),
-        ("bfloat16, eager", True, False),
-        ("bfloat16, compiled", True, True),
-    ):
+    for name, half in (("float32", False), ("bfloat16", True)):
         for nfe in (1, 4):
-            run = make_sampler(model, nfe, bfloat16=half, compiled=compiled)
+            run = make_sampler(model, nfe, bfloat16=half)
             run = functools.partial(run, x1, y, w)
             ms = do_bench(run, warmup=300, rep=500, return_mode="median")
             tflops = nfe * forward_tflop(config, batch) / ms * 1e3
             steps = "1 step" if nfe == 1 else f"{nfe} steps"
             images = batch / ms * 1e3
-            print(f"{name:>20}, {steps}: {images:6.0f} images/s, {tflops:.0f} TFLOP/s", flush=True)
+            print(f"{name:>10}, {steps}: {images:6.0f} images/s, {tflops:.0f} TFLOP/s", flush=True)
 
 
 # ---- FID -----------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def let_memory_grow():
 
 
 def abilities(device):
-    """(computes in bfloat16, torch.compile works) of a device. Both are for CUDA devices alone."""
+    """(computes in bfloat16, runs Triton kernels) of a device. Both are for CUDA devices alone."""
     if device.type != "cuda":
         return False, False
     has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -138,10 +138,10 @@ def linear_side_by_side(layers, x, stack=None):
 def copies_of(layer):
     """A layer's weight and bias in bfloat16, where a training step has made them (products.py).
 
-    None where there are none, and where autocast would not compute this layer.
+    None where there are none, in torch.compile, and where autocast would not compute this layer.
     """
     copies = getattr(layer, "copies", None)
-    if copies is None or has_hooks(layer):
+    if copies is None or has_hooks(layer) or torch.compiler.is_compiling():
         return None
     if not torch.is_autocast_enabled(copies[0].device.type):
         return None

@@ -1,8 +1,8 @@
 """The work of a block between its matrix products, in Triton kernels that touch each tensor once.
 
 This file needs torch and triton only. dual.py calls these kernels where they can run. It has the
-same rules as plain formulas, which are the reference and the path of every other device. The
-kernels' backward cannot be differentiated again; for that, set FUSED = False.
+same rules as plain formulas, which are the reference and the path of every other device, and of
+torch.compile. The kernels' backward cannot be differentiated again; for that, set FUSED = False.
 
     x_out, low_out, dx_out, h, dh = add_norm(
         x, dx, y, dy, gate, dgate, shift, dshift, scale, dscale
@@ -55,11 +55,10 @@ atomic additions, so that two runs give the same bits.
 import contextlib
 import math
 import os
-import re
 
 import torch
-from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -71,11 +70,8 @@ FUSED = True  # False: dual.py takes its formulas always
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # kernels on CPU tensors, for tests
 EPS = 1e-6  # of every norm
 DTYPES = (torch.float32, torch.bfloat16)  # that the kernels take
-MAX_WIDTH = 2048  # of a row: it must fit into the registers of one program
+MAX_WIDTH = 2048  # of a row of add_norm: it must fit into the registers of one program
 MAX_ROWS = 32 * 65535  # a grid's second axis ends at 65,535 programs, here of 32 rows
-
-# The operators have this module's name, so that two copies of it in one process are apart.
-NAMESPACE = re.sub("^(?=[0-9])|[^0-9A-Za-z_]", "_", __name__)
 
 # Tokens and warps of a program, measured on an H200 with XL/2's shapes.
 NORM_FORWARD = (1, 4)
@@ -84,7 +80,9 @@ NORM_BACKWARD = {False: (16, 4, 1), True: (32, 4, 3)}
 GELU_BACKWARD = (32, 4)
 QK_NORM_FORWARD = (32, 4)
 QK_NORM_BACKWARD = (256, 4)
+COLUMN_SUMS = (128, 4)
 # Tokens that a program loads at a time.
+COLUMN_SUMS_TILE = 32
 GELU_TILE = 2
 QK_NORM_TILE = 32
 
@@ -93,10 +91,10 @@ def why_not(x):
     """Why the kernels cannot take a tensor like x, or None where they can."""
     if not FUSED:
         return "FUSED is False"
+    if torch.compiler.is_compiling():
+        return "torch.compile makes kernels of the formulas"
     if triton is None:
         return "Triton is not installed"
-    if x.size(-1) > MAX_WIDTH:
-        return f"rows of {x.size(-1)} numbers are longer than {MAX_WIDTH}"
     if x.numel() > MAX_ROWS * x.size(-1):
         return f"there are more than {MAX_ROWS} rows"
     if x.device.type == "cpu" and INTERPRET:
@@ -113,9 +111,7 @@ def why_not(x):
 
 
 def transformed():
-    """Whether a transform of torch.func or forward AD is at work, outside of torch.compile."""
-    if torch.compiler.is_compiling():
-        return False
+    """Whether a transform of torch.func or forward AD is at work."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -393,6 +389,26 @@ if triton is not None:
         e = s * (1 - s)
         return s, s + u * e * z_u, e, z_u
 
+    # fmt: off
+    @triton.jit
+    def column_sums_kernel(
+        X, SUMS, N, D, ROWS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+    ):
+        # fmt: on
+        """One program: COLUMNS columns (axis 0) of ROWS rows (axis 1) of X (N, D).
+
+        SUMS (programs of axis 1, D): X, summed over the rows of a program.
+        """
+        c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        start = tl.program_id(1) * ROWS
+        sums = tl.zeros([TILE, COLUMNS], tl.float32)
+        for first in range(start, start + ROWS, TILE):
+            row = first + tl.arange(0, TILE)[:, None]
+            at = row.to(tl.int64) * D + c
+            sums += tl.load(X + at, mask=(row < N) & (c < D), other=0.0).to(tl.float32)
+        sums = tl.sum(sums, 0)[None, :]
+        tl.store(SUMS + tl.program_id(1).to(tl.int64) * D + c, sums, mask=c < D)
+
     @triton.jit
     def gelu_forward_kernel(U, DU, OUT, DOUT, numel, BLOCK: tl.constexpr):
         """One program: BLOCK numbers of numel."""
@@ -570,6 +586,15 @@ def _dense(x):
     return None if x is None else x.contiguous()
 
 
+def _empty_pair(like, shape, dtype, has_tangent):
+    """Memory for a value and its tangent (None without one), on the device of `like`.
+
+    They lie side by side, so that products.py can take both as one matrix.
+    """
+    both = like.new_empty((1 + has_tangent, *shape), dtype=dtype)
+    return both[0], both[1] if has_tangent else None
+
+
 def _vectors(value, tangent):
     """Modulation vectors (B, 1, D) with one stride from image to image, and that stride."""
     if value is None:
@@ -582,8 +607,8 @@ def _vectors(value, tangent):
     return value, tangent, stride
 
 
-# The kernels trust the shapes that they are given, so each call is checked first. The checks look
-# at shapes alone: torch.compile makes them while it traces, and a CUDA graph has none of them.
+# The kernels trust the shapes that they are given, so each call is checked first. A CUDA graph has
+# none of these checks.
 
 
 def _check_shape(function, name, found, wanted):
@@ -600,13 +625,6 @@ def _check_dtypes(function, dtypes, **tensors):
             raise ValueError(f"{function} wants {name} in {wanted}, not {tensor.dtype}")
 
 
-def _no_second_derivative(ctx, *_):
-    raise RuntimeError(
-        "fused.py: the kernels' backward has no derivative of its own; for gradients of gradients "
-        "set FUSED = False"
-    )
-
-
 def _check_together(function, **tensors):
     """Raises ValueError where some tensors are None and others are not."""
     missing = [name for name, tensor in tensors.items() if tensor is None]
@@ -619,92 +637,76 @@ def _check_together(function, **tensors):
 # ---- x + gate y, norm, scale and shift -----------------------------------------------------------
 
 
-@torch.library.custom_op(f"{NAMESPACE}::add_norm", mutates_args=())
-def _add_norm(
-    x: Tensor,
-    low: Tensor | None,
-    dx: Tensor | None,
-    y: Tensor | None,
-    dy: Tensor | None,
-    gate: Tensor | None,
-    dgate: Tensor | None,
-    shift: Tensor,
-    dshift: Tensor | None,
-    scale: Tensor,
-    dscale: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> x_out, low_out, dx_out, h, dh in `dtype`, and r, m (B, T) in float32.
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, low, dx, y, dy, gate, dgate, shift, dshift, scale, dscale, dtype):
+        """-> x_out, low_out, dx_out, h, dh in `dtype`, as add_norm; without y the first three are
+        None."""
+        ctx.dtypes = x.dtype, x.dtype if dx is None else dx.dtype
+        B, T, D = x.shape
+        x, low, dx, y, dy = _dense(x), _dense(low), _dense(dx), _dense(y), _dense(dy)
+        gate, dgate, gate_stride = _vectors(gate, dgate)
+        shift, dshift, shift_stride = _vectors(shift, dshift)
+        scale, dscale, scale_stride = _vectors(scale, dscale)
+        dual = dx is not None
+        x_out, low_out, dx_out = None, None, None
+        if y is not None:
+            x_out, dx_out = _empty_pair(x, x.shape, dtype, dual)
+            low_out = torch.empty_like(x, dtype=dtype) if dtype.itemsize == 2 else None
+        h, dh = _empty_pair(x, x.shape, dtype, dual)
+        r, m = _empty_pair(x, (B, T), torch.float32, dual)
+        rows, warps = NORM_FORWARD
+        with _on(x):
+            # fmt: off
+            add_norm_forward_kernel[(B * -(-T // rows),)](
+                x, low, dx, y, dy, gate, dgate, shift, dshift, scale, dscale,
+                x_out, low_out, dx_out, h, dh, r, m,
+                gate_stride, shift_stride, scale_stride, T,
+                D, *row_chunks(D), rows, EPS, num_warps=warps,
+            )
+            # fmt: on
+        of_sum = (x, dx) if y is None else (x_out, dx_out)
+        ctx.save_for_backward(*of_sum, y, dy, gate, dgate, scale, dscale, r, m)
+        ctx.set_materialize_grads(False)
+        if low_out is not None:
+            ctx.mark_non_differentiable(low_out)
+        return x_out, low_out, dx_out, h, dh
 
-    Without y the first three are empty. In a `dtype` of more than 16 bits low_out is empty.
-    """
-    outputs = _add_norm_empty(x, dx, y, dtype)
-    x_out, low_out, dx_out, h, dh, r, m = outputs
-    low_out = low_out if low_out.numel() else None
-    B, T, D = x.shape
-    x, low, dx, y, dy = _dense(x), _dense(low), _dense(dx), _dense(y), _dense(dy)
-    gate, dgate, gate_stride = _vectors(gate, dgate)
-    shift, dshift, shift_stride = _vectors(shift, dshift)
-    scale, dscale, scale_stride = _vectors(scale, dscale)
-    rows, warps = NORM_FORWARD
-    with _on(x):
-        # fmt: off
-        add_norm_forward_kernel[(B * -(-T // rows),)](
-            x, low, dx, y, dy, gate, dgate, shift, dshift, scale, dscale,
-            x_out, low_out, dx_out, h, dh, r, m,
-            gate_stride, shift_stride, scale_stride, T,
-            D, *row_chunks(D), rows, EPS, num_warps=warps,
-        )
-        # fmt: on
-    return outputs
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gx_out, _, gdx_out, gh, gdh):
+        x_out, dx_out, y, dy, gate, dgate, scale, dscale, r, m = ctx.saved_tensors
+        dual = gdx_out is not None or gdh is not None
+        if not dual and gx_out is None and gh is None:
+            return (None,) * 12
+        if not dual:  # no gradient comes through the tangent
+            dx_out, dy, dgate, dscale = None, None, None, None
+        if gx_out is not None or gdx_out is not None:
+            gx_out = torch.zeros_like(x_out) if gx_out is None else gx_out
+            gdx_out = torch.zeros_like(dx_out) if gdx_out is None and dual else gdx_out
+        if gh is None:
+            gh = torch.zeros_like(x_out, dtype=x_out.dtype if y is None else y.dtype)
+        if gdh is None and dual:
+            gdh = torch.zeros_like(gh)
+        gx, gdx, gy, gdy, sums = _add_norm_gradients(
+            gx_out, gdx_out, gh, gdh, x_out, dx_out, y, dy, gate, dgate, scale, dscale, r, m,
+            *ctx.dtypes,
+        )  # fmt: skip
+
+        sums = sums.sum(1).unsqueeze(2)  # (B, 3 or 6, 1, D) float32; autograd casts each gradient
+        gshift, gscale, ggate = sums[:, :3].unbind(1)
+        gdshift, gdscale, gdgate = sums[:, 3:].unbind(1) if dual else (None, None, None)
+        if y is None:
+            ggate, gdgate = None, None
+        of_vectors = ggate, gdgate, gshift, gdshift, gscale, gdscale
+        return gx, None, gdx, gy, gdy, *of_vectors, None
 
 
-def _add_norm_empty(x, dx, y, dtype):
-    def like(wanted):
-        return x.new_empty(x.shape if wanted else (0,), dtype=dtype)
-
-    dual = dx is not None
-    add = y is not None
-    r = x.new_empty(x.shape[:2], dtype=torch.float32)
-    m = x.new_empty(x.shape[:2] if dual else (0,), dtype=torch.float32)
-    return (
-        like(add),
-        like(add and dtype.itemsize == 2),
-        like(add and dual),
-        like(True),
-        like(dual),
-        r,
-        m,
-    )
-
-
-@_add_norm.register_fake
-def _(x, low, dx, y, dy, gate, dgate, shift, dshift, scale, dscale, dtype):
-    return _add_norm_empty(x, dx, y, dtype)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::add_norm_backward", mutates_args=())
-def _add_norm_backward(
-    gx_out: Tensor | None,
-    gdx_out: Tensor | None,
-    gh: Tensor,
-    gdh: Tensor | None,
-    x_out: Tensor,
-    dx_out: Tensor | None,
-    y: Tensor | None,
-    dy: Tensor | None,
-    gate: Tensor | None,
-    dgate: Tensor | None,
-    scale: Tensor,
-    dscale: Tensor | None,
-    r: Tensor,
-    m: Tensor,
-    x_dtype: torch.dtype,
-    dx_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _add_norm_gradients(
+    gx_out, gdx_out, gh, gdh, x_out, dx_out, y, dy, gate, dgate, scale, dscale, r, m,
+    x_dtype, dx_dtype,
+):  # fmt: skip
     """-> gradients of x, dx, y, dy, and sums (B, blocks, 3 or 6, D) as the kernel has them."""
-    outputs = _add_norm_backward_empty(gdh, x_out, y, x_dtype, dx_dtype)
-    gx, gdx, gy, gdy, sums = outputs
     B, T, D = x_out.shape
     dual = gdh is not None
     rows, warps, stages = NORM_BACKWARD[dual]
@@ -713,10 +715,12 @@ def _add_norm_backward(
     if D * x_out.element_size() > 4096:  # what is loaded ahead must fit into shared memory
         stages = 1
     gx_out, gdx_out, gh, gdh = _dense(gx_out), _dense(gdx_out), _dense(gh), _dense(gdh)
-    x_out, y = _dense(x_out), _dense(y)
-    dx_out, dy = (_dense(dx_out), _dense(dy)) if dual else (None, None)
     gate, dgate, gate_stride = _vectors(gate, dgate)
     scale, dscale, scale_stride = _vectors(scale, dscale)
+    gx = torch.empty_like(x_out, dtype=x_dtype)
+    gdx = torch.empty_like(x_out, dtype=dx_dtype) if dual else None
+    gy, gdy = (None, None) if y is None else _empty_pair(y, y.shape, y.dtype, dual)
+    sums = x_out.new_empty(B, -(-T // rows), 6 if dual else 3, D, dtype=torch.float32)
     with _on(x_out):
         # fmt: off
         add_norm_backward_kernel[(B * -(-T // rows),)](
@@ -726,82 +730,7 @@ def _add_norm_backward(
             D, *row_chunks(D), rows, stages, num_warps=warps,
         )
         # fmt: on
-    return outputs
-
-
-def _add_norm_backward_empty(gdh, x_out, y, x_dtype, dx_dtype):
-    def like(wanted, dtype):
-        return x_out.new_empty(x_out.shape if wanted else (0,), dtype=dtype)
-
-    B, T, D = x_out.shape
-    dual = gdh is not None
-    add = y is not None
-    y_dtype = y.dtype if add else x_out.dtype
-    rows, _, _ = NORM_BACKWARD[dual]
-    sums = x_out.new_empty(B, -(-T // rows), 6 if dual else 3, D, dtype=torch.float32)
-    return (
-        like(True, x_dtype),
-        like(dual, dx_dtype),
-        like(add, y_dtype),
-        like(add and dual, y_dtype),
-        sums,
-    )
-
-
-@_add_norm_backward.register_fake
-def _(
-    gx_out, gdx_out, gh, gdh, x_out, dx_out, y, dy, gate, dgate, scale, dscale, r, m,
-    x_dtype, dx_dtype,
-):  # fmt: skip
-    return _add_norm_backward_empty(gdh, x_out, y, x_dtype, dx_dtype)
-
-
-def _save_add_norm(ctx, inputs, output):
-    x, _, dx, y, dy, gate, dgate, _, _, scale, dscale, _ = inputs
-    x_out, _, dx_out, _, _, r, m = output
-    ctx.dtypes = x.dtype, x.dtype if dx is None else dx.dtype
-    if y is None:
-        x_out = x
-        dx_out = dx
-    elif dx is None:
-        dx_out = None
-    ctx.save_for_backward(x_out, dx_out, y, dy, gate, dgate, scale, dscale, r, m)
-    ctx.set_materialize_grads(False)
-
-
-def _add_norm_gradients(ctx, gx_out, _, gdx_out, gh, gdh, *others):
-    x_out, dx_out, y, dy, gate, dgate, scale, dscale, r, m = ctx.saved_tensors
-    if gx_out is None and gdx_out is None and gh is None and gdh is None:
-        return (None,) * 12
-    dual = gdx_out is not None or gdh is not None
-    if y is None:
-        gx_out, gdx_out = None, None
-    elif gx_out is not None or gdx_out is not None:
-        gx_out = torch.zeros_like(x_out) if gx_out is None else gx_out
-        gdx_out = torch.zeros_like(dx_out) if gdx_out is None and dual else gdx_out
-    if gh is None:
-        gh = torch.zeros_like(x_out, dtype=x_out.dtype if y is None else y.dtype)
-    if gdh is None and dual:
-        gdh = torch.zeros_like(gh)
-    if not dual:  # no gradient comes through the tangent
-        dx_out, dy, dgate, dscale = None, None, None, None
-    gx, gdx, gy, gdy, sums = _add_norm_backward(
-        gx_out, gdx_out, gh, gdh, x_out, dx_out, y, dy, gate, dgate, scale, dscale, r, m,
-        *ctx.dtypes,
-    )  # fmt: skip
-    sums = sums.sum(1).unsqueeze(2)  # (B, 3 or 6, 1, D) float32; autograd casts each gradient
-    gshift, gscale, ggate = sums[:, :3].unbind(1)
-    gdshift, gdscale, gdgate = sums[:, 3:].unbind(1) if dual else (None, None, None)
-    if y is None:
-        gy, gdy, ggate, gdgate = None, None, None, None
-    if not dual:
-        gdx, gdy = None, None
-    inputs = (gx, None, gdx, gy, gdy, ggate, gdgate, gshift, gdshift, gscale, gdscale)
-    return (*inputs, None)
-
-
-_add_norm.register_autograd(_add_norm_gradients, setup_context=_save_add_norm)
-_add_norm_backward.register_autograd(_no_second_derivative)
+    return gx, gdx, gy, gdy, sums
 
 
 def add_norm(
@@ -855,92 +784,72 @@ def add_norm(
         _check_together("add_norm", dx=dx, dy=dy, dgate=dgate, dshift=dshift, dscale=dscale)
 
     dtype = dtype or x.dtype
-    x_out, low_out, dx_out, h, dh, _, _ = _add_norm(
+    x_out, low_out, dx_out, h, dh = _AddNorm.apply(
         x, low, dx, y, dy, gate, dgate, shift, dshift, scale, dscale, dtype
     )
-    low_out = low_out.detach() if dtype.itemsize == 2 else None
     if y is None:
         x_out, low_out, dx_out = x, low, dx
-    if dx is None:
-        return x_out, low_out, None, h, None
     return x_out, low_out, dx_out, h, dh
+
+
+# ---- sums over rows ------------------------------------------------------------------------------
+
+
+def column_sums(x):
+    """The sum of x (..., D) over all dimensions but the last: float32 (D,). It has no gradient."""
+    _check_dtypes("column_sums", DTYPES, x=x)
+    x = x.detach().contiguous()
+    D = x.size(-1)
+    N = x.numel() // D
+    rows, warps = COLUMN_SUMS
+    columns = 128
+    sums = x.new_empty(-(-N // rows), D, dtype=torch.float32)
+    with _on(x):
+        column_sums_kernel[(-(-D // columns), len(sums))](
+            x, sums, N, D, rows, COLUMN_SUMS_TILE, columns, num_warps=warps
+        )
+    return sums.sum(0)
 
 
 # ---- GELU ----------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gelu", mutates_args=())
-def _gelu(u: Tensor, du: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    u, du = _dense(u), _dense(du)
-    out = torch.empty_like(u)
-    dout = u.new_empty(0) if du is None else torch.empty_like(u)
-    block = 1024
-    with _on(u):
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, du, bias):
+        u, du = _dense(u), _dense(du)
+        ctx.save_for_backward(u, du)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.set_materialize_grads(False)
+        out, dout = _empty_pair(u, u.shape, u.dtype, du is not None)
+        block = 1024
         grid = (-(-u.numel() // block),)
-        gelu_forward_kernel[grid](u, du, out, dout, u.numel(), block, num_warps=4)
-    return out, dout
+        with _on(u):
+            gelu_forward_kernel[grid](u, du, out, dout, u.numel(), block, num_warps=4)
+        return out, dout
 
-
-@_gelu.register_fake
-def _(u, du, bias):
-    out = torch.empty_like(u, memory_format=torch.contiguous_format)
-    return out, u.new_empty(0) if du is None else torch.empty_like(out)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::gelu_backward", mutates_args=())
-def _gelu_backward(
-    gout: Tensor, gdout: Tensor | None, u: Tensor, du: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> gradients of u and du, and sums (blocks, D) of u's."""
-    outputs = _gelu_backward_empty(gdout, u)
-    gu, gdu, sums = outputs
-    gout, gdout, u, du = _dense(gout), _dense(gdout), _dense(u), _dense(du)
-    D = u.size(-1)
-    N = u.numel() // D
-    rows, warps = GELU_BACKWARD
-    columns = min(512, triton.next_power_of_2(D))
-    with _on(u):
-        gelu_backward_kernel[(-(-D // columns), len(sums))](
-            gout, gdout, u, du, gu, gdu, sums, N, D, rows, GELU_TILE, columns, num_warps=warps
-        )
-    return outputs
-
-
-def _gelu_backward_empty(gdout, u):
-    D = u.size(-1)
-    rows, _ = GELU_BACKWARD
-    gu = torch.empty_like(u, memory_format=torch.contiguous_format)
-    gdu = u.new_empty(0) if gdout is None else torch.empty_like(gu)
-    return gu, gdu, u.new_empty(-(-(u.numel() // D) // rows), D, dtype=torch.float32)
-
-
-@_gelu_backward.register_fake
-def _(gout, gdout, u, du):
-    return _gelu_backward_empty(gdout, u)
-
-
-def _save_gelu(ctx, inputs, output):
-    u, du, bias = inputs
-    ctx.save_for_backward(u, du)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.set_materialize_grads(False)
-
-
-def _gelu_gradients(ctx, gout, gdout):
-    u, du = ctx.saved_tensors
-    if du is None:
-        gdout = None
-    if gout is None and gdout is None:
-        return None, None, None
-    if gout is None:
-        gout = torch.zeros_like(u)
-    gu, gdu, sums = _gelu_backward(gout, gdout, u, du)
-    gbias = None if ctx.bias_dtype is None else sums.sum(0).to(ctx.bias_dtype)
-    return gu, None if gdout is None else gdu, gbias
-
-
-_gelu.register_autograd(_gelu_gradients, setup_context=_save_gelu)
-_gelu_backward.register_autograd(_no_second_derivative)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gout, gdout):
+        u, du = ctx.saved_tensors
+        if gout is None and gdout is None:
+            return None, None, None
+        gout = torch.zeros_like(u) if gout is None else _dense(gout)
+        gdout = _dense(gdout)
+        if gdout is None:  # no gradient comes through the tangent
+            du = None
+        D = u.size(-1)
+        N = u.numel() // D
+        rows, warps = GELU_BACKWARD
+        gu, gdu = _empty_pair(u, u.shape, u.dtype, gdout is not None)
+        sums = u.new_empty(-(-N // rows), D, dtype=torch.float32)  # of gu, over blocks of rows
+        columns = min(512, triton.next_power_of_2(D))
+        with _on(u):
+            gelu_backward_kernel[(-(-D // columns), len(sums))](
+                gout, gdout, u, du, gu, gdu, sums, N, D, rows, GELU_TILE, columns, num_warps=warps
+            )
+        gbias = None if ctx.bias_dtype is None else sums.sum(0).to(ctx.bias_dtype)
+        return gu, gdu, gbias
 
 
 def gelu(u, du, bias=None):
@@ -953,21 +862,7 @@ def gelu(u, du, bias=None):
     _check_dtypes("gelu", DTYPES, u=u, du=du)
     _check_shape("gelu", "du", du, u.shape)
     _check_shape("gelu", "bias", bias, u.shape[-1:])
-    out, dout = _gelu(u, du, bias)
-    return out, None if du is None else dout
-
-
-@torch.library.custom_op(f"{NAMESPACE}::linear_gelu", mutates_args=())
-def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    rows = x.reshape(-1, x.size(-1))
-    # torch.compile would take this function apart. So it stands in an operator of its own.
-    out = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
-    return out.view(*x.shape[:-1], -1)
-
-
-@_linear_gelu.register_fake
-def _(x, weight, bias):
-    return x.new_empty(*x.shape[:-1], len(weight))
+    return _Gelu.apply(u, du, bias)
 
 
 def linear_gelu(x, weight, bias):
@@ -982,118 +877,40 @@ def linear_gelu(x, weight, bias):
         raise ValueError(f"linear_gelu wants a matrix as weight, got {tuple(weight.shape)}")
     _check_shape("linear_gelu", "x", x, (*x.shape[:-1], weight.size(1)))
     _check_shape("linear_gelu", "bias", bias, (weight.size(0),))
-    return _linear_gelu(x, weight, bias)
+    rows = x.reshape(-1, x.size(-1))
+    out = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
+    return out.view(*x.shape[:-1], -1)
 
 
 # ---- norms of queries and keys -------------------------------------------------------------------
 
 
-@torch.library.custom_op(f"{NAMESPACE}::qk_norm", mutates_args=())
-def _qk_norm(
-    qkv: Tensor, dqkv: Tensor | None, q_weight: Tensor, k_weight: Tensor, heads: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """qkv (B, T, 3 D) -> q, k, dq, dk (B, T, heads, d)."""
-    outputs = _qk_norm_empty(qkv, dqkv, heads)
-    q, k, dq, dk = outputs
-    qkv, dqkv, q_weight, k_weight = (_dense(t) for t in (qkv, dqkv, q_weight, k_weight))
-    N = qkv.size(0) * qkv.size(1)
-    d = q.size(-1)
-    rows, warps = QK_NORM_FORWARD
-    width = max(16, triton.next_power_of_2(d))
-    with _on(qkv):
-        qk_norm_forward_kernel[(heads, -(-N // rows))](
-            qkv, dqkv, q_weight, k_weight, q, k, dq, dk, N, heads,
-            d, width, rows, QK_NORM_TILE, EPS, num_warps=warps,
-        )  # fmt: skip
-    return outputs
-
-
-def _qk_norm_empty(qkv, dqkv, heads):
-    B, T, D3 = qkv.shape
-    shape = (B, T, heads, D3 // (3 * heads))
-    tangent = (0,) if dqkv is None else shape
-    return (
-        qkv.new_empty(shape),
-        qkv.new_empty(shape),
-        qkv.new_empty(tangent),
-        qkv.new_empty(tangent),
-    )
-
-
-@_qk_norm.register_fake
-def _(qkv, dqkv, q_weight, k_weight, heads):
-    return _qk_norm_empty(qkv, dqkv, heads)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::qk_norm_backward", mutates_args=())
-def _qk_norm_backward(
-    gq: Tensor,
-    gk: Tensor,
-    gv: Tensor,
-    gdq: Tensor | None,
-    gdk: Tensor | None,
-    gdv: Tensor | None,
-    qkv: Tensor,
-    dqkv: Tensor | None,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    heads: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> gradients of qkv and dqkv, and sums (blocks, 5, heads, d) as the kernel has them."""
-    outputs = _qk_norm_backward_empty(qkv, dqkv, heads)
-    gqkv, gdqkv, sums = outputs
-    gq, gk, gv = _dense(gq), _dense(gk), _dense(gv)
-    gdq, gdk, gdv = _dense(gdq), _dense(gdk), _dense(gdv)
-    qkv, dqkv, q_weight, k_weight = (_dense(t) for t in (qkv, dqkv, q_weight, k_weight))
-    N = qkv.size(0) * qkv.size(1)
-    d = sums.size(-1)
-    rows, warps = QK_NORM_BACKWARD
-    width = max(16, triton.next_power_of_2(d))
-    with _on(qkv):
-        qk_norm_backward_kernel[(heads, len(sums), 3)](
-            gq, gk, gv, gdq, gdk, gdv, qkv, dqkv, q_weight, k_weight, gqkv, gdqkv, sums, N, heads,
-            d, width, rows, QK_NORM_TILE, EPS, num_warps=warps,
-        )  # fmt: skip
-    return outputs
-
-
-def _qk_norm_backward_empty(qkv, dqkv, heads):
-    B, T, D3 = qkv.shape
-    rows, _ = QK_NORM_BACKWARD
-    gqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    gdqkv = qkv.new_empty(0) if dqkv is None else torch.empty_like(gqkv)
-    blocks = -(-(B * T) // rows)
-    return gqkv, gdqkv, qkv.new_empty(blocks, 5, heads, D3 // (3 * heads), dtype=torch.float32)
-
-
-@_qk_norm_backward.register_fake
-def _(gq, gk, gv, gdq, gdk, gdv, qkv, dqkv, q_weight, k_weight, heads):
-    return _qk_norm_backward_empty(qkv, dqkv, heads)
-
-
-_qk_norm_backward.register_autograd(_no_second_derivative)
-
-
 class _QKNorm(torch.autograd.Function):
-    """Returns v beside q and k, so that the gradients of all three arrive together.
-
-    v is a view of qkv. A custom operator may not return a view of its input, so this is none.
-    """
-
     @staticmethod
     def forward(ctx, qkv, dqkv, q_weight, k_weight, bias, heads):
-        q, k, dq, dk = _qk_norm(qkv, dqkv, q_weight, k_weight, heads)
+        """Returns v beside q and k, so that the gradients of all three arrive together."""
+        qkv, dqkv, q_weight, k_weight = (_dense(t) for t in (qkv, dqkv, q_weight, k_weight))
         ctx.save_for_backward(qkv, dqkv, q_weight, k_weight)
         ctx.heads = heads
         ctx.set_materialize_grads(False)
+        B, T, D3 = qkv.shape
+        d = D3 // (3 * heads)
+        q, dq = _empty_pair(qkv, (B, T, heads, d), qkv.dtype, dqkv is not None)
+        k, dk = _empty_pair(qkv, (B, T, heads, d), qkv.dtype, dqkv is not None)
+        rows, warps = QK_NORM_FORWARD
+        width = max(16, triton.next_power_of_2(d))
+        with _on(qkv):
+            qk_norm_forward_kernel[(heads, -(-B * T // rows))](
+                qkv, dqkv, q_weight, k_weight, q, k, dq, dk, B * T, heads,
+                d, width, rows, QK_NORM_TILE, EPS, num_warps=warps,
+            )  # fmt: skip
         v = qkv.unflatten(-1, (3, heads, -1))[:, :, 2]
-        if dqkv is None:
-            return q, k, v
-        dv = dqkv.unflatten(-1, (3, heads, -1))[:, :, 2]
+        dv = None if dqkv is None else dqkv.unflatten(-1, (3, heads, -1))[:, :, 2]
         return q, k, v, dq, dk, dv
 
     @staticmethod
-    def backward(ctx, gq, gk, gv, gdq=None, gdk=None, gdv=None):
+    @once_differentiable
+    def backward(ctx, gq, gk, gv, gdq, gdk, gdv):
         qkv, dqkv, q_weight, k_weight = ctx.saved_tensors
         gq, gk, gv = _all_or_none(gq, gk, gv)
         gdq, gdk, gdv = _all_or_none(gdq, gdk, gdv)
@@ -1103,16 +920,25 @@ class _QKNorm(torch.autograd.Function):
             return (None,) * 6
         if gq is None:
             gq, gk, gv = (torch.zeros_like(g) for g in (gdq, gdk, gdv))
-        gqkv, gdqkv, sums = _qk_norm_backward(
-            gq, gk, gv, gdq, gdk, gdv, qkv, dqkv, q_weight, k_weight, ctx.heads
-        )
+        gq, gk, gv, gdq, gdk, gdv = (_dense(g) for g in (gq, gk, gv, gdq, gdk, gdv))
+        N = qkv.size(0) * qkv.size(1)
+        heads, d = gq.shape[2:]
+        rows, warps = QK_NORM_BACKWARD
+        width = max(16, triton.next_power_of_2(d))
+        gqkv, gdqkv = _empty_pair(qkv, qkv.shape, qkv.dtype, dqkv is not None)
+        sums = qkv.new_empty(-(-N // rows), 5, heads, d, dtype=torch.float32)
+        with _on(qkv):
+            qk_norm_backward_kernel[(heads, len(sums), 3)](
+                gq, gk, gv, gdq, gdk, gdv, qkv, dqkv, q_weight, k_weight, gqkv, gdqkv, sums, N,
+                heads, d, width, rows, QK_NORM_TILE, EPS, num_warps=warps,
+            )  # fmt: skip
         sums = sums.sum(0)  # (5, heads, d)
-        weights = sums[3:].sum(1)
+        gq_weight, gk_weight = sums[3:].sum(1)
         return (
             gqkv,
-            None if dqkv is None else gdqkv,
-            weights[0].to(q_weight.dtype),
-            weights[1].to(k_weight.dtype),
+            gdqkv,
+            gq_weight.to(q_weight.dtype),
+            gk_weight.to(k_weight.dtype),
             sums[:3].flatten() if ctx.needs_input_grad[4] else None,
             None,
         )
@@ -1124,11 +950,6 @@ def _all_or_none(*gradients):
     if not given:
         return gradients
     return [torch.zeros_like(given[0]) if g is None else g for g in gradients]
-
-
-@torch.compiler.allow_in_graph  # Dynamo's own tracing would replace missing gradients by zeros
-def _qk_norm_and_v(qkv, dqkv, q_weight, k_weight, bias, heads):
-    return _QKNorm.apply(qkv, dqkv, q_weight, k_weight, bias, heads)
 
 
 def qk_norm(qkv, dqkv, q_weight, k_weight, heads, bias=None):
@@ -1151,7 +972,4 @@ def qk_norm(qkv, dqkv, q_weight, k_weight, heads, bias=None):
     _check_shape("qk_norm", "q_weight", q_weight, (d,))
     _check_shape("qk_norm", "k_weight", k_weight, (d,))
     _check_shape("qk_norm", "bias", bias, qkv.shape[-1:])
-    out = _qk_norm_and_v(qkv, dqkv, q_weight, k_weight, bias, heads)
-    if dqkv is None:
-        return (*out, None, None, None)
-    return out
+    return _QKNorm.apply(qkv, dqkv, q_weight, k_weight, bias, heads)

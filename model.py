@@ -480,14 +480,14 @@ class DiT(nn.Module):
         return out.value, out.tangent
 
 
-def compile_blocks(*models, detach_jvp=False, dynamic=False):
+def compile_blocks(*models, detach_jvp=False):
     """Compile the blocks of models: one function for all of them, once for each shape of a batch.
-    (On a GPU twice: the first block is given a tensor or a Dual, the others a dual.Residual.) Their
-    vectors are another function. A depth that is no multiple of TOGETHER has a second program of
-    each, for the last blocks.
 
-    detach_jvp: for a loss that does not ask for the gradient of a tangent. dynamic: from the second
-    batch size on, one program for all sizes (for sampling; a training step has fixed shapes).
+    Their vectors are another function. A depth that is no multiple of TOGETHER has a second program
+    of it, for the last blocks. torch.compile makes kernels of its own in the place of fused.py's.
+    That pays where fused.py has none: for other blocks and other GPUs than it takes.
+
+    detach_jvp: for a loss that does not ask for the gradient of a tangent.
     """
     # Dynamo keeps 8 programs of a function and then gives up. A process that works with many
     # shapes or networks needs more. A call looks through them, which takes microseconds.
@@ -495,7 +495,7 @@ def compile_blocks(*models, detach_jvp=False, dynamic=False):
     torch._dynamo.config.optimize_ddp = False  # True cuts blocks where DDP's buckets end
     limit = torch._dynamo.config.accumulated_recompile_limit
     torch._dynamo.config.accumulated_recompile_limit = max(limit, 1024)
-    options = dict(fullgraph=True, dynamic=None if dynamic else False)
+    options = dict(fullgraph=True, dynamic=False)
     run_block = torch.compile(Block.forward_detach_jvp if detach_jvp else Block.forward, **options)
     make_vectors = block_vectors_detach_jvp if detach_jvp else block_vectors
     make_vectors = torch.compile(make_vectors, **options)

@@ -15,8 +15,10 @@ which is written when the weight is updated, and the product that makes its grad
 import contextlib
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
+
+import fused
 
 # The gradient of a weight is the sum of two products: of the value's gradient and of the tangent's.
 # With few rows (modulation has one an image) a product takes as long as writing its result. Up to
@@ -93,7 +95,8 @@ class RoundedCopies:
     def in_use(self):
         """Within this context the layers are computed with their copies, where autocast would.
 
-        Go backward inside it, too: checkpointed blocks run again there.
+        Go backward inside it, too: checkpointed blocks run again there. Use backward(): where a
+        weight has a .grad, torch.autograd.grad would return the sum of that and the gradient.
         """
         for layer, name, value in self.attributes:
             setattr(layer, name, value)
@@ -131,8 +134,7 @@ def product(x, dx, layers, copies, bias_gradient=True):
     dx = None if dx is None else dx.to(torch.bfloat16)
     weights = [layer.weight for layer in layers]
     biases = [layer.bias for layer in layers] if bias_gradient else []
-    out = _product(x, dx, *copies, len(weights), *weights, *biases)
-    return (out, None) if dx is None else out
+    return _Product.apply(x, dx, *copies, len(weights), *weights, *biases)
 
 
 class _Product(torch.autograd.Function):
@@ -140,62 +142,85 @@ class _Product(torch.autograd.Function):
     def forward(ctx, x, dx, weight, bias, count, *parameters):
         """weight, bias: the copies. parameters: `count` float32 weights, and then their biases."""
         ctx.save_for_backward(x, dx, weight)
-        ctx.count = count
+        ctx.weights = parameters[:count]
         ctx.set_materialize_grads(False)
         y = functional.linear(x, weight, bias)
-        if dx is None:
-            return y
-        return y, functional.linear(dx, weight)
+        return y, None if dx is None else functional.linear(dx, weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # the copies have no gradient
-    def backward(ctx, gy, gdy=None):
+    def backward(ctx, gy, gdy):
         x, dx, weight = ctx.saved_tensors
+        count = len(ctx.weights)
         needs_x, needs_dx, _, _, _, *needs_parameters = ctx.needs_input_grad
-        needs_weights = any(needs_parameters[: ctx.count])
-        needs_biases = any(needs_parameters[ctx.count :])
         gx = gy @ weight if needs_x and gy is not None else None
         gdx = gdy @ weight if needs_dx and gdy is not None else None
-        gweights = [None] * ctx.count
-        gbiases = [None] * (len(needs_parameters) - ctx.count)
-        if needs_weights:
-            if gy is None:
-                gweight = weight_gradient(gdy, dx, None, None)
-            elif gdy is None:
-                gweight = weight_gradient(gy, x, None, None)
-            else:
-                gweight = weight_gradient(gy, x, gdy, dx)
-            gweights = gweight.chunk(ctx.count)
-        if needs_biases and gy is not None:
-            gbiases = rows_of(gy).sum(0, dtype=torch.float32).chunk(ctx.count)
+        gweights = [None] * count
+        gbiases = [None] * (len(needs_parameters) - count)
+        if any(needs_parameters[:count]):
+            factors = [(rows_of(g), rows_of(a)) for g, a in ((gy, x), (gdy, dx)) if g is not None]
+            gweights = weight_gradients(factors, ctx.weights)
+        if any(needs_parameters[count:]) and gy is not None:
+            gbiases = column_sums(gy).chunk(count)
         return gx, gdx, None, None, None, *gweights, *gbiases
+
+
+def weight_gradients(factors, weights):
+    """The gradients of the weights of layers side by side: sums of g^T a, a list of float32 (N, D).
+
+    factors: up to two pairs g (rows, layers N), a (rows, D) in bfloat16. Where a weight has a
+    .grad, the product adds to it and takes it from the weight: autograd makes .grad again of the
+    gradient that it is given.
+    """
+    if len(factors) == 2:
+        factors = joined(*factors)
+    gradients = []
+    for i, weight in enumerate(weights):
+        gradient = None
+        if weight.requires_grad and weight.grad is not None:
+            gradient = weight.grad.detach()  # an alias, which autograd need not copy
+            weight.grad = None
+        for g, a in factors:
+            g = g.chunk(len(weights), 1)[i]  # this layer's columns
+            gradient = float32_product(g.t(), a, add_to=gradient)
+        gradients.append(gradient)
+    return gradients
+
+
+def joined(value_factors, tangent_factors):
+    """Both pairs as one, whose product is the sum of theirs, if that needs no large copy."""
+    pairs = list(zip(value_factors, tangent_factors, strict=True))
+    if all(is_next(tangent, value) for value, tangent in pairs):
+        return [[twice_as_long(value) for value, _ in pairs]]
+    if len(value_factors[0]) <= FEW_ROWS:
+        return [[torch.cat(pair) for pair in pairs]]
+    return [value_factors, tangent_factors]
+
+
+def twice_as_long(matrix):
+    """(rows, N) and the matrix that lies behind it in memory, as one (2 rows, N)."""
+    return matrix.as_strided((2 * matrix.size(0), matrix.size(1)), matrix.stride())
+
+
+def is_next(second, first):
+    """Whether a matrix lies just behind another one like it (as fused.py makes them)."""
+    if not (first.is_contiguous() and second.is_contiguous() and first.shape == second.shape):
+        return False
+    if first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
+        return False
+    return second.storage_offset() == first.storage_offset() + first.numel()
+
+
+def column_sums(x):
+    """The sum of x (..., D) over all rows: float32 (D,)."""
+    if fused.why_not(x) is None:
+        return fused.column_sums(x)
+    return rows_of(x).sum(0, dtype=torch.float32)
 
 
 def rows_of(x):
     """(..., D) -> (rows, D)"""
     return x.reshape(-1, x.size(-1))
-
-
-@torch.compiler.allow_in_graph  # Dynamo's own tracing would replace missing gradients by zeros
-def _product(*arguments):
-    return _Product.apply(*arguments)
-
-
-@torch.library.custom_op("products::weight_gradient", mutates_args=())
-def weight_gradient(gy: Tensor, x: Tensor, gdy: Tensor | None, dx: Tensor | None) -> Tensor:
-    """gy^T x + gdy^T dx over all rows, float32 (N, D)."""
-    gy, x = rows_of(gy), rows_of(x)
-    if gdy is None:
-        return float32_product(gy.t(), x)
-    gdy, dx = rows_of(gdy), rows_of(dx)
-    if len(x) <= FEW_ROWS:
-        return float32_product(torch.cat([gy, gdy]).t(), torch.cat([x, dx]))
-    return float32_product(gdy.t(), dx, add_to=float32_product(gy.t(), x))
-
-
-@weight_gradient.register_fake
-def _(gy, x, gdy, dx):
-    return gy.new_empty(gy.size(-1), x.size(-1), dtype=torch.float32)
 
 
 def float32_product(a, b, add_to=None):

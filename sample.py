@@ -40,7 +40,6 @@ import fid
 from batches import conditions
 from checkpoint import raw_bytes
 from device import (
-    Graph,
     abilities,
     find_device,
     from_rank_0,
@@ -52,7 +51,7 @@ from dual import column, widest
 from files import UserError, follow_link
 from imageset import as_size
 from loss import EULER
-from model import Block, block_vectors, compile_blocks, load_model
+from model import load_model
 from options import Parser, run
 from parts import Parts
 from pictures import (
@@ -66,7 +65,6 @@ from pictures import (
     write_images,
 )
 
-COMPILE_FROM = 1000  # images; for fewer, up to a minute of torch.compile does not pay
 SHOWN = 10  # class names that are printed
 
 
@@ -99,49 +97,25 @@ def sample(model, x1, y, w, nfe, euler=False):
     return x
 
 
-def prepare_to_sample(model, bfloat16=True, compiled=True):
-    """Set how a model's blocks run, where its device can. Returns the context to call `sample` in.
-
-    The blocks compile at the first call.
-    """
-    device = next(model.parameters()).device
-    has_bfloat16, can_compile = abilities(device)
-    model.run_block = Block.forward
-    model.make_vectors = block_vectors
-    if compiled and can_compile:
-        compile_blocks(model, dynamic=True)
-    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16 and has_bfloat16)
-
-
-def make_sampler(model, nfe, euler=False, bfloat16=True, compiled=True):
+def make_sampler(model, nfe, euler=False, bfloat16=True):
     """`sample` as a function of (x1, y, w), as fast as the model's device has it.
 
-    Compiled, it is a CUDA graph: all inputs then have one shape, and each call overwrites the
-    images of the one before. With bfloat16 the weights of the model's linear layers are rounded in
+    With bfloat16, where the device has it, the weights of the model's linear layers are rounded in
     place, once, instead of at every call: give it a copy of a model that you train or save.
     """
-    has_bfloat16, can_compile = abilities(next(model.parameters()).device)
-    bfloat16 = bfloat16 and has_bfloat16
-    compiled = compiled and can_compile
-    context = prepare_to_sample(model, bfloat16, compiled)
+    device = next(model.parameters()).device
+    bfloat16 = bfloat16 and abilities(device)[0]
     if bfloat16:
         for layer in model.modules():
             if isinstance(layer, nn.Linear):
                 layer.to(torch.bfloat16)
-    graph = None
 
     @torch.no_grad()
-    def eager(x1, y, w):
-        with context:  # entered in here, so that autocast's casts are made in the graph
+    def sampler(x1, y, w):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             return sample(model, x1, y, w, nfe, euler)
 
-    def recorded(x1, y, w):
-        nonlocal graph
-        if graph is None:
-            graph = Graph(eager, [x1, y, w])
-        return graph(x1, y, w)
-
-    return recorded if compiled else eager
+    return sampler
 
 
 def noise_and_labels(seed, indices, shape, class_counts=None):
@@ -201,8 +175,7 @@ def parse(argv=None):
     add(
         "--precision",
         choices=("bfloat16", "float32"),
-        help="of the network (default: bfloat16 on a CUDA device that has it, else float32); "
-        f"from {COMPILE_FROM} images on bfloat16 is compiled, too, which takes up to a minute",
+        help="of the network (default: bfloat16 on a CUDA device that has it, else float32)",
     )
     add("--device", help="default: a GPU where there is one")
     args = parser.parse_args(argv)
@@ -336,7 +309,6 @@ class Plan:
     euler: bool  # the network was trained by flow matching
     batch: int
     bfloat16: bool
-    compiled: bool
 
     def batches(self):
         """The indices of the images, as one range a batch."""
@@ -370,7 +342,7 @@ class Plan:
 def make_plan(args, config, about, device):
     """The plan of this command line, for a network of this config and its checkpoint's `about`."""
     header = about["data"]
-    has_bfloat16, can_compile = abilities(device)
+    has_bfloat16, _ = abilities(device)
     if args.precision == "bfloat16" and not has_bfloat16:
         raise UserError(
             f"--precision bfloat16 takes a CUDA device that has it, which {device} is not"
@@ -399,7 +371,6 @@ def make_plan(args, config, about, device):
         euler=about.get("objective") in EULER,
         batch=min(args.batch, n),
         bfloat16=bfloat16,
-        compiled=bfloat16 and can_compile and n >= COMPILE_FROM,
     )
 
 
@@ -450,20 +421,14 @@ class Score:
 
 def sample_batches(batches, plan, model, device, header, vae, show):
     """Yield each batch with its images, uint8 (B, H, W, C). show: with a progress bar."""
-    sampler = make_sampler(model, plan.nfe, plan.euler, plan.bfloat16, plan.compiled)
-
-    def draw(batch):
-        if plan.compiled:  # for one shape of all: the last batch is filled up, and cut off below
-            batch = range(batch.start, batch.start + plan.batch)
-        return plan.noise_and_labels(batch)
-
-    drawn = one_ahead(draw, batches)
+    sampler = make_sampler(model, plan.nfe, plan.euler, plan.bfloat16)
+    drawn = one_ahead(plan.noise_and_labels, batches)
     for batch in tqdm(batches, desc="sampling", unit="batch", disable=not show):
         x1, labels = next(drawn)
         y = conditions(labels, header).to(device)
         w = torch.full((len(x1),), plan.w, device=device)
         x0 = sampler(x1.to(device), y, w)
-        yield batch, to_images(x0, header, vae)[: len(batch)]
+        yield batch, to_images(x0, header, vae)
 
 
 def one_ahead(function, items):

@@ -233,7 +233,6 @@ def time_step(protocol, constants):
     step = RandomStep(
         DiTConfig(input_size=protocol.size, in_channels=3, num_classes=10, **network),
         protocol.network["batch_size"],
-        compiled=cuda,
         device="cuda" if cuda else "cpu",
         **constants,
     )

@@ -60,7 +60,8 @@ class RandomStep:
         self,
         config,
         batch,
-        compiled=True,
+        graphs=True,
+        compiled=False,
         shard=False,
         checkpoint=False,
         detach_jvp=False,
@@ -72,12 +73,12 @@ class RandomStep:
     ):
         """config: a DiTConfig. batch: images a step of this rank.
 
-        compiled: the blocks, and on a GPU the step as CUDA graphs. shard: weights divided over the
-        ranks of torchrun, without graphs. checkpoint: all blocks are recomputed in the backward of
-        the pass with a derivative, and half of them in that of the others. detach_jvp: no gradient
-        through dF/ds. flow: FlowMatching above, instead of `objective`, which is one of
-        loss.OBJECTIVES. muon: the blocks' matrices are trained by Muon. bfloat16_sums: the ranks of
-        torchrun send their gradients as bfloat16.
+        graphs: on a GPU, the step as CUDA graphs. compiled: the blocks, by torch.compile. shard:
+        weights divided over the ranks of torchrun, without graphs. checkpoint: all blocks are
+        recomputed in the backward of the pass with a derivative, and half of them in that of the
+        others. detach_jvp: no gradient through dF/ds. flow: FlowMatching above, instead of
+        `objective`, which is one of loss.OBJECTIVES. muon: the blocks' matrices are trained by
+        Muon. bfloat16_sums: the ranks of torchrun send their gradients as bfloat16.
         """
         torch.manual_seed(0)
         torch._dynamo.reset()
@@ -110,7 +111,7 @@ class RandomStep:
         if compiled:
             compile_blocks(model, target, detach_jvp=self.loss.detaches_jvp)
 
-        graphs = compiled and on_gpu and not shard
+        graphs = graphs and on_gpu and not shard
         lr = torch.tensor(1e-4, device=self.device) if graphs else 1e-4
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         matrices = matrices_of_blocks(parameters) if muon else {}

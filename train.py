@@ -100,7 +100,8 @@ dataset        = Option("digits",   "data/NAME; digits and shapes are made when 
 vae            = Option("",         "the VAE that the data must be latents of; default: any")
 vae_files      = Option("",         "where the VAE lies; default: Hugging Face hub", later=True)
 device         = Option("",         "cpu, cuda or mps; default: a GPU if any", later=True)
-compile        = Option(True,       "on a GPU: torch.compile and a CUDA graph", later=True)
+graph          = Option(True,       "on a GPU: a step is a CUDA graph", later=True)
+compile        = Option(False,      "on a GPU: torch.compile the blocks", later=True)
 seed           = Option(0,          "seed of all random numbers", least=0, below=2**63)
 init_from      = Option("",         "a checkpoint to take the first weights from", later=True)
 init_partly    = Option(False,      "take the tensors that fit, print the others", later=True)
@@ -270,8 +271,8 @@ if shard and not distributed:
 if shard and muon_lr:
     fail("Muon takes whole matrices, and shard divides them: add --muon_lr=0, or leave shard out")
 uses_ddp = distributed and not shard
-has_bfloat16, can_compile = abilities(device)
-compiled = compile and can_compile
+has_bfloat16, has_triton = abilities(device)
+compiled = compile and has_triton
 
 # ---- data ----------------------------------------------------------------------------------------
 data_path = os.path.join("data", dataset)
@@ -336,7 +337,7 @@ if shard:
 model.checkpoint_blocks = checkpoint_blocks
 parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
 weights = list(parameters.values())
-use_graphs = compiled and device.type == "cuda" and not shard
+use_graphs = graph and has_triton and not shard
 matrices = matrices_of_blocks(parameters) if muon_lr else {}  # Muon's; the others are AdamW's
 if muon_lr and not matrices:
     fail("Muon trains the blocks' matrices, and this network has none: give --muon_lr=0")
@@ -524,7 +525,8 @@ if first_step > steps:
 saved_step = first_step  # of the last state that was loaded or saved; 0: there is none
 
 precision = "bfloat16" if has_bfloat16 else "float32"
-report.log_start(first_step, about, f"{precision}, {'compiled' if compiled else 'eager'}")
+way = [precision, *["a CUDA graph"] * use_graphs, *["compiled blocks"] * compiled]
+report.log_start(first_step, about, ", ".join(way))
 has_ckpt = True
 if first_step > 0:
     # A stop may have come between the state and what follows it: the picture, ckpt.safetensors.

@@ -99,6 +99,56 @@ def test_gpu_product(case, rows):
     check_product(case, rows, 3, "cuda")
 
 
+def check_sum_with_grad(device, count, rows, side_by_side):
+    """A second backward adds to .grad in place, and leaves the .grad of frozen weights alone."""
+    torch.manual_seed(0)
+    layers = layers_of(count, device)
+    frozen = layers[-1].weight.requires_grad_(count == 1)
+    weight = torch.cat([layer.weight for layer in layers]).detach().bfloat16()
+    bias = torch.cat([layer.bias for layer in layers]).detach().bfloat16()
+    x, dx = torch.randn(2, rows, 16, device=device).bfloat16()
+    gy, gdy = torch.randn(2, rows, 8 * count, device=device).bfloat16()
+    if not side_by_side:
+        dx, gdy = dx.clone(), gdy.clone()
+    wanted = gy.double().T @ x.double() + gdy.double().T @ dx.double()
+    for layer in layers:
+        layer.weight.grad = torch.ones_like(layer.weight)
+    places = [layer.weight.grad.data_ptr() for layer in layers]
+
+    torch.autograd.backward(product(x, dx, layers, (weight, bias)), [gy, gdy])
+    assert [layer.weight.grad.data_ptr() for layer in layers] == places
+    for layer, rows_of_it in zip(layers, wanted.chunk(count), strict=True):
+        if layer.weight.requires_grad:
+            assert rel(layer.weight.grad, 1 + rows_of_it) < LIMIT[device]
+    assert frozen.requires_grad or torch.equal(frozen.grad, torch.ones_like(frozen))
+
+
+@pytest.mark.parametrize("side_by_side", [True, False])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("count", [1, 3])
+def test_sum_with_grad(count, rows, side_by_side):
+    check_sum_with_grad("cpu", count, rows, side_by_side)
+
+
+@gpu
+@pytest.mark.parametrize("side_by_side", [True, False])
+@pytest.mark.parametrize("rows", ROWS)
+def test_gpu_sum_with_grad(rows, side_by_side):
+    check_sum_with_grad("cuda", 3, rows, side_by_side)
+
+
+def test_matrices_side_by_side():
+    """A value and its tangent are one matrix only where they lie so in memory."""
+    both = torch.randn(3, 4, 5)
+    assert products.is_next(both[1], both[0])
+    assert torch.equal(products.twice_as_long(both[0]), both[:2].reshape(8, 5))
+    assert not products.is_next(both[2], both[0])
+    assert not products.is_next(both[0], both[1])
+    assert not products.is_next(both[1].clone(), both[0])
+    assert not products.is_next(both[1], both[0][:2])
+    assert not products.is_next(both[1].T, both[0].T)
+
+
 def two_networks():
     """(network, target) with the same random weights."""
     net = random_model(torch.float32)

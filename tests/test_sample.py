@@ -267,7 +267,7 @@ def test_grid():
 @pytest.mark.parametrize("classes, columns", [([3], 10), ([3, 5], 10), ([0, 1, 2], 9), ([], 10)])
 def test_grids_of_few_classes(classes, columns):
     """No thin strip, and each column shows one class."""
-    plan = s.Plan(80, 1, 1.0, 0, [1], [1] * 10, classes or None, False, 80, False, False)
+    plan = s.Plan(80, 1, 1.0, 0, [1], [1] * 10, classes or None, False, 80, False)
     assert plan.columns() == columns
     if classes:
         assert columns % len(classes) == 0

@@ -670,12 +670,12 @@ def test_one_rank_of_torchrun(folder):
 
 
 @gpu
-@pytest.mark.parametrize("compiled", [False, True])
-def test_gpu_ddp_one_rank(folder, compiled):
-    """The same in float32 on a GPU, with NCCL, and with CUDA graphs where compiled."""
-    old = "has_bfloat16, can_compile = abilities(device)\n"
+@pytest.mark.parametrize("graph", [False, True])
+def test_gpu_ddp_one_rank(folder, graph):
+    """The same in float32 on a GPU, with NCCL, and as CUDA graphs."""
+    old = "has_bfloat16, has_triton = abilities(device)\n"
     script = edited_train(folder, old, old + "has_bfloat16 = False\n")
-    arguments = (*SMALL, "--steps=15", "--micro_batch=2", f"--compile={compiled}")
+    arguments = (*SMALL, "--steps=15", "--micro_batch=2", f"--graph={graph}")
     assert run_script(script, "--name=plain", *arguments) is None
     done = torchrun(script, "--name=ranks", *arguments, ranks=1)
     assert "stream does not match" not in done.stderr.decode()  # as autograd would warn
