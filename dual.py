@@ -271,11 +271,7 @@ def total(x):
         return x
     result = x.high
     if x.low is not None:
-        result = linear_map(at_least_float32, result)
-        if isinstance(result, Dual):  # not a Dual plus a tensor, so that torch.compile takes it
-            result = Dual(result.value + x.low, result.tangent)
-        else:
-            result = result + x.low
+        result = linear_map(at_least_float32, result) + x.low
     if x.branch is not None:
         result = result + x.gate * x.branch
     return result

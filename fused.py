@@ -10,6 +10,7 @@ torch.compile. The kernels' backward cannot be differentiated again; for that, s
     out, dout = gelu(u, du)
     q, k, v, dq, dk, dv = qk_norm(qkv, dqkv, q_weight, k_weight, heads)
     out = linear_gelu(x, weight, bias)    # where nothing is differentiated
+    sums = column_sums(x)
 
 A d before a name is its tangent. Without tangents they are None, and the results' are None too.
 
@@ -81,6 +82,7 @@ GELU_BACKWARD = (32, 4)
 QK_NORM_FORWARD = (32, 4)
 QK_NORM_BACKWARD = (256, 4)
 COLUMN_SUMS = (128, 4)
+COLUMN_SUMS_COLUMNS = 128  # of a program
 # Tokens that a program loads at a time.
 COLUMN_SUMS_TILE = 32
 GELU_TILE = 2
@@ -97,14 +99,14 @@ def why_not(x):
         return "Triton is not installed"
     if x.numel() > MAX_ROWS * x.size(-1):
         return f"there are more than {MAX_ROWS} rows"
+    if transformed():
+        return "a transform of torch.func, or forward AD, is at work"
     if x.device.type == "cpu" and INTERPRET:
         return None if x.dtype == torch.float32 else f"Triton's interpreter is wrong in {x.dtype}"
     if not x.is_cuda or torch.version.hip is not None:
         return "the kernels run on NVIDIA GPUs"
     if x.dtype not in DTYPES:
         return f"the kernels do not take {x.dtype}"
-    if transformed():
-        return "a transform of torch.func, or forward AD, is at work"
     if torch.cuda.get_device_properties(x.device).major < 8:
         return "the kernels need compute capability 8.0"
     return None
@@ -377,18 +379,6 @@ if triton is not None:
             if ADD:
                 store(SUMS, 5 * D, c1, c2, dgate_sum1, dgate_sum2, D)
 
-    C1 = tl.constexpr(2 * math.sqrt(2 / math.pi))
-    C3 = tl.constexpr(2 * math.sqrt(2 / math.pi) * 0.044715)
-
-    @triton.jit
-    def gelu_terms(u):
-        """-> s, slope, e and z_u of the formulas at the top."""
-        u2 = u * u
-        s = 1 / (1 + tl.exp(-u * (C1 + C3 * u2)))
-        z_u = C1 + 3 * C3 * u2
-        e = s * (1 - s)
-        return s, s + u * e * z_u, e, z_u
-
     # fmt: off
     @triton.jit
     def column_sums_kernel(
@@ -408,6 +398,18 @@ if triton is not None:
             sums += tl.load(X + at, mask=(row < N) & (c < D), other=0.0).to(tl.float32)
         sums = tl.sum(sums, 0)[None, :]
         tl.store(SUMS + tl.program_id(1).to(tl.int64) * D + c, sums, mask=c < D)
+
+    C1 = tl.constexpr(2 * math.sqrt(2 / math.pi))
+    C3 = tl.constexpr(2 * math.sqrt(2 / math.pi) * 0.044715)
+
+    @triton.jit
+    def gelu_terms(u):
+        """-> s, slope, e and z_u of the formulas at the top."""
+        u2 = u * u
+        s = 1 / (1 + tl.exp(-u * (C1 + C3 * u2)))
+        z_u = C1 + 3 * C3 * u2
+        e = s * (1 - s)
+        return s, s + u * e * z_u, e, z_u
 
     @triton.jit
     def gelu_forward_kernel(U, DU, OUT, DOUT, numel, BLOCK: tl.constexpr):
@@ -589,7 +591,8 @@ def _dense(x):
 def _empty_pair(like, shape, dtype, has_tangent):
     """Memory for a value and its tangent (None without one), on the device of `like`.
 
-    They lie side by side, so that products.py can take both as one matrix.
+    They lie side by side, so that products.py can take both as one matrix. So neither may be
+    changed in place, and who keeps one keeps the memory of both.
     """
     both = like.new_empty((1 + has_tangent, *shape), dtype=dtype)
     return both[0], both[1] if has_tangent else None
@@ -802,11 +805,10 @@ def column_sums(x):
     D = x.size(-1)
     N = x.numel() // D
     rows, warps = COLUMN_SUMS
-    columns = 128
     sums = x.new_empty(-(-N // rows), D, dtype=torch.float32)
     with _on(x):
-        column_sums_kernel[(-(-D // columns), len(sums))](
-            x, sums, N, D, rows, COLUMN_SUMS_TILE, columns, num_warps=warps
+        column_sums_kernel[(-(-D // COLUMN_SUMS_COLUMNS), len(sums))](
+            x, sums, N, D, rows, COLUMN_SUMS_TILE, COLUMN_SUMS_COLUMNS, num_warps=warps
         )
     return sums.sum(0)
 

@@ -484,8 +484,8 @@ def compile_blocks(*models, detach_jvp=False):
     """Compile the blocks of models: one function for all of them, once for each shape of a batch.
 
     Their vectors are another function. A depth that is no multiple of TOGETHER has a second program
-    of it, for the last blocks. torch.compile makes kernels of its own in the place of fused.py's.
-    That pays where fused.py has none: for other blocks and other GPUs than it takes.
+    of the vectors, for the last blocks. torch.compile makes kernels of its own, and fused.py's are
+    not used. That pays for blocks and GPUs for which fused.py has none.
 
     detach_jvp: for a loss that does not ask for the gradient of a tangent.
     """

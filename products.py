@@ -6,10 +6,9 @@ Linear layers in bfloat16 whose weights are rounded once a step, with gradients 
     with copies.in_use():
         ...  # forward and backward: the layers are computed by product() below
 
-In a compiled program autocast rounds a float32 weight wherever it is used: five times in a step of
-TVM, in forward and backward of its two passes and in the target's forward. It rounds the gradient
-of a weight as well, and then makes float32 of it again. Here each weight has a copy in bfloat16,
-which is written when the weight is updated, and the product that makes its gradient writes float32.
+Autocast rounds a float32 weight in each pass that uses it, and it rounds the gradient of a weight
+as well, of which it then makes float32 again. Here each weight has a copy in bfloat16, which is
+written when the weight is updated, and the product that makes its gradient writes float32.
 """
 
 import contextlib
@@ -21,8 +20,8 @@ from torch.nn import functional
 import fused
 
 # The gradient of a weight is the sum of two products: of the value's gradient and of the tangent's.
-# With few rows (modulation has one an image) a product takes as long as writing its result. Up to
-# so many rows both are one product, of the rows stacked, and the result is written once.
+# Where the tangent's rows lie behind the value's in memory, they are one product, which writes the
+# sum once. Up to so many rows (modulation has one an image) they are copied there.
 FEW_ROWS = 1024
 
 
@@ -36,6 +35,7 @@ class RoundedCopies:
     def __init__(self, nets):
         """nets: networks. One that has side_by_side(), as DiT has, says there which layers are
         computed as one product. Their copies lie one below the other."""
+        self.layers = []
         self.weights = []
         self.copies = []
         self.attributes = []  # (layer, name, value): what is set while the copies are in use
@@ -70,6 +70,7 @@ class RoundedCopies:
         weight_rows, bias_rows = weight.chunk(len(layers)), bias.chunk(len(layers))
         for layer, *copies in zip(layers, weight_rows, bias_rows, strict=True):
             self.attributes.append((layer, "copies", tuple(copies)))
+            self.layers.append(layer)
             self.weights += [layer.weight, layer.bias]
             self.copies += copies
 
@@ -92,18 +93,22 @@ class RoundedCopies:
         self.versions = [p._version for p in self.weights]
 
     @contextlib.contextmanager
-    def in_use(self):
+    def in_use(self, add_to_grad=False):
         """Within this context the layers are computed with their copies, where autocast would.
 
-        Go backward inside it, too: checkpointed blocks run again there. Use backward(): where a
-        weight has a .grad, torch.autograd.grad would return the sum of that and the gradient.
+        Go backward inside it, too: checkpointed blocks run again there.
+        add_to_grad: where a weight has a .grad, the product that makes its gradient adds to that.
+        Then go backward by loss.backward() alone. torch.autograd.grad, or a backward that does not
+        reach all weights, would take .grad away.
         """
-        for layer, name, value in self.attributes:
+        attributes = [(layer, "add_to_grad", add_to_grad) for layer in self.layers]
+        attributes += self.attributes
+        for layer, name, value in attributes:
             setattr(layer, name, value)
         try:
             yield
         finally:
-            for layer, name, _ in self.attributes:
+            for layer, name, _ in attributes:
                 vars(layer).pop(name, None)
 
 
@@ -134,15 +139,17 @@ def product(x, dx, layers, copies, bias_gradient=True):
     dx = None if dx is None else dx.to(torch.bfloat16)
     weights = [layer.weight for layer in layers]
     biases = [layer.bias for layer in layers] if bias_gradient else []
-    return _Product.apply(x, dx, *copies, len(weights), *weights, *biases)
+    add_to_grad = all(getattr(layer, "add_to_grad", False) for layer in layers)
+    return _Product.apply(x, dx, *copies, len(weights), add_to_grad, *weights, *biases)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, dx, weight, bias, count, *parameters):
+    def forward(ctx, x, dx, weight, bias, count, add_to_grad, *parameters):
         """weight, bias: the copies. parameters: `count` float32 weights, and then their biases."""
         ctx.save_for_backward(x, dx, weight)
-        ctx.weights = parameters[:count]
+        ctx.count = count
+        ctx.add_to = parameters[:count] if add_to_grad else [None] * count
         ctx.set_materialize_grads(False)
         y = functional.linear(x, weight, bias)
         return y, None if dx is None else functional.linear(dx, weight)
@@ -151,40 +158,45 @@ class _Product(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # the copies have no gradient
     def backward(ctx, gy, gdy):
         x, dx, weight = ctx.saved_tensors
-        count = len(ctx.weights)
-        needs_x, needs_dx, _, _, _, *needs_parameters = ctx.needs_input_grad
+        count = ctx.count
+        needs_x, needs_dx, _, _, _, _, *needs_parameters = ctx.needs_input_grad
         gx = gy @ weight if needs_x and gy is not None else None
         gdx = gdy @ weight if needs_dx and gdy is not None else None
         gweights = [None] * count
         gbiases = [None] * (len(needs_parameters) - count)
         if any(needs_parameters[:count]):
             factors = [(rows_of(g), rows_of(a)) for g, a in ((gy, x), (gdy, dx)) if g is not None]
-            gweights = weight_gradients(factors, ctx.weights)
+            gweights = weight_gradients(factors, ctx.add_to)
         if any(needs_parameters[count:]) and gy is not None:
             gbiases = column_sums(gy).chunk(count)
-        return gx, gdx, None, None, None, *gweights, *gbiases
+        return gx, gdx, None, None, None, None, *gweights, *gbiases
 
 
-def weight_gradients(factors, weights):
+def weight_gradients(factors, add_to):
     """The gradients of the weights of layers side by side: sums of g^T a, a list of float32 (N, D).
 
-    factors: up to two pairs g (rows, layers N), a (rows, D) in bfloat16. Where a weight has a
-    .grad, the product adds to it and takes it from the weight: autograd makes .grad again of the
-    gradient that it is given.
+    factors: one or two pairs g (rows, layers N), a (rows, D) in bfloat16. add_to: the weight of
+    each layer, or None. If a weight has a .grad, the product is added to it in place. It is then
+    taken from the weight and returned as the gradient, which autograd stores as .grad again.
     """
     if len(factors) == 2:
         factors = joined(*factors)
     gradients = []
-    for i, weight in enumerate(weights):
+    for i, weight in enumerate(add_to):
         gradient = None
-        if weight.requires_grad and weight.grad is not None:
+        if weight is not None and can_add_to_grad(weight):
             gradient = weight.grad.detach()  # an alias, which autograd need not copy
             weight.grad = None
         for g, a in factors:
-            g = g.chunk(len(weights), 1)[i]  # this layer's columns
+            g = g.chunk(len(add_to), 1)[i]  # this layer's columns
             gradient = float32_product(g.t(), a, add_to=gradient)
         gradients.append(gradient)
     return gradients
+
+
+def can_add_to_grad(weight):
+    """Whether there is a .grad to add to, and no hook that must see the gradient alone."""
+    return weight.requires_grad and weight.grad is not None and not weight._backward_hooks
 
 
 def joined(value_factors, tangent_factors):

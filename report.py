@@ -136,10 +136,10 @@ class Report:
 
     # ---- the log ---------------------------------------------------------------------------------
 
-    def log_start(self, step, about, way):
+    def log_start(self, step, about, how):
         """Print and log what this run is: its constants, network, data, device and commit.
 
-        about: what its checkpoints say of it. way: how it computes, for people.
+        about: what its checkpoints say of it. how: it computes, for people.
         """
         if self.rank == 0:
             numbers = sum(p.numel() for p in self.network.parameters())
@@ -147,7 +147,7 @@ class Report:
             print(*(f"{key}={value!r}" for key, value in self.config.items()))
             print(
                 f"{numbers:,} parameters, {images:,} images, {self.ranks} x {self.device.type}, "
-                f"{way}, commit {about['commit']}, from step {step}"
+                f"{how}, commit {about['commit']}, from step {step}"
             )
         is_gpu = self.device.type == "cuda"
         self.log(

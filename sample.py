@@ -98,10 +98,10 @@ def sample(model, x1, y, w, nfe, euler=False):
 
 
 def make_sampler(model, nfe, euler=False, bfloat16=True):
-    """`sample` as a function of (x1, y, w), as fast as the model's device has it.
+    """`sample` as a function of (x1, y, w), in bfloat16 where the device has it.
 
-    With bfloat16, where the device has it, the weights of the model's linear layers are rounded in
-    place, once, instead of at every call: give it a copy of a model that you train or save.
+    The weights of the model's linear layers are then rounded in place, once, instead of at every
+    call: give it a copy of a model that you train or save.
     """
     device = next(model.parameters()).device
     bfloat16 = bfloat16 and abilities(device)[0]

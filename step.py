@@ -107,7 +107,7 @@ class TrainingStep:
         sync = nullcontext()
         if self.uses_ddp and not is_last:
             sync = self.wrapped_loss.no_sync()  # DDP then only adds to .grad and sends nothing
-        copies_in_use = self.copies.in_use() if self.copies else nullcontext()
+        copies_in_use = self.copies.in_use(add_to_grad=True) if self.copies else nullcontext()
         with sync, copies_in_use:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
                 rest, terms = self.wrapped_loss(*inputs, backward_part=backward_part)
@@ -118,7 +118,7 @@ class TrainingStep:
         """Graphs of forward_and_backward: for the last micro-batch, and for those before it.
 
         Under torchrun these differ: the earlier ones send nothing. Their graph needs no warm-up,
-        since the other has compiled all that it runs.
+        since all its kernels have run in the other.
         """
         warm_ups = DDP_WARM_UPS if self.uses_ddp else 3
         clean = self.model.zero_grad if self.micro_batches == 1 else None

@@ -13,8 +13,8 @@ steps, columns: classes) and what train.py said. Checkpoints: out/study-RUN/.
 The protocol, fixed before any run but for what is marked (*):
 - Data: `shapes` and its preset (guidance 2, mu_s 0.4), with the network and the evaluation EMA of
   FULL below.
-- Training time: each method's step is timed alone on the device (median of 60, compiled, by the
-  wall clock). Its runs have as many steps as fit into --seconds. So it does not matter that
+- Training time: each method's step is timed alone on the device (median of 60, by the wall
+  clock). Its runs have as many steps as fit into --seconds. So it does not matter that
   --workers runs share the device.
 - Rates: each method runs at every learning rate with seed 0, and at twice the largest where that
   was best (*). The best rate has the smallest geometric mean, over the step counts, of the Frechet

@@ -37,6 +37,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import fused
 from batches import Batches, why_not_train
 from checkpoint import (
     check_run,
@@ -337,7 +338,7 @@ if shard:
 model.checkpoint_blocks = checkpoint_blocks
 parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
 weights = list(parameters.values())
-use_graphs = graph and has_triton and not shard
+use_graphs = graph and has_triton and not shard  # Triton: a graph's optimizer is one_pass.py
 matrices = matrices_of_blocks(parameters) if muon_lr else {}  # Muon's; the others are AdamW's
 if muon_lr and not matrices:
     fail("Muon trains the blocks' matrices, and this network has none: give --muon_lr=0")
@@ -373,8 +374,13 @@ if objective in MEANFLOWS and unusual and rank == 0:
     usual = " ".join(f"--{name}={value}" for name, value in MEANFLOW_CONSTANTS.items())
     given = " ".join(f"--{name}={config[name]}" for name in MEANFLOW_CONSTANTS)
     print(f"warning: MeanFlow's own constants are {usual}, not {given}", file=sys.stderr)
+no_kernels = fused.why_not(torch.empty(0, 1, hidden_size, device=device))
+if not semi_lipschitz:
+    no_kernels = "fused.py has no kernel for LayerNorm"
 if compiled:
     compile_blocks(model, target, detach_jvp=loss.detaches_jvp)
+elif has_triton and no_kernels and rank == 0:
+    print(f"{no_kernels}; --compile=True may be faster", file=sys.stderr)
 
 
 def learning_rate(step, peak):
@@ -525,8 +531,12 @@ if first_step > steps:
 saved_step = first_step  # of the last state that was loaded or saved; 0: there is none
 
 precision = "bfloat16" if has_bfloat16 else "float32"
-way = [precision, *["a CUDA graph"] * use_graphs, *["compiled blocks"] * compiled]
-report.log_start(first_step, about, ", ".join(way))
+how = precision
+if compiled:
+    how += ", compiled blocks"
+if use_graphs:
+    how += ", a CUDA graph"
+report.log_start(first_step, about, how)
 has_ckpt = True
 if first_step > 0:
     # A stop may have come between the state and what follows it: the picture, ckpt.safetensors.

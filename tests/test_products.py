@@ -115,12 +115,31 @@ def check_sum_with_grad(device, count, rows, side_by_side):
         layer.weight.grad = torch.ones_like(layer.weight)
     places = [layer.weight.grad.data_ptr() for layer in layers]
 
+    for layer in layers:
+        layer.add_to_grad = True
     torch.autograd.backward(product(x, dx, layers, (weight, bias)), [gy, gdy])
     assert [layer.weight.grad.data_ptr() for layer in layers] == places
     for layer, rows_of_it in zip(layers, wanted.chunk(count), strict=True):
         if layer.weight.requires_grad:
             assert rel(layer.weight.grad, 1 + rows_of_it) < LIMIT[device]
     assert frozen.requires_grad or torch.equal(frozen.grad, torch.ones_like(frozen))
+
+
+def test_grad_stays_in_other_backwards():
+    """Unless it is asked, a product leaves .grad to autograd; and hooks see the gradient alone."""
+    (layer,) = layers_of(1, "cpu")
+    copies = layer.weight.detach().bfloat16(), layer.bias.detach().bfloat16()
+    x = torch.randn(4, 16, requires_grad=True)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    y, _ = product(x, None, [layer], copies)
+    torch.autograd.grad(y.sum(), x)
+    assert torch.equal(layer.weight.grad, torch.ones_like(layer.weight))
+    seen = []
+    layer.weight.register_hook(seen.append)
+    layer.add_to_grad = True
+    y, _ = product(x, None, [layer], copies)
+    y.sum().backward()
+    assert torch.equal(layer.weight.grad, seen[0] + 1)
 
 
 @pytest.mark.parametrize("side_by_side", [True, False])
@@ -193,7 +212,8 @@ def test_copies():
     check()
     with pytest.raises(ZeroDivisionError), copies.in_use():
         raise ZeroDivisionError
-    assert not any(hasattr(layer, "copies") or hasattr(layer, "stack") for layer in layers)
+    names = ("copies", "stack", "add_to_grad")
+    assert not any(hasattr(layer, name) for layer in layers for name in names)
 
 
 class OtherLinear(nn.Linear):
