@@ -71,7 +71,7 @@ FUSED = True  # False: dual.py takes its formulas always
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # kernels on CPU tensors, for tests
 EPS = 1e-6  # of every norm
 DTYPES = (torch.float32, torch.bfloat16)  # that the kernels take
-MAX_WIDTH = 2048  # of a row of add_norm: it must fit into the registers of one program
+MAX_WIDTH = 2048  # of a row: it must fit into the registers of one program
 MAX_ROWS = 32 * 65535  # a grid's second axis ends at 65,535 programs, here of 32 rows
 
 # Tokens and warps of a program, measured on an H200 with XL/2's shapes.
@@ -97,6 +97,8 @@ def why_not(x):
         return "torch.compile makes kernels of the formulas"
     if triton is None:
         return "Triton is not installed"
+    if x.size(-1) > MAX_WIDTH:
+        return f"rows of {x.size(-1)} numbers are longer than {MAX_WIDTH}"
     if x.numel() > MAX_ROWS * x.size(-1):
         return f"there are more than {MAX_ROWS} rows"
     if transformed():

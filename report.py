@@ -139,7 +139,7 @@ class Report:
     def log_start(self, step, about, how):
         """Print and log what this run is: its constants, network, data, device and commit.
 
-        about: what its checkpoints say of it. how: it computes, for people.
+        about: what its checkpoints say of it. how: "bfloat16, a CUDA graph", for people.
         """
         if self.rank == 0:
             numbers = sum(p.numel() for p in self.network.parameters())
