@@ -46,6 +46,7 @@ from sample import make_sampler
 from timing import RandomStep, milliseconds
 from vae import SD_VAE
 
+WARM_UP_STEPS = 50  # before a step is timed: a GPU that has worked for 10 seconds is slower
 MODES = {  # of a step: what RandomStep is given, and passes that its products are worth
     "graph": ({}, 11),  # as train.py has it: fused.py's kernels in a CUDA graph
     "eager": (dict(graphs=False), 11),
@@ -172,8 +173,8 @@ def show_bytes(config, batch, kinds, show):
 
 
 def measure_step(config, batch, options):
-    """Median milliseconds of 20 steps, peak bytes that PyTorch took from the device, seconds of the
-    first five steps, and GPU milliseconds by kind of kernel."""
+    """Median milliseconds of 20 steps on a warm GPU, peak bytes that PyTorch took from the device,
+    seconds of the first five steps, and GPU milliseconds by kind of kernel."""
     gc.unfreeze()
     gc.collect()
     torch.cuda.empty_cache()
@@ -186,9 +187,13 @@ def measure_step(config, batch, options):
     start = time.perf_counter() - began
     gc.collect()
     gc.freeze()  # as train.py does: the collector need not walk what stays
+    for n in range(WARM_UP_STEPS):
+        step(n)
     ms = sorted(milliseconds(step, 20))[10]
     peak = torch.cuda.max_memory_reserved()
-    return ms, peak, start, kernel_times(step)
+    kinds = kernel_times(step)
+    step.step.recorded.clear()  # the process group cannot be left while graphs hold its links
+    return ms, peak, start, kinds
 
 
 def kernel_times(step):

@@ -4,7 +4,7 @@ What this process runs on: its device, its place among the ranks, and CUDA graph
     device = find_device("")                      # a GPU where there is one
     rank, ranks, local_rank = ranks_of_torchrun() # (0, 1, 0) without torchrun
     join_ranks("gloo", timedelta(minutes=10))
-    parallel = data_parallel(module)              # its backward takes the mean over the ranks
+    parallel = data_parallel(module, device)      # its backward takes the mean over the ranks
 """
 
 import atexit
@@ -21,7 +21,9 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+import peer_mean
 from files import UserError
+from peer_mean import PeerMean
 
 
 def find_device(name=""):
@@ -192,7 +194,7 @@ def on_rank_0(function, *arguments):
     return value
 
 
-def data_parallel(module, bfloat16=False, for_graph=False):
+def data_parallel(module, device, bfloat16=False, for_graph=False):
     """torch's DistributedDataParallel: a module whose backward takes the mean over the ranks.
 
     A backward inside forward(), of an early term, or within parallel.no_sync() only adds to .grad.
@@ -200,8 +202,8 @@ def data_parallel(module, bfloat16=False, for_graph=False):
     computes. A weight's .grad is then a view of its bucket. That backward must reach every weight
     that is trained.
 
-    bfloat16, for GPUs: buckets are sent as bfloat16, half the bytes. for_graph: forward and
-    backward can be recorded by Graph.
+    device: the module's. bfloat16, for GPUs: buckets are sent as bfloat16, half the bytes.
+    for_graph: forward and backward can be recorded by Graph.
     """
     stream = graph_stream() if for_graph else None
     if stream:
@@ -210,9 +212,22 @@ def data_parallel(module, bfloat16=False, for_graph=False):
         parallel = DistributedDataParallel(module, gradient_as_bucket_view=True)
         if bfloat16:
             parallel.register_comm_hook(None, bf16_compress_hook)
+        elif not any(from_all_ranks(peer_mean.why_not(device))):
+            parallel.register_comm_hook(PeerMean(device), PeerMean.hook)
+        elif device.type == "cuda":
+            parallel.register_comm_hook(None, nccl_mean)
     if stream:
         torch.cuda.current_stream().wait_stream(stream)
     return parallel
+
+
+def nccl_mean(_, bucket):
+    """A communication hook in which NCCL divides. DDP's own way is a pass over all gradients."""
+    mean = dist.ReduceOp.AVG
+    if dist.get_world_size() == 1:  # NCCL would copy the gradient, and leaves a sum of one alone
+        mean = dist.ReduceOp.SUM
+    work = dist.all_reduce(bucket.buffer(), mean, async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
 
 
 def ranks_agree(weights):

@@ -93,15 +93,18 @@ class RoundedCopies:
         self.versions = [p._version for p in self.weights]
 
     @contextlib.contextmanager
-    def in_use(self, add_to_grad=False):
+    def in_use(self, add_to_grad=False, places=None):
         """Within this context the layers are computed with their copies, where autocast would.
 
         Go backward inside it, too: checkpointed blocks run again there.
         add_to_grad: where a weight has a .grad, the product that makes its gradient adds to that.
         Then go backward by loss.backward() alone. torch.autograd.grad, or a backward that does not
         reach all weights, would take .grad away.
+        places: {id of a weight: float32 tensor like it}, with add_to_grad. If a weight has no
+        .grad, its first gradient is written there. It is then taken from the dictionary.
         """
         attributes = [(layer, "add_to_grad", add_to_grad) for layer in self.layers]
+        attributes += [(layer, "places", places or {}) for layer in self.layers]
         attributes += self.attributes
         for layer, name, value in attributes:
             setattr(layer, name, value)
@@ -139,17 +142,21 @@ def product(x, dx, layers, copies, bias_gradient=True):
     dx = None if dx is None else dx.to(torch.bfloat16)
     weights = [layer.weight for layer in layers]
     biases = [layer.bias for layer in layers] if bias_gradient else []
-    add_to_grad = all(getattr(layer, "add_to_grad", False) for layer in layers)
-    return _Product.apply(x, dx, *copies, len(weights), add_to_grad, *weights, *biases)
+    places = None
+    if all(getattr(layer, "add_to_grad", False) for layer in layers):
+        places = getattr(layers[0], "places", {})
+    return _Product.apply(x, dx, *copies, len(weights), places, *weights, *biases)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, dx, weight, bias, count, add_to_grad, *parameters):
-        """weight, bias: the copies. parameters: `count` float32 weights, and then their biases."""
+    def forward(ctx, x, dx, weight, bias, count, places, *parameters):
+        """weight, bias: the copies. parameters: `count` float32 weights, and then their biases.
+        places: of in_use(add_to_grad=True), else None."""
         ctx.save_for_backward(x, dx, weight)
         ctx.count = count
-        ctx.add_to = parameters[:count] if add_to_grad else [None] * count
+        ctx.weights = parameters[:count]
+        ctx.places = places
         ctx.set_materialize_grads(False)
         y = functional.linear(x, weight, bias)
         return y, None if dx is None else functional.linear(dx, weight)
@@ -166,37 +173,38 @@ class _Product(torch.autograd.Function):
         gbiases = [None] * (len(needs_parameters) - count)
         if any(needs_parameters[:count]):
             factors = [(rows_of(g), rows_of(a)) for g, a in ((gy, x), (gdy, dx)) if g is not None]
-            gweights = weight_gradients(factors, ctx.add_to)
+            gweights = weight_gradients(factors, ctx.weights, ctx.places)
         if any(needs_parameters[count:]) and gy is not None:
             gbiases = column_sums(gy).chunk(count)
         return gx, gdx, None, None, None, None, *gweights, *gbiases
 
 
-def weight_gradients(factors, add_to):
+def weight_gradients(factors, weights, places):
     """The gradients of the weights of layers side by side: sums of g^T a, a list of float32 (N, D).
 
-    factors: one or two pairs g (rows, layers N), a (rows, D) in bfloat16. add_to: the weight of
-    each layer, or None. If a weight has a .grad, the product is added to it in place. It is then
-    taken from the weight and returned as the gradient, which autograd stores as .grad again.
+    factors: one or two pairs g (rows, layers N), a (rows, D) in bfloat16. places: of in_use, or
+    None. If a weight has a .grad, the product is added to it in place. It is then taken from the
+    weight and returned as the gradient, which autograd stores as .grad again.
     """
     if len(factors) == 2:
         factors = joined(*factors)
     gradients = []
-    for i, weight in enumerate(add_to):
+    for i, weight in enumerate(weights):
         gradient = None
-        if weight is not None and can_add_to_grad(weight):
-            gradient = weight.grad.detach()  # an alias, which autograd need not copy
+        adds = False
+        if places is not None and weight.requires_grad and not weight._backward_hooks:
+            # (A hook must see this gradient alone.)
+            adds = weight.grad is not None
+            gradient = weight.grad if adds else places.pop(id(weight), None)
             weight.grad = None
+        if gradient is not None:
+            gradient = gradient.detach()  # an alias, which autograd need not copy
         for g, a in factors:
-            g = g.chunk(len(add_to), 1)[i]  # this layer's columns
-            gradient = float32_product(g.t(), a, add_to=gradient)
+            g = g.chunk(len(weights), 1)[i]  # this layer's columns
+            gradient = float32_product(g.t(), a, gradient, adds)
+            adds = True
         gradients.append(gradient)
     return gradients
-
-
-def can_add_to_grad(weight):
-    """Whether there is a .grad to add to, and no hook that must see the gradient alone."""
-    return weight.requires_grad and weight.grad is not None and not weight._backward_hooks
 
 
 def joined(value_factors, tangent_factors):
@@ -235,11 +243,13 @@ def rows_of(x):
     return x.reshape(-1, x.size(-1))
 
 
-def float32_product(a, b, add_to=None):
-    """a b of bfloat16 matrices in float32, added in place to a matrix if that is given."""
+def float32_product(a, b, out=None, adds=False):
+    """a b of bfloat16 matrices in float32. It is written into out, or added to it."""
     if not a.is_cuda:  # only there a product has a dtype of its own
-        out = a.float() @ b.float()
-        return out if add_to is None else add_to.add_(out)
-    if add_to is None:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.addmm(add_to, a, b, out_dtype=torch.float32, out=add_to)
+        product = a.float() @ b.float()
+        if out is None:
+            return product
+        return out.add_(product) if adds else out.copy_(product)
+    if adds:
+        return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)

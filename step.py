@@ -10,7 +10,7 @@ train.py's loop calls it, and bench.py and study.py time it. On a GPU gradients(
 CUDA graphs: recorded once, and then replayed without Python.
 """
 
-import atexit
+import weakref
 from contextlib import nullcontext
 from functools import partial
 
@@ -64,7 +64,7 @@ class TrainingStep:
         if shard:
             self.wrapped_loss = shard_loss(loss)
         elif self.uses_ddp:
-            self.wrapped_loss = data_parallel(loss, bfloat16=bfloat16_sums, for_graph=graphs)
+            self.wrapped_loss = data_parallel(loss, device, bfloat16_sums, for_graph=graphs)
         else:
             self.wrapped_loss = loss
         # In bfloat16, of the weights of all networks that the loss runs. FSDP2 gathers weights in
@@ -76,8 +76,9 @@ class TrainingStep:
             for p in self.weights:
                 p.grad = torch.zeros_like(p)
         self.recorded = {}  # graphs: "last", "earlier" and "update"
-        if dist.is_initialized():
-            atexit.register(self.recorded.clear)  # no process ends while a graph holds NCCL's links
+        # NCCL's links cannot be closed while a graph holds them: not at the process's end, and not
+        # before, once this step is gone.
+        weakref.finalize(self, self.recorded.clear)
 
     def gradients(self, *inputs, is_first=True, is_last=True):
         """Forward and backward of a micro-batch. Returns the terms of the loss, {name: Term}.
@@ -101,18 +102,31 @@ class TrainingStep:
         With DDP the last term's backward of the last micro-batch makes .grad the mean over the
         ranks. (With shard every backward adds a mean.)
         """
-        if self.micro_batches == 1:
-            self.model.zero_grad()  # frees .grad: the forward uses its memory
+        old = self.take_gradients() if self.micro_batches == 1 else {}
         backward_part = partial(backward, share=1 / self.micro_batches)
         sync = nullcontext()
         if self.uses_ddp and not is_last:
             sync = self.wrapped_loss.no_sync()  # DDP then only adds to .grad and sends nothing
-        copies_in_use = self.copies.in_use(add_to_grad=True) if self.copies else nullcontext()
+        copies_in_use = nullcontext()
+        if self.copies:
+            copies_in_use = self.copies.in_use(add_to_grad=True, places=old)
         with sync, copies_in_use:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
                 rest, terms = self.wrapped_loss(*inputs, backward_part=backward_part)
             backward_part(rest)
         return terms
+
+    def take_gradients(self):
+        """Take .grad from all weights, so that the next gradient replaces it.
+
+        Its memory is free for the forward. Not so with DDP, whose buckets hold it: there the result
+        is {id of a weight: the tensor that was its .grad}, into which the next one may be written.
+        """
+        old = {}
+        if self.uses_ddp:
+            old = {id(p): p.grad for p in self.weights if p.grad is not None}
+        self.model.zero_grad()
+        return old
 
     def record_gradients(self, inputs):
         """Graphs of forward_and_backward: for the last micro-batch, and for those before it.
@@ -121,7 +135,9 @@ class TrainingStep:
         since all its kernels have run in the other.
         """
         warm_ups = DDP_WARM_UPS if self.uses_ddp else 3
-        clean = self.model.zero_grad if self.micro_batches == 1 else None
+        clean = None
+        if self.micro_batches == 1 and not self.uses_ddp:  # DDP's buckets hold the gradient
+            clean = self.model.zero_grad
         last = Graph(
             partial(self.forward_and_backward, is_last=True), inputs, warm_ups, clean=clean
         )

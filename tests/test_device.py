@@ -172,7 +172,7 @@ def test_data_parallel_sends_during_the_last_backward(group_of_one):
     torch.manual_seed(0)
     plain = TwoParts()
     module = copy.deepcopy(plain)
-    parallel = device.data_parallel(module)
+    parallel = device.data_parallel(module, torch.device("cpu"))
     events = []
 
     def send(state, bucket):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import gpu, random_model, rel
+from test_device import group_of_one  # noqa: F401  a fixture
 from torch import nn
 
 import products
@@ -156,6 +157,67 @@ def test_gpu_sum_with_grad(rows, side_by_side):
     check_sum_with_grad("cuda", 3, rows, side_by_side)
 
 
+def check_places(device):
+    """A first gradient is written into the tensor that is given for it, whatever that held; in a
+    layer that runs twice, only one of the two."""
+    torch.manual_seed(0)
+    once, twice = layers_of(2, device)
+    x = torch.randn(2, 5, 16, device=device).bfloat16()
+    exact = x.double().sum(1)[:, None].expand(2, 8, 16)  # of the sum of all results
+    net = nn.ModuleList([once, twice])
+    copies = RoundedCopies([net])
+    places = {id(layer.weight): torch.full_like(layer.weight, torch.nan) for layer in net}
+    held = [t.data_ptr() for t in places.values()]
+    with copies.in_use(add_to_grad=True, places=places):
+        for total in (1, 2):
+            first, _ = product(x[0], None, [once], once.copies)
+            second, _ = product(x[0], None, [twice], twice.copies)
+            third, _ = product(x[1], None, [twice], twice.copies)
+            (first.sum() + second.sum() + third.sum()).backward()
+            assert not places
+            assert rel(once.weight.grad, total * exact[0]) < LIMIT[device]
+            assert rel(twice.weight.grad, total * exact.sum(0)) < LIMIT[device]
+            assert once.weight.grad.data_ptr() == held[0]
+
+
+def test_places():
+    check_places("cpu")
+
+
+@gpu
+def test_gpu_places():
+    check_places("cuda")
+
+
+def test_gradients_stay_in_buckets(group_of_one):  # noqa: F811
+    """With DDP a step's gradient replaces that of the step before, in the memory of DDP's buckets.
+
+    It is the same as without DDP. A layer that is not computed by product() is no exception."""
+    net, target = two_networks()
+    net.blocks[0].mlp.fc1.register_forward_hook(lambda *_: None)  # so it is called
+    twin = copy.deepcopy(net)
+    cpu = torch.device("cpu")
+    loss = TrainingLoss(net, target, guidance=dict(w=2.0))
+    step = TrainingStep(loss, [], [], cpu, bfloat16=True)
+    assert step.uses_ddp
+    plain = TrainingStep(TrainingLoss(twin, target, guidance=dict(w=2.0)), [], [], cpu)
+    plain.uses_ddp = False
+    plain.wrapped_loss = TrainingLoss(twin, target, guidance=dict(w=2.0))
+    plain.copies = RoundedCopies([twin, target])
+    plain.bfloat16 = True
+    held = None
+    for n in range(4):
+        x0 = torch.randn(4, 2, 4, 4)
+        inputs = (x0, torch.arange(4) % 3, *loss.draw(x0, n))
+        step.gradients(*inputs)
+        plain.gradients(*inputs)
+        for p, q in zip(step.weights, plain.weights, strict=True):
+            assert torch.equal(p.grad, q.grad)
+        if n == 1:  # DDP arranges its buckets anew after the first step
+            held = [p.grad.data_ptr() for p in step.weights]
+    assert [p.grad.data_ptr() for p in step.weights] == held
+
+
 def test_matrices_side_by_side():
     """A value and its tangent are one matrix only where they lie so in memory."""
     both = torch.randn(3, 4, 5)
@@ -212,7 +274,7 @@ def test_copies():
     check()
     with pytest.raises(ZeroDivisionError), copies.in_use():
         raise ZeroDivisionError
-    names = ("copies", "stack", "add_to_grad")
+    names = ("copies", "stack", "add_to_grad", "places")
     assert not any(hasattr(layer, name) for layer in layers for name in names)
 
 
