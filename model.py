@@ -507,15 +507,18 @@ def compile_blocks(*models, detach_jvp=False):
 def spectral_norm(weight):
     """The largest singular value, by the product with the transpose in float64.
 
-    On one thread: with more, LAPACK takes minutes while another process uses the same cores.
+    A large matrix goes to a GPU for it, where there is one: XL/2 has 118 of them. A CPU works on
+    one thread: with more, LAPACK takes minutes while another process uses the same cores.
     """
     matrix = weight if weight.size(0) < weight.size(1) else weight.T
+    if weight.device.type == "cpu" and min(weight.shape) >= 512 and torch.cuda.is_available():
+        matrix = matrix.cuda()
     matrix = matrix.double()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     norm = torch.linalg.eigvalsh(matrix @ matrix.T)[-1].sqrt()
     torch.set_num_threads(threads)
-    return norm
+    return norm.to(weight.device)
 
 
 def positions(rows, columns, dim):
