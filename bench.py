@@ -22,6 +22,7 @@ import copy
 import functools
 import gc
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -37,7 +38,7 @@ from torch.nn import functional
 import bench_attention
 import inception
 from dataset import Writer
-from device import find_device, join_ranks, ranks_of_torchrun
+from device import find_device, from_rank_0, join_ranks, ranks_of_torchrun
 from files import HERE, UserError
 from frechet import FEATURES, Moments, frechet_distance
 from model import SIZES, DiT, DiTConfig
@@ -46,7 +47,7 @@ from sample import make_sampler
 from timing import RandomStep, milliseconds
 from vae import SD_VAE
 
-WARM_UP_STEPS = 50  # before a step is timed: a GPU that has worked for 10 seconds is slower
+WARM_UP_SECONDS = 10  # before a step is timed: a GPU that has worked for a while is slower
 MODES = {  # of a step: what RandomStep is given, and passes that its products are worth
     "graph": ({}, 11),  # as train.py has it: fused.py's kernels in a CUDA graph
     "eager": (dict(graphs=False), 11),
@@ -187,13 +188,19 @@ def measure_step(config, batch, options):
     start = time.perf_counter() - began
     gc.collect()
     gc.freeze()  # as train.py does: the collector need not walk what stays
-    for n in range(WARM_UP_STEPS):
-        step(n)
+    warm_up(step)
     ms = sorted(milliseconds(step, 20))[10]
     peak = torch.cuda.max_memory_reserved()
     kinds = kernel_times(step)
     step.step.recorded.clear()  # the process group cannot be left while graphs hold its links
     return ms, peak, start, kinds
+
+
+def warm_up(step):
+    """Steps for WARM_UP_SECONDS, as many on each rank."""
+    each = milliseconds(step, 1)[0] / 1e3
+    for n in range(from_rank_0(math.ceil(WARM_UP_SECONDS / each))):
+        step(n)
 
 
 def kernel_times(step):
