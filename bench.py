@@ -70,7 +70,7 @@ KERNELS = {  # kinds of GPU kernels by what their names hold; the first kind tha
     ),
     "attention": ("forward_kernel", "row_kernel", "column_kernel", "flash", "fmha", "sdpa"),
     "AdamW": ("Adam", "adamw_kernel", "Lerp"),  # and the averages
-    "NCCL": ("nccl",),
+    "ranks": ("nccl", "barrier_kernel", "mean_kernel", "PtoP"),  # the mean over them, and waiting
     "products": ("nvjet", "gemm", "cutlass", "cublas", "xmma", "splitK"),
 }
 OTHER = "other"
@@ -206,12 +206,23 @@ def warm_up(step):
 def kernel_times(step):
     """{kind: milliseconds on the GPU} of one step."""
     kinds = dict.fromkeys([*KERNELS, OTHER], 0.0)
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        step(0)
-        torch.cuda.synchronize()
-    for event in profile.key_averages():
-        kinds[kind_of_kernel(event.key)] += event.device_time_total / 1e3
+
+    def add_up(profile):
+        for event in profile.key_averages():
+            if not event.key.startswith("ProfilerStep"):  # the name of the whole step
+                kinds[kind_of_kernel(event.key)] += event.device_time_total / 1e3
+
+    # The profiler does not start at the same time on all ranks. The first two steps, which are not
+    # counted, bring them together again.
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA],
+        schedule=torch.profiler.schedule(wait=0, warmup=2, active=1, repeat=1),
+        on_trace_ready=add_up,
+    ) as profile:
+        for n in range(3):
+            step(n)
+            torch.cuda.synchronize()
+            profile.step()
     return kinds
 
 

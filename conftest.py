@@ -4,11 +4,15 @@ import multiprocessing
 import os
 import signal
 import socket
+from datetime import timedelta
 
 import numpy as np
 import pytest
+import torch
 from helpers import HERE, tiny_vae, train_here
 from PIL import Image
+
+import device
 
 # A shell starts a job in the background with Ctrl-C ignored. What tests start would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -69,6 +73,18 @@ def two_ranks(start):
         return [process.exitcode for process in processes]
 
     return run
+
+
+@pytest.fixture
+def group_of_one(monkeypatch):
+    """This process is the only rank of a group, as under torchrun --nproc_per_node=1."""
+    variables = dict(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", TORCHELASTIC_RUN_ID="1")
+    variables.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    device.join_ranks("gloo", timedelta(seconds=10))
+    yield
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

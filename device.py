@@ -4,7 +4,7 @@ What this process runs on: its device, its place among the ranks, and CUDA graph
     device = find_device("")                      # a GPU where there is one
     rank, ranks, local_rank = ranks_of_torchrun() # (0, 1, 0) without torchrun
     join_ranks("gloo", timedelta(minutes=10))
-    parallel = data_parallel(module, device)      # its backward takes the mean over the ranks
+    parallel = data_parallel(module)              # its backward takes the mean over the ranks
 """
 
 import atexit
@@ -194,7 +194,7 @@ def on_rank_0(function, *arguments):
     return value
 
 
-def data_parallel(module, device, bfloat16=False, for_graph=False):
+def data_parallel(module, bfloat16=False, for_graph=False):
     """torch's DistributedDataParallel: a module whose backward takes the mean over the ranks.
 
     A backward inside forward(), of an early term, or within parallel.no_sync() only adds to .grad.
@@ -202,18 +202,19 @@ def data_parallel(module, device, bfloat16=False, for_graph=False):
     computes. A weight's .grad is then a view of its bucket. That backward must reach every weight
     that is trained.
 
-    device: the module's. bfloat16, for GPUs: buckets are sent as bfloat16, half the bytes.
-    for_graph: forward and backward can be recorded by Graph.
+    bfloat16, for GPUs: buckets are sent as bfloat16, half the bytes. for_graph: forward and
+    backward can be recorded by Graph.
     """
     stream = graph_stream() if for_graph else None
     if stream:
         stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # None changes nothing
         parallel = DistributedDataParallel(module, gradient_as_bucket_view=True)
+        device = next(module.parameters()).device
         if bfloat16:
             parallel.register_comm_hook(None, bf16_compress_hook)
-        elif not any(from_all_ranks(peer_mean.why_not(device))):
-            parallel.register_comm_hook(PeerMean(device), PeerMean.hook)
+        elif mean := peer_mean_of_all(device):
+            parallel.register_comm_hook(mean, PeerMean.hook)
         elif device.type == "cuda":
             parallel.register_comm_hook(None, nccl_mean)
     if stream:
@@ -221,10 +222,32 @@ def data_parallel(module, device, bfloat16=False, for_graph=False):
     return parallel
 
 
+def peer_mean_of_all(device):
+    """This rank's PeerMean, if all ranks can make one. Else None, and rank 0 says why."""
+    devices = from_all_ranks(device)
+    if len(devices) == 1 or device.type == "cpu":
+        return None
+    mean = None
+    reasons = from_all_ranks(peer_mean.why_not(device, devices))
+    if not any(reasons):
+        complaint = None
+        try:
+            mean = PeerMean(device)
+        except RuntimeError as error:
+            complaint = str(error).splitlines()[0]
+        reasons = from_all_ranks(complaint)
+    if not any(reasons):
+        return mean
+    if dist.get_rank() == 0:
+        reason = next(filter(None, reasons))
+        print(f"NCCL takes the mean of gradients, not copy engines: {reason}", file=sys.stderr)
+    return None
+
+
 def nccl_mean(_, bucket):
     """A communication hook in which NCCL divides. DDP's own way is a pass over all gradients."""
     mean = dist.ReduceOp.AVG
-    if dist.get_world_size() == 1:  # NCCL would copy the gradient, and leaves a sum of one alone
+    if dist.get_world_size() == 1:  # AVG would make NCCL copy the gradient, SUM does nothing
         mean = dist.ReduceOp.SUM
     work = dist.all_reduce(bucket.buffer(), mean, async_op=True)
     return work.get_future().then(lambda future: future.value()[0])

@@ -2,7 +2,7 @@
 The mean of gradients over the GPUs of one host, taken by their copy engines.
 
     parallel = DistributedDataParallel(module, gradient_as_bucket_view=True)
-    if peer_mean.why_not(device) is None:
+    if peer_mean.why_not(device, devices) is None:
         parallel.register_comm_hook(PeerMean(device), PeerMean.hook)
 
 NCCL sums on the multiprocessors, which the products of the backward need at the same time: a
@@ -15,7 +15,8 @@ many parts as there are ranks:
     mean    of my part, over all ranks
     pull    every other part's mean comes from the box of its rank
 
-So each number is averaged by one rank alone, and all ranks get the same bits.
+So each number is averaged by one rank alone, and all ranks get the same bits. device.data_parallel
+asks all ranks whether they can do this, and takes NCCL otherwise.
 """
 
 import os
@@ -33,27 +34,44 @@ except ImportError:  # a CPU, or Windows
 PEER_MEAN = True  # False: NCCL sums
 BOX_BYTES = 2**26  # gradients are averaged so many bytes at a time
 ALIGNMENT = 16  # parts begin at a multiple of so many numbers, for wide loads
-BLOCK = 2048
-TIMEOUT = 600_000  # milliseconds for which a rank waits for the others
+BLOCK = 2048  # numbers of a program
+# Milliseconds that a rank waits for the others, as long as train.py's `patience`. Then its kernel
+# traps, and the process ends.
+TIMEOUT = 600_000
 
 
-def why_not(device):
-    """Why this rank cannot use PeerMean, in words; None if it can. The process group is joined."""
-    ranks = dist.get_world_size()
+def why_not(device, devices):
+    """Why this rank cannot use PeerMean, in words; None if it can. The process group is joined.
+
+    device: this rank's. devices: those of all ranks, in their order.
+    """
+    ranks = len(devices)
     if not PEER_MEAN:
         return "PEER_MEAN is False"
     if device.type != "cuda" or torch.version.hip is not None or triton is None:
-        return "it is for Nvidia GPUs, with Triton"
-    if ranks == 1:
-        return "there is one rank"
+        return "it takes NVIDIA GPUs and Triton"
     if os.environ.get("LOCAL_WORLD_SIZE") != str(ranks):
         return "there are several hosts"
-    peers = [r for r in range(ranks) if r != device.index]
-    if torch.cuda.device_count() < ranks:
-        return "this rank does not see the GPUs of the others"
-    if not all(torch.cuda.can_device_access_peer(device.index, peer) for peer in peers):
-        return "these GPUs cannot reach each other's memory"
+    if os.environ.get("NCCL_P2P_DISABLE") == "1":
+        return "NCCL_P2P_DISABLE is set"
+    if os.environ.get("TORCH_SYMMMEM", "CUDA") != "CUDA":
+        return "TORCH_SYMMMEM asks for other symmetric memory than CUDA's"
+    if len(set(devices)) < ranks or torch.cuda.device_count() < ranks:
+        return "each rank must see the GPUs of all ranks"
+    for peer in devices:
+        if peer != device and not torch.cuda.can_device_access_peer(device.index, peer.index):
+            return f"GPU {device.index} cannot reach the memory of GPU {peer.index}"
+    if not has_nvlink(device, devices):
+        return "there is no NVLink between the GPUs"
     return None
+
+
+def has_nvlink(device, devices):
+    """Whether NVLink joins a GPU to the others. Symmetric memory's barrier writes to their memory
+    by atomic operations, which many PCIe machines do not have."""
+    detect = torch._C._distributed_c10d._detect_dma_connectivity
+    links = detect(torch._C._autograd.DeviceType.CUDA, "nvlink").matrix
+    return all(links[device.index][peer.index] > 0 for peer in devices if peer != device)
 
 
 class PeerMean:
@@ -62,6 +80,7 @@ class PeerMean:
     def __init__(self, device):
         self.device = device
         self.stream = torch.cuda.Stream(device)
+        # It keeps the memory alive; `peers` has the addresses of all ranks' boxes.
         self.box = symm_mem.empty(BOX_BYTES, dtype=torch.uint8, device=device)
         self.peers = symm_mem.rendezvous(self.box, dist.group.WORLD)
 
@@ -78,9 +97,9 @@ class PeerMean:
     def average(self, gradient):
         """Put the mean over the ranks into a tensor (n,), on the current stream."""
         ranks = self.peers.world_size
-        row = BOX_BYTES // ranks // gradient.element_size()
-        row -= row % ALIGNMENT
-        # The box of each rank, with a row for each rank.
+        # The box of each rank has a row for each rank, at the same bytes in every dtype.
+        row_bytes = BOX_BYTES // ranks // 128 * 128
+        row = row_bytes // gradient.element_size()
         boxes = [self.peers.get_buffer(r, (ranks, row), gradient.dtype) for r in range(ranks)]
         for piece in gradient.split(row * ranks):
             self.average_piece(piece, boxes)
@@ -102,9 +121,10 @@ class PeerMean:
         self.peers.barrier(timeout_ms=TIMEOUT)
         for r in others:  # pull
             parts[r].copy_(boxes[r][r, : len(parts[r])])
-        # A rank that is ahead may push the next piece now. Only rows of this piece's gradients are
-        # written then, which nobody reads any more. Means are written after the next barrier, when
-        # all ranks have pulled.
+        # Nobody waits here: a rank that has pulled pushes its next piece at once. It writes to rows
+        # of gradients, which their owner read before the second barrier. Row r of rank r's box is
+        # different: others may still be pulling that mean. It is written again only after the next
+        # piece's first barrier, and each rank pulls before it comes there.
 
 
 if triton:
@@ -116,7 +136,7 @@ if triton:
         i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = i < size
         total = tl.zeros([BLOCK], tl.float32)
-        for r in tl.static_range(RANKS):  # in this order on every rank
+        for r in tl.static_range(RANKS):  # the same order in every part
             if r == RANK:
                 total += tl.load(MINE + i, inside)
             else:

@@ -101,7 +101,8 @@ class RoundedCopies:
         Then go backward by loss.backward() alone. torch.autograd.grad, or a backward that does not
         reach all weights, would take .grad away.
         places: {id of a weight: float32 tensor like it}, with add_to_grad. If a weight has no
-        .grad, its first gradient is written there. It is then taken from the dictionary.
+        .grad, its first gradient is written there. Its entry is removed then: a second gradient
+        must not overwrite the first.
         """
         attributes = [(layer, "add_to_grad", add_to_grad) for layer in self.layers]
         attributes += [(layer, "places", places or {}) for layer in self.layers]
@@ -182,9 +183,10 @@ class _Product(torch.autograd.Function):
 def weight_gradients(factors, weights, places):
     """The gradients of the weights of layers side by side: sums of g^T a, a list of float32 (N, D).
 
-    factors: one or two pairs g (rows, layers N), a (rows, D) in bfloat16. places: of in_use, or
-    None. If a weight has a .grad, the product is added to it in place. It is then taken from the
-    weight and returned as the gradient, which autograd stores as .grad again.
+    factors: one or two pairs g (rows, layers N), a (rows, D) in bfloat16.
+    places: None: .grad is left alone. Else a dictionary, of in_use: a weight's gradient is added to
+    its .grad in place. If it has no .grad but a place, the gradient is written there. In both cases
+    autograd gets that tensor as the gradient, and stores it as .grad.
     """
     if len(factors) == 2:
         factors = joined(*factors)
@@ -192,8 +194,8 @@ def weight_gradients(factors, weights, places):
     for i, weight in enumerate(weights):
         gradient = None
         adds = False
+        # A weight with a hook is left to autograd: the hook must see this gradient alone.
         if places is not None and weight.requires_grad and not weight._backward_hooks:
-            # (A hook must see this gradient alone.)
             adds = weight.grad is not None
             gradient = weight.grad if adds else places.pop(id(weight), None)
             weight.grad = None

@@ -64,7 +64,7 @@ class TrainingStep:
         if shard:
             self.wrapped_loss = shard_loss(loss)
         elif self.uses_ddp:
-            self.wrapped_loss = data_parallel(loss, device, bfloat16_sums, for_graph=graphs)
+            self.wrapped_loss = data_parallel(loss, bfloat16_sums, for_graph=graphs)
         else:
             self.wrapped_loss = loss
         # In bfloat16, of the weights of all networks that the loss runs. FSDP2 gathers weights in
@@ -76,8 +76,8 @@ class TrainingStep:
             for p in self.weights:
                 p.grad = torch.zeros_like(p)
         self.recorded = {}  # graphs: "last", "earlier" and "update"
-        # NCCL's links cannot be closed while a graph holds them: not at the process's end, and not
-        # before, once this step is gone.
+        # NCCL cannot close its links while a graph holds them. So the graphs go together with this
+        # step, or when the process ends.
         weakref.finalize(self, self.recorded.clear)
 
     def gradients(self, *inputs, is_first=True, is_last=True):
@@ -119,8 +119,9 @@ class TrainingStep:
     def take_gradients(self):
         """Take .grad from all weights, so that the next gradient replaces it.
 
-        Its memory is free for the forward. Not so with DDP, whose buckets hold it: there the result
-        is {id of a weight: the tensor that was its .grad}, into which the next one may be written.
+        Without DDP that frees its memory for the forward. With DDP the memory is part of a bucket
+        and cannot be freed. Then this returns {id of a weight: its former .grad}, and the next
+        gradient is written there, which saves a copy into the bucket.
         """
         old = {}
         if self.uses_ddp:

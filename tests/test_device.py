@@ -143,16 +143,6 @@ def test_ranks_leave_before_they_end(folder):
     assert said.count("has left") == 2
 
 
-@pytest.fixture
-def group_of_one(monkeypatch):
-    """As under torchrun --nproc_per_node=1."""
-    set_environment(monkeypatch, **dict(TORCHRUN, WORLD_SIZE="1", RANK="0", MASTER_PORT="0"))
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    device.join_ranks("gloo", timedelta(seconds=10))
-    yield
-    torch.distributed.destroy_process_group()
-
-
 class TwoParts(torch.nn.Module):
     """A loss of two parts. It goes backward through the first itself."""
 
@@ -172,7 +162,7 @@ def test_data_parallel_sends_during_the_last_backward(group_of_one):
     torch.manual_seed(0)
     plain = TwoParts()
     module = copy.deepcopy(plain)
-    parallel = device.data_parallel(module, torch.device("cpu"))
+    parallel = device.data_parallel(module)
     events = []
 
     def send(state, bucket):

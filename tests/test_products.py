@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from helpers import gpu, random_model, rel
-from test_device import group_of_one  # noqa: F401  a fixture
 from torch import nn
 
 import products
@@ -189,7 +188,7 @@ def test_gpu_places():
     check_places("cuda")
 
 
-def test_gradients_stay_in_buckets(group_of_one):  # noqa: F811
+def test_gradients_stay_in_buckets(group_of_one):
     """With DDP a step's gradient replaces that of the step before, in the memory of DDP's buckets.
 
     It is the same as without DDP. A layer that is not computed by product() is no exception."""

@@ -21,7 +21,6 @@ from helpers import (
     torchrun,
     weights,
 )
-from test_device import group_of_one  # noqa: F401  a fixture
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
@@ -159,7 +158,7 @@ def gradients(loss, parallel, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("kind", ["eager", "compiled", "checkpointed", "bfloat16"])
-def test_gradients(group_of_one, kind):  # noqa: F811
+def test_gradients(group_of_one, kind):
     """Those of the same networks undivided."""
     net = random_model(torch.float32, depth=3)
     target = random_model(torch.float32, seed=1, depth=3).requires_grad_(False)
@@ -185,7 +184,7 @@ def test_gradients(group_of_one, kind):  # noqa: F811
             close(found[name], gradient, 0.02 if kind == "bfloat16" else 2e-5)
 
 
-def test_blocks_are_freed_while_backward_runs(group_of_one):  # noqa: F811
+def test_blocks_are_freed_while_backward_runs(group_of_one):
     """FSDP2 finds the tensors in a block's Duals: a block is whole only while it runs, and its
     gradient is divided before the block below it goes backward."""
     net = random_model(torch.float32, depth=3)
@@ -215,7 +214,7 @@ def test_blocks_are_freed_while_backward_runs(group_of_one):  # noqa: F811
     assert len(tree_leaves(((residual, Dual(x, x)), {}))) == 8
 
 
-def test_whole_and_parts(group_of_one):  # noqa: F811
+def test_whole_and_parts(group_of_one):
     net = random_model(torch.float32)
     divided = copy.deepcopy(net)
     shard.shard_weights([divided], torch.device("cpu"))
@@ -233,7 +232,7 @@ def test_whole_and_parts(group_of_one):  # noqa: F811
     assert shard.own_part(torch.tensor(3.0), mesh).item() == 3
 
 
-def test_training_step(group_of_one):  # noqa: F811
+def test_training_step(group_of_one):
     """The step that bench.py times begins with empty weights and trains all of them."""
     config = DiTConfig.named("tiny", input_size=4)
     step = RandomStep(config, batch=4, compiled=False, shard=True, device="cpu")
