@@ -3,7 +3,7 @@ Every speed, measured, on a CUDA GPU.
 
     python bench.py attention [--quick] [--hopper] [--plot=attention.png]
     python bench.py step [--size=XL/2] [--input_size=32] [--batch=32] [--modes=graph,...]
-    torchrun --nproc_per_node=4 bench.py step --modes=graph    # several GPUs, --batch on each
+    torchrun --nproc_per_node=4 bench.py step --modes=alone,graph    # --batch on each GPU
     torchrun --nproc_per_node=2 bench.py step --modes=sharded --size=G/2 --batch=8    # weights too
     python bench.py trainer [--preset=im256_w2] [--input_size=32] [--batch=64]
     python bench.py sample [--size=XL/2] [--input_size=32] [--batch=250]
@@ -38,7 +38,7 @@ from torch.nn import functional
 import bench_attention
 import inception
 from dataset import Writer
-from device import find_device, from_rank_0, join_ranks, ranks_of_torchrun
+from device import find_device, from_all_ranks, from_rank_0, join_ranks, ranks_of_torchrun
 from files import HERE, UserError
 from frechet import FEATURES, Moments, frechet_distance
 from model import SIZES, DiT, DiTConfig
@@ -57,9 +57,11 @@ MODES = {  # of a step: what RandomStep is given, and passes that its products a
     "flow_matching": (dict(flow=True), 3),
     "muon": (dict(muon=True), 11),  # Muon's own products, some 7 TFLOP for XL/2, do not count
     "bfloat16_sums": (dict(bfloat16_sums=True), 11),
+    "alone": (dict(alone=True), 11),  # each rank for itself: the time is the slowest one's
     "sharded": (dict(shard=True), 11),
     "sharded_checkpointed": (dict(shard=True, checkpoint=True), 11),
 }
+MODES_OF_RANKS = ("bfloat16_sums", "alone", "sharded", "sharded_checkpointed")
 KERNELS = {  # kinds of GPU kernels by what their names hold; the first kind that fits
     "fused": (
         "add_norm_",
@@ -140,8 +142,7 @@ def step_table(size, input_size, batch, modes):
     )
     for mode in modes:
         options, passes = MODES[mode]
-        needs_ranks = options.get("shard") or options.get("bfloat16_sums")
-        if needs_ranks and not dist.is_initialized():
+        if mode in MODES_OF_RANKS and not dist.is_initialized():
             show(f"{mode:>20} | needs torchrun")
             continue
         try:
@@ -151,6 +152,7 @@ def step_table(size, input_size, batch, modes):
                 raise
             show(f"{mode:>20} | out of memory")
             continue
+        ms = max(from_all_ranks(ms))
         tflops = passes * forward_tflop(config, batch) / ms * 1e3
         each = ", ".join(f"{part:.1f}" for part in kinds.values())
         show(

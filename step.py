@@ -38,6 +38,7 @@ class TrainingStep:
         bfloat16=False,
         shard=False,
         bfloat16_sums=False,
+        alone=False,
     ):
         """loss: a TrainingLoss, or a module like it: it has model and networks(). What is trained
         are the weights of loss.model that require a gradient.
@@ -47,14 +48,15 @@ class TrainingStep:
         gradients() in a step. graphs: whether to record CUDA graphs; learning rates must then be
         tensors. bfloat16: the networks run under autocast. Under torchrun the gradient is the mean
         over the ranks, by DistributedDataParallel, or by FSDP2 with shard, for networks that went
-        through shard_weights. bfloat16_sums: DDP sends gradients as bfloat16.
+        through shard_weights. bfloat16_sums: DDP sends gradients as bfloat16. alone: each rank
+        keeps its own gradient, as if it were the only one.
         """
         self.model = loss.model
         self.optimizers = optimizers
         self.micro_batches = micro_batches
         self.device = device
         self.bfloat16 = bfloat16
-        self.uses_ddp = dist.is_initialized() and not shard
+        self.uses_ddp = dist.is_initialized() and not shard and not alone
         self.use_graphs = graphs
         trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
         self.weights = [self.model.get_parameter(name) for name in trained]

@@ -69,6 +69,7 @@ class RandomStep:
         objective="tvm",
         muon=False,
         bfloat16_sums=False,
+        alone=False,
         device="cuda",
     ):
         """config: a DiTConfig. batch: images a step of this rank.
@@ -78,7 +79,8 @@ class RandomStep:
         recomputed in the backward of the pass with a derivative, and half of them in that of the
         others. detach_jvp: no gradient through dF/ds. flow: FlowMatching above, instead of
         `objective`, which is one of loss.OBJECTIVES. muon: the blocks' matrices are trained by
-        Muon. bfloat16_sums: the ranks of torchrun send their gradients as bfloat16.
+        Muon. bfloat16_sums: the ranks of torchrun send their gradients as bfloat16. alone: they
+        send none, and each trains a network of its own.
         """
         torch.manual_seed(0)
         torch._dynamo.reset()
@@ -128,6 +130,7 @@ class RandomStep:
             bfloat16=abilities(self.device)[0],
             shard=shard,
             bfloat16_sums=bfloat16_sums,
+            alone=alone,
         )
 
         shape = (config.in_channels, *config.height_and_width)

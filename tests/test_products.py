@@ -199,11 +199,9 @@ def test_gradients_stay_in_buckets(group_of_one):
     loss = TrainingLoss(net, target, guidance=dict(w=2.0))
     step = TrainingStep(loss, [], [], cpu, bfloat16=True)
     assert step.uses_ddp
-    plain = TrainingStep(TrainingLoss(twin, target, guidance=dict(w=2.0)), [], [], cpu)
-    plain.uses_ddp = False
-    plain.wrapped_loss = TrainingLoss(twin, target, guidance=dict(w=2.0))
-    plain.copies = RoundedCopies([twin, target])
-    plain.bfloat16 = True
+    plain_loss = TrainingLoss(twin, target, guidance=dict(w=2.0))
+    plain = TrainingStep(plain_loss, [], [], cpu, bfloat16=True, alone=True)
+    assert not plain.uses_ddp
     held = None
     for n in range(4):
         x0 = torch.randn(4, 2, 4, 4)
