@@ -57,7 +57,7 @@ MODES = {  # of a step: what RandomStep is given, and passes that its products a
     "flow_matching": (dict(flow=True), 3),
     "muon": (dict(muon=True), 11),  # Muon's own products, some 7 TFLOP for XL/2, do not count
     "bfloat16_sums": (dict(bfloat16_sums=True), 11),
-    "alone": (dict(alone=True), 11),  # each rank for itself: the time is the slowest one's
+    "alone": (dict(alone=True), 11),  # each rank for itself
     "sharded": (dict(shard=True), 11),
     "sharded_checkpointed": (dict(shard=True, checkpoint=True), 11),
 }
@@ -152,7 +152,7 @@ def step_table(size, input_size, batch, modes):
                 raise
             show(f"{mode:>20} | out of memory")
             continue
-        ms = max(from_all_ranks(ms))
+        ms = max(from_all_ranks(ms))  # of the slowest rank; memory and kernels are rank 0's
         tflops = passes * forward_tflop(config, batch) / ms * 1e3
         each = ", ".join(f"{part:.1f}" for part in kinds.values())
         show(

@@ -202,7 +202,7 @@ def data_parallel(module, bfloat16=False, for_graph=False):
     computes. A weight's .grad is then a view of its bucket. That backward must reach every weight
     that is trained.
 
-    bfloat16, for GPUs: buckets are sent as bfloat16, half the bytes. for_graph: forward and
+    bfloat16, for GPUs: NCCL sends buckets as bfloat16, half the bytes. for_graph: forward and
     backward can be recorded by Graph.
     """
     stream = graph_stream() if for_graph else None

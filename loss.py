@@ -171,7 +171,7 @@ class Term(NamedTuple):
     error: Tensor  # (B,), what the log shows: the loss before any weighting
     time: Tensor  # (B,) in [0, 1]; the log has the mean error of each quarter of it
     # Backward runs on this term before the next one is computed, which frees its activations. The
-    # last term is never early: in its backward DDP sums the gradients over the ranks.
+    # last term is never early: in its backward DDP takes the mean over the ranks.
     early: bool = False
 
 

@@ -5,11 +5,11 @@ The mean of gradients over the GPUs of one host, taken by their copy engines.
     if peer_mean.why_not(device, devices) is None:
         parallel.register_comm_hook(PeerMean(device), PeerMean.hook)
 
-NCCL sums on the multiprocessors, which the products of the backward need at the same time: a
-product that finds some of them taken runs twice as long. A GPU also has copy engines, which do
-nothing else. Here they move the gradients, and only a short kernel adds. Each rank has a box in
-memory that all GPUs of the host can reach (torch's symmetric memory). A gradient is cut into as
-many parts as there are ranks:
+NCCL runs on the multiprocessors, which the products of the backward need at the same time. A
+product that finds some of them taken needs a second round of programs. A GPU also has copy engines,
+which do nothing else. Here they move the gradients, and only a short kernel adds. Each rank has a
+box in memory that all GPUs of the host can reach (torch's symmetric memory). A gradient is cut into
+as many parts as there are ranks:
 
     push    part r of my gradient goes to rank r's box
     mean    of my part, over all ranks
@@ -31,7 +31,7 @@ try:
 except ImportError:  # a CPU, or Windows
     triton = None
 
-PEER_MEAN = True  # False: NCCL sums
+PEER_MEAN = True  # False: NCCL takes the mean
 BOX_BYTES = 2**26  # gradients are averaged so many bytes at a time
 ALIGNMENT = 16  # parts begin at a multiple of so many numbers, for wide loads
 BLOCK = 2048  # numbers of a program

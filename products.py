@@ -184,9 +184,9 @@ def weight_gradients(factors, weights, places):
     """The gradients of the weights of layers side by side: sums of g^T a, a list of float32 (N, D).
 
     factors: one or two pairs g (rows, layers N), a (rows, D) in bfloat16.
-    places: None: .grad is left alone. Else a dictionary, of in_use: a weight's gradient is added to
-    its .grad in place. If it has no .grad but a place, the gradient is written there. In both cases
-    autograd gets that tensor as the gradient, and stores it as .grad.
+    places: None, and .grad is left alone; or in_use's dictionary. With that, a weight's gradient is
+    added to its .grad in place, or, if it has none, written to its place. Autograd gets that same
+    tensor and stores it as .grad.
     """
     if len(factors) == 2:
         factors = joined(*factors)

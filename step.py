@@ -78,8 +78,8 @@ class TrainingStep:
             for p in self.weights:
                 p.grad = torch.zeros_like(p)
         self.recorded = {}  # graphs: "last", "earlier" and "update"
-        # NCCL cannot close its links while a graph holds them. So the graphs go together with this
-        # step, or when the process ends.
+        # NCCL cannot close its links while a graph holds them. So the graphs go when this step is
+        # collected, or at exit, after all that was registered with atexit.
         weakref.finalize(self, self.recorded.clear)
 
     def gradients(self, *inputs, is_first=True, is_last=True):

@@ -226,6 +226,16 @@ for dtype in (torch.float32, torch.bfloat16):
             largest = exact.abs().max()
             assert (found - exact).abs().max() <= torch.finfo(dtype).eps * largest, (dtype, n)
     del graph
+
+
+class Bucket:
+    def buffer(self):
+        return gradient
+
+
+for hook in (mean.hook, lambda bucket: here.nccl_mean(None, bucket)):
+    gradient = torch.full((1000,), float(rank), device=device)
+    assert (hook(Bucket()).wait() == (ranks - 1) / 2).all()
 print("averaged on", ranks)
 dist.destroy_process_group()
 """

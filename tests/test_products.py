@@ -188,10 +188,21 @@ def test_gpu_places():
     check_places("cuda")
 
 
-def test_gradients_stay_in_buckets(group_of_one):
+def test_gradients_stay_in_buckets(group_of_one, monkeypatch):
     """With DDP a step's gradient replaces that of the step before, in the memory of DDP's buckets.
+    Products write it there.
 
-    It is the same as without DDP. A layer that is not computed by product() is no exception."""
+    It is the same as without DDP. A layer that is not computed by product() is no exception.
+    """
+    float32_product = products.float32_product
+    written = set()  # addresses to which products write a first gradient
+
+    def noted(a, b, out=None, adds=False):
+        if out is not None and not adds:
+            written.add(out.data_ptr())
+        return float32_product(a, b, out, adds)
+
+    monkeypatch.setattr(products, "float32_product", noted)
     net, target = two_networks()
     net.blocks[0].mlp.fc1.register_forward_hook(lambda *_: None)  # so it is called
     twin = copy.deepcopy(net)
@@ -204,6 +215,7 @@ def test_gradients_stay_in_buckets(group_of_one):
     assert not plain.uses_ddp
     held = None
     for n in range(4):
+        written.clear()
         x0 = torch.randn(4, 2, 4, 4)
         inputs = (x0, torch.arange(4) % 3, *loss.draw(x0, n))
         step.gradients(*inputs)
@@ -213,6 +225,8 @@ def test_gradients_stay_in_buckets(group_of_one):
         if n == 1:  # DDP arranges its buckets anew after the first step
             held = [p.grad.data_ptr() for p in step.weights]
     assert [p.grad.data_ptr() for p in step.weights] == held
+    layers = [layer for layer in linear_layers(net) if not layer._forward_hooks]
+    assert written == {layer.weight.grad.data_ptr() for layer in layers}
 
 
 def test_matrices_side_by_side():
