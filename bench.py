@@ -61,7 +61,7 @@ MODES = {  # of a step: what RandomStep is given, and passes that its products a
     "sharded": (dict(shard=True), 11),
     "sharded_checkpointed": (dict(shard=True, checkpoint=True), 11),
 }
-MODES_OF_RANKS = ("bfloat16_sums", "alone", "sharded", "sharded_checkpointed")
+OPTIONS_OF_RANKS = {"bfloat16_sums", "alone", "shard"}  # they need torchrun
 KERNELS = {  # kinds of GPU kernels by what their names hold; the first kind that fits
     "fused": (
         "add_norm_",
@@ -142,7 +142,7 @@ def step_table(size, input_size, batch, modes):
     )
     for mode in modes:
         options, passes = MODES[mode]
-        if mode in MODES_OF_RANKS and not dist.is_initialized():
+        if options.keys() & OPTIONS_OF_RANKS and not dist.is_initialized():
             show(f"{mode:>20} | needs torchrun")
             continue
         try:

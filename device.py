@@ -23,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import peer_mean
 from files import UserError
-from peer_mean import PeerMean
 
 
 def find_device(name=""):
@@ -214,7 +213,7 @@ def data_parallel(module, bfloat16=False, for_graph=False):
         if bfloat16:
             parallel.register_comm_hook(None, bf16_compress_hook)
         elif mean := peer_mean_of_all(device):
-            parallel.register_comm_hook(mean, PeerMean.hook)
+            parallel.register_comm_hook(mean, peer_mean.PeerMean.hook)
         elif device.type == "cuda":
             parallel.register_comm_hook(None, nccl_mean)
     if stream:
@@ -232,7 +231,7 @@ def peer_mean_of_all(device):
     if not any(reasons):
         complaint = None
         try:
-            mean = PeerMean(device)
+            mean = peer_mean.PeerMean(device)
         except RuntimeError as error:
             complaint = str(error).splitlines()[0]
         reasons = from_all_ranks(complaint)

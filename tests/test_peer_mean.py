@@ -162,7 +162,7 @@ def test_ranks_that_cannot(monkeypatch, capsys):
     monkeypatch.setattr(device, "from_all_ranks", from_all_ranks)
     monkeypatch.setattr(device.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(peer_mean, "why_not", lambda device, devices: None)
-    monkeypatch.setattr(device, "PeerMean", lambda device: "a PeerMean")
+    monkeypatch.setattr(peer_mean, "PeerMean", lambda device: "a PeerMean")
     others[:] = [here, None, None]
     assert device.peer_mean_of_all(here) == "a PeerMean"
     others[:] = [here, "it has no NVLink"]
@@ -175,7 +175,7 @@ def test_ranks_that_cannot(monkeypatch, capsys):
     def fails(device):
         raise RuntimeError("CUDA driver error\nand more")
 
-    monkeypatch.setattr(device, "PeerMean", fails)
+    monkeypatch.setattr(peer_mean, "PeerMean", fails)
     others[:] = [here, None, None]
     assert device.peer_mean_of_all(here) is None
     assert "copy engines: CUDA driver error\n" in capsys.readouterr().err
