@@ -60,6 +60,7 @@ MODES = {  # of a step: what RandomStep is given, and passes that its products a
     "alone": (dict(alone=True), 11),  # each rank for itself
     "sharded": (dict(shard=True), 11),
     "sharded_checkpointed": (dict(shard=True, checkpoint=True), 11),
+    "sharded_compiled": (dict(shard=True, compiled=True), 11),
 }
 OPTIONS_OF_RANKS = {"bfloat16_sums", "alone", "shard"}  # they need torchrun
 KERNELS = {  # kinds of GPU kernels by what their names hold; the first kind that fits

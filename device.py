@@ -193,7 +193,7 @@ def on_rank_0(function, *arguments):
     return value
 
 
-def data_parallel(module, bfloat16=False, for_graph=False):
+def data_parallel(module, bfloat16=False, for_graph=False, stream=None):
     """torch's DistributedDataParallel: a module whose backward takes the mean over the ranks.
 
     A backward inside forward(), of an early term, or within parallel.no_sync() only adds to .grad.
@@ -202,23 +202,36 @@ def data_parallel(module, bfloat16=False, for_graph=False):
     that is trained.
 
     bfloat16, for GPUs: NCCL sends buckets as bfloat16, half the bytes. for_graph: forward and
-    backward can be recorded by Graph.
+    backward can be recorded by Graph. stream: a CUDA stream on which some gradients are made.
     """
-    stream = graph_stream() if for_graph else None
-    if stream:
-        stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # None changes nothing
+    of_graph = graph_stream() if for_graph else None
+    if of_graph:
+        of_graph.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(of_graph):  # None changes nothing
         parallel = DistributedDataParallel(module, gradient_as_bucket_view=True)
         device = next(module.parameters()).device
         if bfloat16:
-            parallel.register_comm_hook(None, bf16_compress_hook)
+            parallel.register_comm_hook(None, on_stream(stream, bf16_compress_hook))
         elif mean := peer_mean_of_all(device):
-            parallel.register_comm_hook(mean, peer_mean.PeerMean.hook)
+            parallel.register_comm_hook(mean, on_stream(stream, peer_mean.PeerMean.hook))
         elif device.type == "cuda":
-            parallel.register_comm_hook(None, nccl_mean)
-    if stream:
-        torch.cuda.current_stream().wait_stream(stream)
+            parallel.register_comm_hook(None, on_stream(stream, nccl_mean))
+    if of_graph:
+        torch.cuda.current_stream().wait_stream(of_graph)
     return parallel
+
+
+def on_stream(stream, hook):
+    """A communication hook as a CUDA stream's work, after all that the current stream was given."""
+    if stream is None:
+        return hook
+
+    def run(state, bucket):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            return hook(state, bucket)
+
+    return run
 
 
 def peer_mean_of_all(device):

@@ -82,9 +82,8 @@ GELU_BACKWARD = (32, 4)
 QK_NORM_FORWARD = (32, 4)
 QK_NORM_BACKWARD = (256, 4)
 COLUMN_SUMS = (128, 4)
-COLUMN_SUMS_COLUMNS = 128  # of a program
+COLUMN_SUMS_TILE = 4096  # numbers that a program loads at a time, in rows of at least 128 bytes
 # Tokens that a program loads at a time.
-COLUMN_SUMS_TILE = 32
 GELU_TILE = 2
 QK_NORM_TILE = 32
 
@@ -393,11 +392,12 @@ if triton is not None:
         """
         c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         start = tl.program_id(1) * ROWS
+        end = tl.minimum(start + ROWS, N)
         sums = tl.zeros([TILE, COLUMNS], tl.float32)
-        for first in range(start, start + ROWS, TILE):
+        for first in range(start, end, TILE):
             row = first + tl.arange(0, TILE)[:, None]
             at = row.to(tl.int64) * D + c
-            sums += tl.load(X + at, mask=(row < N) & (c < D), other=0.0).to(tl.float32)
+            sums += tl.load(X + at, mask=(row < end) & (c < D), other=0.0).to(tl.float32)
         sums = tl.sum(sums, 0)[None, :]
         tl.store(SUMS + tl.program_id(1).to(tl.int64) * D + c, sums, mask=c < D)
 
@@ -681,6 +681,7 @@ class _AddNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gx_out, _, gdx_out, gh, gdh):
         x_out, dx_out, y, dy, gate, dgate, scale, dscale, r, m = ctx.saved_tensors
+        D = x_out.size(-1)
         dual = gdx_out is not None or gdh is not None
         if not dual and gx_out is None and gh is None:
             return (None,) * 12
@@ -698,7 +699,8 @@ class _AddNorm(torch.autograd.Function):
             *ctx.dtypes,
         )  # fmt: skip
 
-        sums = sums.sum(1).unsqueeze(2)  # (B, 3 or 6, 1, D) float32; autograd casts each gradient
+        # (B, 3 or 6, 1, D) float32; autograd casts each gradient
+        sums = _block_sums(sums.flatten(0, 1).flatten(1), sums.size(1)).unflatten(1, (-1, 1, D))
         gshift, gscale, ggate = sums[:, :3].unbind(1)
         gdshift, gdscale, gdgate = sums[:, 3:].unbind(1) if dual else (None, None, None)
         if y is None:
@@ -803,16 +805,26 @@ def add_norm(
 def column_sums(x):
     """The sum of x (..., D) over all dimensions but the last: float32 (D,). It has no gradient."""
     _check_dtypes("column_sums", DTYPES, x=x)
-    x = x.detach().contiguous()
-    D = x.size(-1)
-    N = x.numel() // D
-    rows, warps = COLUMN_SUMS
+    x = x.detach().reshape(-1, x.size(-1))
+    rows, _ = COLUMN_SUMS
+    sums = _block_sums(x, rows)
+    return _block_sums(sums, len(sums))[0]
+
+
+def _block_sums(x, rows):
+    """The sums over each `rows` rows of x (N, D): float32 (blocks, D)."""
+    N, D = x.shape
+    if rows == 1 and x.dtype == torch.float32:
+        return x
+    tile = min(32 * x.element_size(), triton.next_power_of_2(rows))
+    columns = COLUMN_SUMS_TILE // tile
+    _, warps = COLUMN_SUMS
     sums = x.new_empty(-(-N // rows), D, dtype=torch.float32)
     with _on(x):
-        column_sums_kernel[(-(-D // COLUMN_SUMS_COLUMNS), len(sums))](
-            x, sums, N, D, rows, COLUMN_SUMS_TILE, COLUMN_SUMS_COLUMNS, num_warps=warps
+        column_sums_kernel[(-(-D // columns), len(sums))](
+            x, sums, N, D, rows, tile, columns, num_warps=warps
         )
-    return sums.sum(0)
+    return sums
 
 
 # ---- GELU ----------------------------------------------------------------------------------------
@@ -852,7 +864,9 @@ class _Gelu(torch.autograd.Function):
             gelu_backward_kernel[(-(-D // columns), len(sums))](
                 gout, gdout, u, du, gu, gdu, sums, N, D, rows, GELU_TILE, columns, num_warps=warps
             )
-        gbias = None if ctx.bias_dtype is None else sums.sum(0).to(ctx.bias_dtype)
+        gbias = None
+        if ctx.bias_dtype is not None:
+            gbias = _block_sums(sums, len(sums))[0].to(ctx.bias_dtype)
         return gu, gdu, gbias
 
 
@@ -936,14 +950,14 @@ class _QKNorm(torch.autograd.Function):
                 gq, gk, gv, gdq, gdk, gdv, qkv, dqkv, q_weight, k_weight, gqkv, gdqkv, sums, N,
                 heads, d, width, rows, QK_NORM_TILE, EPS, num_warps=warps,
             )  # fmt: skip
-        sums = sums.sum(0)  # (5, heads, d)
-        gq_weight, gk_weight = sums[3:].sum(1)
+        sums = _block_sums(sums.flatten(1), len(sums)).view(5 * heads, d)
+        gq_weight, gk_weight = _block_sums(sums[3 * heads :], heads)
         return (
             gqkv,
             gdqkv,
             gq_weight.to(q_weight.dtype),
             gk_weight.to(k_weight.dtype),
-            sums[:3].flatten() if ctx.needs_input_grad[4] else None,
+            sums[: 3 * heads].flatten() if ctx.needs_input_grad[4] else None,
             None,
         )
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import one_pass
 from device import DDP_WARM_UPS, Graph, data_parallel
 from loss import backward
-from products import RoundedCopies
+from products import SIDE_STREAM, GradientsInPlace, RoundedCopies
 from shard import shard_loss, whole
 
 
@@ -58,6 +58,7 @@ class TrainingStep:
         self.bfloat16 = bfloat16
         self.uses_ddp = dist.is_initialized() and not shard and not alone
         self.use_graphs = graphs
+        self.stream = torch.cuda.Stream(device) if graphs and SIDE_STREAM else None
         trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
         self.weights = [self.model.get_parameter(name) for name in trained]
         self.averages = []  # (its weights, its decay)
@@ -66,7 +67,9 @@ class TrainingStep:
         if shard:
             self.wrapped_loss = shard_loss(loss)
         elif self.uses_ddp:
-            self.wrapped_loss = data_parallel(loss, bfloat16_sums, for_graph=graphs)
+            self.wrapped_loss = data_parallel(
+                loss, bfloat16_sums, for_graph=graphs, stream=self.stream
+            )
         else:
             self.wrapped_loss = loss
         # In bfloat16, of the weights of all networks that the loss runs. FSDP2 gathers weights in
@@ -111,7 +114,7 @@ class TrainingStep:
             sync = self.wrapped_loss.no_sync()  # DDP then only adds to .grad and sends nothing
         copies_in_use = nullcontext()
         if self.copies:
-            copies_in_use = self.copies.in_use(add_to_grad=True, places=old)
+            copies_in_use = self.copies.in_use(GradientsInPlace(old, self.stream))
         with sync, copies_in_use:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
                 rest, terms = self.wrapped_loss(*inputs, backward_part=backward_part)
