@@ -50,6 +50,7 @@ from vae import SD_VAE
 WARM_UP_SECONDS = 10  # before a step is timed: a GPU that has worked for a while is slower
 MODES = {  # of a step: what RandomStep is given, and passes that its products are worth
     "graph": ({}, 11),  # as train.py has it: fused.py's kernels in a CUDA graph
+    "one_stream": (dict(two_streams=False), 11),  # gradients of weights on the same stream
     "eager": (dict(graphs=False), 11),
     "compiled": (dict(compiled=True), 11),  # kernels of torch.compile instead of fused.py's
     "checkpointed": (dict(checkpoint=True), 11),
@@ -153,14 +154,17 @@ def step_table(size, input_size, batch, modes):
                 raise
             show(f"{mode:>20} | out of memory")
             continue
-        ms = max(from_all_ranks(ms))  # of the slowest rank; memory and kernels are rank 0's
+        each_ms = from_all_ranks(ms)
+        ms = max(each_ms)  # of the slowest rank; memory and kernels are rank 0's
         tflops = passes * forward_tflop(config, batch) / ms * 1e3
         each = ", ".join(f"{part:.1f}" for part in kinds.values())
         show(
             f"{mode:>20} | {ms:6.1f} {ranks * batch / ms * 1e3:6.0f} {tflops:4.0f} "
             f"{tflops / rate:5.0%} {peak / 1e9:7.1f} {start:7.1f} | {each}"
         )
-        if mode == "graph":
+        if ranks > 1:
+            show(f"{'':>20} | ms of each rank: {', '.join(f'{ms:.1f}' for ms in each_ms)}")
+        if mode == "one_stream":  # else kernels that run at the same time share the memory's rate
             show_bytes(config, batch, kinds, show)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -207,7 +211,8 @@ def warm_up(step):
 
 
 def kernel_times(step):
-    """{kind: milliseconds on the GPU} of one step."""
+    """{kind: milliseconds on the GPU} of one step. Kernels on two streams can run at the same time;
+    each then takes longer, and all together take longer than the step."""
     kinds = dict.fromkeys([*KERNELS, OTHER], 0.0)
 
     def add_up(profile):

@@ -193,7 +193,7 @@ def on_rank_0(function, *arguments):
     return value
 
 
-def data_parallel(module, bfloat16=False, for_graph=False, stream=None):
+def data_parallel(module, bfloat16=False, for_graph=False, gradient_stream=None):
     """torch's DistributedDataParallel: a module whose backward takes the mean over the ranks.
 
     A backward inside forward(), of an early term, or within parallel.no_sync() only adds to .grad.
@@ -202,30 +202,33 @@ def data_parallel(module, bfloat16=False, for_graph=False, stream=None):
     that is trained.
 
     bfloat16, for GPUs: NCCL sends buckets as bfloat16, half the bytes. for_graph: forward and
-    backward can be recorded by Graph. stream: a CUDA stream on which some gradients are made.
+    backward can be recorded by Graph. gradient_stream: the CUDA stream on which the gradients of
+    weights are made, if that is not the current one. Communication then starts from it.
     """
-    of_graph = graph_stream() if for_graph else None
-    if of_graph:
-        of_graph.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(of_graph):  # None changes nothing
+    recording_stream = graph_stream() if for_graph else None
+    if recording_stream:
+        recording_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(recording_stream):  # None changes nothing
         parallel = DistributedDataParallel(module, gradient_as_bucket_view=True)
         device = next(module.parameters()).device
         if bfloat16:
-            parallel.register_comm_hook(None, on_stream(stream, bf16_compress_hook))
+            parallel.register_comm_hook(None, on_stream(gradient_stream, bf16_compress_hook))
         elif mean := peer_mean_of_all(device):
-            parallel.register_comm_hook(mean, on_stream(stream, peer_mean.PeerMean.hook))
+            parallel.register_comm_hook(mean, on_stream(gradient_stream, peer_mean.PeerMean.hook))
         elif device.type == "cuda":
-            parallel.register_comm_hook(None, on_stream(stream, nccl_mean))
-    if of_graph:
-        torch.cuda.current_stream().wait_stream(of_graph)
+            parallel.register_comm_hook(None, on_stream(gradient_stream, nccl_mean))
+    if recording_stream:
+        torch.cuda.current_stream().wait_stream(recording_stream)
     return parallel
 
 
 def on_stream(stream, hook):
-    """A communication hook as a CUDA stream's work, after all that the current stream was given."""
+    """A communication hook that runs on a CUDA stream, after the work that this one and the current
+    one have by then. So it finds the gradients complete that either makes."""
     if stream is None:
         return hook
 
+    @functools.wraps(hook)
     def run(state, bucket):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -332,6 +335,12 @@ def graph_stream():
     DistributedDataParallel's constructor makes these nodes, so data_parallel calls it on this
     stream: a recording would otherwise touch another one.
     """
+    return torch.cuda.Stream()
+
+
+@functools.cache
+def side_stream():
+    """A second CUDA stream, for work beside that of the first."""
     return torch.cuda.Stream()
 
 

@@ -82,7 +82,7 @@ GELU_BACKWARD = (32, 4)
 QK_NORM_FORWARD = (32, 4)
 QK_NORM_BACKWARD = (256, 4)
 COLUMN_SUMS = (128, 4)
-COLUMN_SUMS_TILE = 4096  # numbers that a program loads at a time, in rows of at least 128 bytes
+COLUMN_SUMS_TILE = 4096  # numbers that a program loads at a time
 # Tokens that a program loads at a time.
 GELU_TILE = 2
 QK_NORM_TILE = 32
@@ -383,23 +383,23 @@ if triton is not None:
     # fmt: off
     @triton.jit
     def column_sums_kernel(
-        X, SUMS, N, D, ROWS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+        X, SUMS, N, D, rows, TILE: tl.constexpr, COLUMNS: tl.constexpr,
     ):
         # fmt: on
-        """One program: COLUMNS columns (axis 0) of ROWS rows (axis 1) of X (N, D).
+        """One program: COLUMNS columns (axis 1) of `rows` rows (axis 0) of X (N, D).
 
-        SUMS (programs of axis 1, D): X, summed over the rows of a program.
+        SUMS (programs of axis 0, D): X, summed over the rows of a program.
         """
-        c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        start = tl.program_id(1) * ROWS
-        end = tl.minimum(start + ROWS, N)
+        c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        start = tl.program_id(0) * rows
+        end = tl.minimum(start + rows, N)
         sums = tl.zeros([TILE, COLUMNS], tl.float32)
         for first in range(start, end, TILE):
             row = first + tl.arange(0, TILE)[:, None]
             at = row.to(tl.int64) * D + c
             sums += tl.load(X + at, mask=(row < end) & (c < D), other=0.0).to(tl.float32)
         sums = tl.sum(sums, 0)[None, :]
-        tl.store(SUMS + tl.program_id(1).to(tl.int64) * D + c, sums, mask=c < D)
+        tl.store(SUMS + tl.program_id(0).to(tl.int64) * D + c, sums, mask=c < D)
 
     C1 = tl.constexpr(2 * math.sqrt(2 / math.pi))
     C3 = tl.constexpr(2 * math.sqrt(2 / math.pi) * 0.044715)
@@ -681,7 +681,6 @@ class _AddNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gx_out, _, gdx_out, gh, gdh):
         x_out, dx_out, y, dy, gate, dgate, scale, dscale, r, m = ctx.saved_tensors
-        D = x_out.size(-1)
         dual = gdx_out is not None or gdh is not None
         if not dual and gx_out is None and gh is None:
             return (None,) * 12
@@ -699,8 +698,9 @@ class _AddNorm(torch.autograd.Function):
             *ctx.dtypes,
         )  # fmt: skip
 
-        # (B, 3 or 6, 1, D) float32; autograd casts each gradient
-        sums = _block_sums(sums.flatten(0, 1).flatten(1), sums.size(1)).unflatten(1, (-1, 1, D))
+        B, blocks, vectors, D = sums.shape
+        sums = _block_sums(sums.view(B * blocks, vectors * D), blocks)
+        sums = sums.view(B, vectors, 1, D)  # float32; autograd casts each gradient
         gshift, gscale, ggate = sums[:, :3].unbind(1)
         gdshift, gdscale, gdgate = sums[:, 3:].unbind(1) if dual else (None, None, None)
         if y is None:
@@ -805,23 +805,26 @@ def add_norm(
 def column_sums(x):
     """The sum of x (..., D) over all dimensions but the last: float32 (D,). It has no gradient."""
     _check_dtypes("column_sums", DTYPES, x=x)
-    x = x.detach().reshape(-1, x.size(-1))
+    x = x.detach().contiguous().view(-1, x.size(-1))
     rows, _ = COLUMN_SUMS
     sums = _block_sums(x, rows)
     return _block_sums(sums, len(sums))[0]
 
 
 def _block_sums(x, rows):
-    """The sums over each `rows` rows of x (N, D): float32 (blocks, D)."""
+    """The sums over blocks of `rows` rows of x (N, D), which is contiguous: float32 (blocks, D)."""
     N, D = x.shape
-    if rows == 1 and x.dtype == torch.float32:
+    if rows == 1:  # x holds sums already
         return x
-    tile = min(32 * x.element_size(), triton.next_power_of_2(rows))
+    if N == 0:
+        return x.new_zeros(1, D, dtype=torch.float32)
+    columns = 128 // x.element_size()  # at least 128 bytes of a row
+    tile = min(COLUMN_SUMS_TILE // columns, triton.next_power_of_2(rows))
     columns = COLUMN_SUMS_TILE // tile
     _, warps = COLUMN_SUMS
     sums = x.new_empty(-(-N // rows), D, dtype=torch.float32)
     with _on(x):
-        column_sums_kernel[(-(-D // columns), len(sums))](
+        column_sums_kernel[(len(sums), -(-D // columns))](
             x, sums, N, D, rows, tile, columns, num_warps=warps
         )
     return sums

@@ -23,10 +23,6 @@ import fused
 # Where the tangent's rows lie behind the value's in memory, they are one product, which writes the
 # sum once. Up to so many rows (modulation has one an image) they are copied there.
 FEW_ROWS = 1024
-# While a CUDA graph is recorded, the gradients of weights are made on a stream of their own, beside
-# the rest of the backward, which has no use for them. So short kernels, and the last programs of
-# long ones, leave fewer multiprocessors idle. False: all is on one stream.
-SIDE_STREAM = True
 
 
 class RoundedCopies:
@@ -97,125 +93,141 @@ class RoundedCopies:
         self.versions = [p._version for p in self.weights]
 
     @contextlib.contextmanager
-    def in_use(self, in_place=None):
+    def in_use(self, writer=None):
         """Within this context the layers are computed with their copies, where autocast would.
 
-        Go backward inside it, too: checkpointed blocks run again there. in_place: a
-        GradientsInPlace, which then makes the gradients of the layers' weights.
+        Go backward inside it, too: checkpointed blocks run again there. writer: a GradientWriter,
+        which the layers' weights then get their gradients from.
         """
-        attributes = [(layer, "in_place", in_place) for layer in self.layers]
+        attributes = [(layer, "gradient_writer", writer) for layer in self.layers]
         attributes += self.attributes
         for layer, name, value in attributes:
             setattr(layer, name, value)
         try:
-            with in_place or contextlib.nullcontext():
-                yield
+            yield
         finally:
             for layer, name, _ in attributes:
                 vars(layer).pop(name, None)
 
 
-class GradientsInPlace:
-    """Makes gradients of weights where they stay; in a CUDA graph, on a stream of their own.
+class GradientWriter:
+    """Writes the gradients of weights straight into .grad; in a CUDA graph, on a second stream.
 
-        with GradientsInPlace(places, stream):
-            ...  # forward and backward of one step
+        writer = GradientWriter(destinations, stream)
+        with copies.in_use(writer):
+            ...  # forward of a term of the loss
+            loss.backward()
+            writer.finish()  # after each backward
 
     If a weight has a .grad, the product that makes its next gradient adds to that. So go backward
     by loss.backward() alone. torch.autograd.grad, or a backward that does not reach all weights,
     would take .grad away.
     """
 
-    def __init__(self, places=None, stream=None):
-        """places: {id of a weight: float32 tensor like it}. If a weight has no .grad, its first
-        gradient is written there. Its entry is removed then: a second gradient must not overwrite
-        the first.
+    def __init__(self, destinations=None, stream=None):
+        """destinations: {id of a weight: float32 tensor like it}. If a weight has no .grad, its
+        first gradient is written there. Its entry is removed then: a second gradient must not
+        overwrite the first.
 
-        stream: a CUDA stream, which is used while a graph is recorded. All gradients are complete
-        when the context ends; whoever reads one before must wait for the stream.
+        stream: a CUDA stream, which is used while a graph is recorded. The gradients of a backward
+        are complete after finish(); whoever reads one before must wait for the stream.
         """
-        self.places = {} if places is None else places
+        self.destinations = {} if destinations is None else destinations
         self.stream = stream
-        self.made = {}  # {id of a weight: (weight, gradient)}, of those made on the stream
-        self.last = None  # the last product on the stream: (the event of its end, what it reads)
+        self.made = {}  # {id of a weight: (it, its gradient)}, in this backward and on the stream
+        self.last = None  # the last product on the stream: (the event of its end, its factors)
+        if self.uses_stream():  # it joins the recording, so that finish() can wait for it
+            stream.wait_stream(torch.cuda.current_stream())
 
     def uses_stream(self):
         return self.stream is not None and torch.cuda.is_current_stream_capturing()
 
-    def __enter__(self):
-        if self.uses_stream():
-            self.stream.wait_stream(torch.cuda.current_stream())
+    def gradients(self, factors, weights):
+        """What autograd is given as the gradients of the weights of layers side by side.
 
-    def __exit__(self, error, *_):
-        """Raises RuntimeError where autograd has added to a gradient that was made on the stream.
-        It did that on the current stream, perhaps before the gradient was there."""
+        factors: as in weight_gradients.
+        """
+        if self.uses_stream() and not any(is_left_to_autograd(weight) for weight in weights):
+            return self.gradients_on_stream(factors, weights)
+        gradients = weight_gradients(factors, self.take_destinations(weights))
+        return [alias(gradient) for gradient in gradients]
+
+    def gradients_on_stream(self, factors, weights):
+        current = torch.cuda.current_stream()
+        for_autograd = []
+        destinations = self.take_destinations(weights)
+        for i, weight in enumerate(weights):
+            gradient, adds = destinations[i]
+            if gradient is None and id(weight) in self.made:
+                # The layer ran twice. Autograd has the first gradient, to which this one is added.
+                _, gradient = self.made[id(weight)]
+                adds = True
+                for_autograd.append(None)
+            else:
+                if gradient is None:  # made here: the current stream will read it and free it
+                    gradient = torch.empty_like(weight)
+                for_autograd.append(alias(gradient))
+            destinations[i] = gradient, adds
+            self.made[id(weight)] = weight, gradient
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            weight_gradients(factors, destinations)
+            end = self.stream.record_event()
+        # Once autograd has dropped the factors, later kernels of the current stream would be given
+        # their memory, while this product still reads it. So they are kept until the next call, in
+        # which the current stream waits for this product.
+        if self.last is not None:
+            last_end, _ = self.last
+            current.wait_event(last_end)
+        self.last = end, factors
+        return for_autograd
+
+    def take_destinations(self, weights):
+        """For each weight (tensor, whether to add to it); (None, False) for a new tensor.
+
+        .grad becomes None. Autograd then stores what it is given, and does not add to it.
+        """
+        destinations = []
+        for weight in weights:
+            gradient = None
+            adds = False
+            if not is_left_to_autograd(weight):
+                adds = weight.grad is not None
+                gradient = weight.grad if adds else self.destinations.pop(id(weight), None)
+                weight.grad = None
+            destinations.append((gradient, adds))
+        return destinations
+
+    def finish(self):
+        """Wait for the stream. Call this after each backward.
+
+        Raises RuntimeError where autograd has added something to a gradient that was made on the
+        stream. It did so on the current stream, and may have read the gradient too early.
+        """
         if not self.uses_stream():
             return
         torch.cuda.current_stream().wait_stream(self.stream)
         self.last = None
-        for weight, gradient in self.made.values():
-            if not error and gradient is not None and weight.grad.data_ptr() != gradient.data_ptr():
+        made, self.made = self.made, {}
+        for weight, gradient in made.values():
+            if weight.grad is None or weight.grad.data_ptr() != gradient.data_ptr():
                 raise RuntimeError(
                     f"a weight of shape {tuple(weight.shape)} is used by more than its linear "
-                    "layer: set SIDE_STREAM = False in products.py"
+                    "layer: set TWO_STREAMS = False in step.py"
                 )
-
-    def gradients(self, factors, weights):
-        """What autograd is given as gradients of the weights of layers side by side.
-
-        factors: as in weight_gradients.
-        """
-        outs = [self.take(weight) for weight in weights]
-        if not self.uses_stream() or any(is_left_to_autograd(weight) for weight in weights):
-            return aliases(weight_gradients(factors, outs))
-
-        here = torch.cuda.current_stream()
-        pairs = list(zip(weights, outs, strict=True))
-        if any(out is None and id(weight) in self.made for weight, (out, _) in pairs):
-            # A layer that ran twice. Autograd adds up its gradients, on the current stream.
-            here.wait_stream(self.stream)
-            self.made |= {id(weight): (weight, None) for weight in weights}
-            return aliases(weight_gradients(factors, outs))
-
-        for i, (weight, (out, adds)) in enumerate(pairs):
-            if out is None:
-                out = torch.empty_like(weight)  # in the memory of the current stream
-            outs[i] = out, adds
-            self.made[id(weight)] = weight, out
-        self.stream.wait_stream(here)
-        with torch.cuda.stream(self.stream):
-            gradients = weight_gradients(factors, outs)
-            event = self.stream.record_event()
-        # Autograd may now drop the factors, and the current stream use their memory again. So they
-        # are kept until that has waited for this product.
-        before = self.last
-        self.last = event, factors
-        if before is not None:
-            here.wait_event(before[0])
-        return aliases(gradients)
-
-    def take(self, weight):
-        """(tensor, whether to add to it) for a weight's gradient; (None, False) for a new tensor.
-
-        .grad becomes None, so that autograd stores the alias that it is given, without a copy.
-        """
-        if is_left_to_autograd(weight):
-            return None, False
-        gradient = weight.grad
-        weight.grad = None
-        if gradient is not None:
-            return gradient, True
-        return self.places.pop(id(weight), None), False
 
 
 def is_left_to_autograd(weight):
-    """A weight with a hook, which must see its gradient, and one that is not trained."""
+    """Whether autograd must store a weight's gradient itself: the weight has a hook, which must see
+    this gradient alone, and complete; or it is not trained."""
     has_hook = weight._backward_hooks or weight._post_accumulate_grad_hooks
     return bool(has_hook) or not weight.requires_grad
 
 
-def aliases(tensors):
-    return [t.detach() for t in tensors]
+def alias(t):
+    """The same memory as a new tensor. Autograd stores a tensor as .grad without a copy only if
+    nobody else holds it."""
+    return t.detach()
 
 
 def is_plain(layer):
@@ -245,19 +257,19 @@ def product(x, dx, layers, copies, bias_gradient=True):
     dx = None if dx is None else dx.to(torch.bfloat16)
     weights = [layer.weight for layer in layers]
     biases = [layer.bias for layer in layers] if bias_gradient else []
-    in_place = getattr(layers[0], "in_place", None)
-    return _Product.apply(x, dx, *copies, len(weights), in_place, *weights, *biases)
+    writer = getattr(layers[0], "gradient_writer", None)
+    return _Product.apply(x, dx, *copies, len(weights), writer, *weights, *biases)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, dx, weight, bias, count, in_place, *parameters):
+    def forward(ctx, x, dx, weight, bias, count, writer, *parameters):
         """weight, bias: the copies. parameters: `count` float32 weights, and then their biases.
-        in_place: a GradientsInPlace, or None."""
+        writer: a GradientWriter, or None."""
         ctx.save_for_backward(x, dx, weight)
         ctx.count = count
         ctx.weights = parameters[:count]
-        ctx.in_place = in_place
+        ctx.writer = writer
         ctx.set_materialize_grads(False)
         y = functional.linear(x, weight, bias)
         return y, None if dx is None else functional.linear(dx, weight)
@@ -268,8 +280,8 @@ class _Product(torch.autograd.Function):
         x, dx, weight = ctx.saved_tensors
         count = ctx.count
         needs_x, needs_dx, _, _, _, _, *needs_parameters = ctx.needs_input_grad
-        # These come first. On its stream the gradient of a weight would otherwise be made beside
-        # them, and two large products at a time are slower.
+        # These come first, and the gradients of weights wait for them also on a second stream: two
+        # large products at a time are slower than one after the other.
         gx = gy @ weight if needs_x and gy is not None else None
         gdx = gdy @ weight if needs_dx and gdy is not None else None
         gweights = [None] * count
@@ -278,8 +290,8 @@ class _Product(torch.autograd.Function):
             factors = [(rows_of(g), rows_of(a)) for g, a in ((gy, x), (gdy, dx)) if g is not None]
             if len(factors) == 2:
                 factors = joined(*factors)
-            if ctx.in_place:
-                gweights = ctx.in_place.gradients(factors, ctx.weights)
+            if ctx.writer:
+                gweights = ctx.writer.gradients(factors, ctx.weights)
             else:
                 gweights = weight_gradients(factors, [(None, False)] * count)
         if any(needs_parameters[count:]) and gy is not None:
@@ -287,16 +299,16 @@ class _Product(torch.autograd.Function):
         return gx, gdx, None, None, None, None, *gweights, *gbiases
 
 
-def weight_gradients(factors, outs):
+def weight_gradients(factors, destinations):
     """The gradients of the weights of layers side by side: sums of g^T a, a list of float32 (N, D).
 
-    factors: one or two pairs g (rows, layers N), a (rows, D) in bfloat16. outs: a pair for each
-    layer, a tensor and whether to add to it; (None, False): a new one is made.
+    factors: one or two pairs g (rows, layers N), a (rows, D) in bfloat16. destinations: a pair for
+    each layer, a tensor and whether to add to it; (None, False): a new one is made.
     """
     gradients = []
-    for i, (gradient, adds) in enumerate(outs):
+    for i, (gradient, adds) in enumerate(destinations):
         for g, a in factors:
-            g = g.chunk(len(outs), 1)[i]  # this layer's columns
+            g = g.chunk(len(destinations), 1)[i]  # this layer's columns
             gradient = float32_product(g.t(), a, gradient, adds)
             adds = True
         gradients.append(gradient)

@@ -18,10 +18,15 @@ import torch
 import torch.distributed as dist
 
 import one_pass
-from device import DDP_WARM_UPS, Graph, data_parallel
+from device import DDP_WARM_UPS, Graph, data_parallel, side_stream
 from loss import backward
-from products import SIDE_STREAM, GradientsInPlace, RoundedCopies
+from products import GradientWriter, RoundedCopies
 from shard import shard_loss, whole
+
+# While a CUDA graph is recorded, the gradients of weights are computed on a second stream. No later
+# kernel of the backward reads them. So they can run on multiprocessors that short kernels, and the
+# last thread blocks of long ones, leave idle. False: everything runs on one stream.
+TWO_STREAMS = True
 
 
 class TrainingStep:
@@ -39,6 +44,7 @@ class TrainingStep:
         shard=False,
         bfloat16_sums=False,
         alone=False,
+        two_streams=TWO_STREAMS,
     ):
         """loss: a TrainingLoss, or a module like it: it has model and networks(). What is trained
         are the weights of loss.model that require a gradient.
@@ -49,7 +55,8 @@ class TrainingStep:
         tensors. bfloat16: the networks run under autocast. Under torchrun the gradient is the mean
         over the ranks, by DistributedDataParallel, or by FSDP2 with shard, for networks that went
         through shard_weights. bfloat16_sums: DDP sends gradients as bfloat16. alone: each rank
-        keeps its own gradient, as if it were the only one.
+        keeps its own gradient, as if it were the only one. two_streams: in CUDA graphs, the
+        gradients of weights are made on a second stream (products.GradientWriter).
         """
         self.model = loss.model
         self.optimizers = optimizers
@@ -58,25 +65,25 @@ class TrainingStep:
         self.bfloat16 = bfloat16
         self.uses_ddp = dist.is_initialized() and not shard and not alone
         self.use_graphs = graphs
-        self.stream = torch.cuda.Stream(device) if graphs and SIDE_STREAM else None
         trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
         self.weights = [self.model.get_parameter(name) for name in trained]
         self.averages = []  # (its weights, its decay)
         for net, decay in averages:
             self.averages.append(([net.get_parameter(name) for name in trained], decay))
-        if shard:
-            self.wrapped_loss = shard_loss(loss)
-        elif self.uses_ddp:
-            self.wrapped_loss = data_parallel(
-                loss, bfloat16_sums, for_graph=graphs, stream=self.stream
-            )
-        else:
-            self.wrapped_loss = loss
         # In bfloat16, of the weights of all networks that the loss runs. FSDP2 gathers weights in
         # bfloat16 itself. Products of bfloat16 that are float32 have not been tried on AMD's GPUs.
         self.copies = None
+        self.gradient_stream = None
         if bfloat16 and not shard and torch.version.hip is None:
             self.copies = RoundedCopies(loss.networks())
+            if graphs and two_streams:
+                self.gradient_stream = side_stream()
+        if shard:
+            self.wrapped_loss = shard_loss(loss)
+        elif self.uses_ddp:
+            self.wrapped_loss = data_parallel(loss, bfloat16_sums, graphs, self.gradient_stream)
+        else:
+            self.wrapped_loss = loss
         if micro_batches > 1:  # gradients add up in .grad
             for p in self.weights:
                 p.grad = torch.zeros_like(p)
@@ -108,13 +115,18 @@ class TrainingStep:
         ranks. (With shard every backward adds a mean.)
         """
         old = self.take_gradients() if self.micro_batches == 1 else {}
-        backward_part = partial(backward, share=1 / self.micro_batches)
+        writer = GradientWriter(old, self.gradient_stream)
+
+        def backward_part(part):
+            backward(part, share=1 / self.micro_batches)
+            writer.finish()
+
         sync = nullcontext()
         if self.uses_ddp and not is_last:
             sync = self.wrapped_loss.no_sync()  # DDP then only adds to .grad and sends nothing
         copies_in_use = nullcontext()
         if self.copies:
-            copies_in_use = self.copies.in_use(GradientsInPlace(old, self.stream))
+            copies_in_use = self.copies.in_use(writer)
         with sync, copies_in_use:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
                 rest, terms = self.wrapped_loss(*inputs, backward_part=backward_part)

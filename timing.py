@@ -22,7 +22,7 @@ from loss import Term, TrainingLoss, mean_square
 from model import DiT, compile_blocks
 from muon import Muon, matrices_of_blocks
 from shard import shard_weights
-from step import TrainingStep
+from step import TWO_STREAMS, TrainingStep
 
 BATCHES = 64  # of random data, taken in turn
 
@@ -70,6 +70,7 @@ class RandomStep:
         muon=False,
         bfloat16_sums=False,
         alone=False,
+        two_streams=TWO_STREAMS,
         device="cuda",
     ):
         """config: a DiTConfig. batch: images a step of this rank.
@@ -80,7 +81,7 @@ class RandomStep:
         others. detach_jvp: no gradient through dF/ds. flow: FlowMatching above, instead of
         `objective`, which is one of loss.OBJECTIVES. muon: the blocks' matrices are trained by
         Muon. bfloat16_sums: the ranks of torchrun send their gradients as bfloat16. alone: they
-        send none, and each trains a network of its own.
+        send none, and each trains a network of its own. two_streams: as in TrainingStep.
         """
         torch.manual_seed(0)
         torch._dynamo.reset()
@@ -131,6 +132,7 @@ class RandomStep:
             shard=shard,
             bfloat16_sums=bfloat16_sums,
             alone=alone,
+            two_streams=two_streams,
         )
 
         shape = (config.in_channels, *config.height_and_width)

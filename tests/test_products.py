@@ -7,13 +7,11 @@ import torch
 from helpers import gpu, random_model, rel
 from torch import nn
 
-import device
 import products
-from device import Graph
 from dual import linear, linear_side_by_side
 from loss import TrainingLoss
 from model import Block, block_vectors
-from products import GradientsInPlace, RoundedCopies, product, stack_of
+from products import GradientWriter, RoundedCopies, product, stack_of
 from step import TrainingStep
 
 # Relative, of a weight's gradient: a sum in float32, on a GPU in tensor cores, whose adders drop a
@@ -117,9 +115,9 @@ def check_sum_with_grad(device, count, rows, side_by_side):
         layer.weight.grad = torch.ones_like(layer.weight)
     places = [layer.weight.grad.data_ptr() for layer in layers]
 
-    in_place = GradientsInPlace()
+    writer = GradientWriter()
     for layer in layers:
-        layer.in_place = in_place
+        layer.gradient_writer = writer
     torch.autograd.backward(product(x, dx, layers, (weight, bias)), [gy, gdy])
     assert [layer.weight.grad.data_ptr() for layer in layers] == places
     for layer, rows_of_it in zip(layers, wanted.chunk(count), strict=True):
@@ -139,7 +137,7 @@ def test_grad_stays_in_other_backwards():
     assert torch.equal(layer.weight.grad, torch.ones_like(layer.weight))
     seen = []
     layer.weight.register_hook(seen.append)
-    layer.in_place = GradientsInPlace()
+    layer.gradient_writer = GradientWriter()
     y, _ = product(x, None, [layer], copies)
     y.sum().backward()
     assert torch.equal(layer.weight.grad, seen[0] + 1)
@@ -170,7 +168,7 @@ def check_places(device):
     copies = RoundedCopies([net])
     places = {id(layer.weight): torch.full_like(layer.weight, torch.nan) for layer in net}
     held = [t.data_ptr() for t in places.values()]
-    with copies.in_use(GradientsInPlace(places)):
+    with copies.in_use(GradientWriter(places)):
         for total in (1, 2):
             first, _ = product(x[0], None, [once], once.copies)
             second, _ = product(x[0], None, [twice], twice.copies)
@@ -189,118 +187,6 @@ def test_places():
 @gpu
 def test_gpu_places():
     check_places("cuda")
-
-
-class Chain(nn.Module):
-    """Linear layers on a GPU, and their copies."""
-
-    def __init__(self, depth, width):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(width, width, device="cuda") for _ in range(depth))
-        self.copies = RoundedCopies([self])
-
-    def forward(self, x):
-        for layer in self.layers:
-            y, _ = product(x, None, [layer], layer.copies)
-            x = x + y.relu()
-        return x
-
-
-def backwards(chain, stream):
-    """Two backwards of a chain in one context, as a step has them."""
-    chain.zero_grad()
-    width = chain.layers[0].weight.size(1)
-    x = torch.linspace(-1, 1, 4096 * width, device="cuda").view(4096, width).bfloat16()
-    with chain.copies.in_use(GradientsInPlace(stream=stream)):
-        for factor in (1, -3):
-            (factor * chain(x).float().square().mean()).backward()
-
-
-def check_stream(chain):
-    backwards(chain, None)
-    wanted = [p.grad.clone() for p in chain.parameters()]
-    stream = torch.cuda.Stream()
-    graph = Graph(lambda: backwards(chain, stream), clean=chain.zero_grad)
-    for _ in range(3):
-        for p in chain.parameters():
-            p.grad.fill_(torch.nan)
-        graph()
-        for p, gradient in zip(chain.parameters(), wanted, strict=True):
-            assert torch.equal(p.grad, gradient)
-
-
-@gpu
-@pytest.mark.parametrize("width", [512, 1536])
-def test_gpu_stream(width):
-    """In a graph, where weights' gradients are made on another stream: the same bits."""
-    torch.manual_seed(0)
-    check_stream(Chain(12, width))
-
-
-@gpu
-def test_gpu_stream_with_layers_that_run_twice():
-    """Autograd adds up two gradients, on the current stream: the same bits."""
-    torch.manual_seed(0)
-    chain = Chain(4, 1536)
-    chain.layers.extend(list(chain.layers))
-    check_stream(chain)
-
-
-@gpu
-def test_gpu_stream_refuses_other_uses():
-    """A part of a weight's gradient that no product made, which autograd adds too early."""
-    layer = nn.Linear(64, 64).cuda()
-    copies = RoundedCopies([layer])
-    x = torch.randn(32, 64, device="cuda").bfloat16()
-    stream = torch.cuda.Stream()
-
-    def step():
-        layer.zero_grad()
-        with copies.in_use(GradientsInPlace(stream=stream)):
-            y, _ = product(x, None, [layer], layer.copies)
-            (y.float().sum() + layer.weight.square().sum()).backward()
-
-    with pytest.raises(RuntimeError, match="SIDE_STREAM"):
-        Graph(step)
-
-
-@gpu
-def test_gpu_stream_and_ddp(monkeypatch):
-    """DDP's hook gets a bucket once the stream has made its gradients. Here it makes them four
-    times as large, and the gradients of a graph without DDP tell."""
-
-    def four_times(_, bucket):
-        future = torch.futures.Future(devices=[gpu_0])
-        future.set_result(bucket.buffer().mul_(4))
-        return future
-
-    monkeypatch.setattr(device, "nccl_mean", four_times)
-    gpu_0 = torch.device("cuda", 0)
-    net = random_model(torch.float32, hidden_size=1024, num_heads=16, depth=3).to(gpu_0)
-    loss = TrainingLoss(net, copy.deepcopy(net).requires_grad_(False), guidance=dict(w=2.0))
-    x0 = torch.randn(64, 2, 4, 4, device=gpu_0)
-    inputs = (x0, torch.arange(64, device=gpu_0) % 3, *loss.draw(x0, 0))
-
-    def gradients(alone):
-        step = TrainingStep(loss, [], [], gpu_0, graphs=True, bfloat16=True, alone=alone)
-        for _ in range(2):
-            step.gradients(*inputs)
-        found = [p.grad.clone() for p in step.weights]
-        step.recorded.clear()
-        net.zero_grad()
-        return found
-
-    alone = gradients(True)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    torch.distributed.init_process_group(
-        "nccl", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    try:
-        ranks = gradients(False)
-    finally:
-        torch.distributed.destroy_process_group()
-    for a, b in zip(alone, ranks, strict=True):
-        assert torch.equal(4 * a, b)
 
 
 def test_gradients_stay_in_buckets(group_of_one, monkeypatch):
@@ -400,7 +286,7 @@ def test_copies():
     check()
     with pytest.raises(ZeroDivisionError), copies.in_use():
         raise ZeroDivisionError
-    names = ("copies", "stack", "in_place")
+    names = ("copies", "stack", "gradient_writer")
     assert not any(hasattr(layer, name) for layer in layers for name in names)
 
 

@@ -1,0 +1,299 @@
+"""products.GradientWriter: gradients of weights that are made on a second CUDA stream.
+
+On a CPU a stream is put in its place that is as late as it may be: its work is done only when the
+current stream waits for it. Whoever reads a gradient before finds NaN. On a GPU the bits are those
+of one stream.
+"""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from helpers import gpu, random_model
+from torch import nn
+
+import products
+from device import Graph
+from loss import TrainingLoss
+from products import GradientWriter, RoundedCopies, product
+from step import TrainingStep
+
+
+class LateStream:
+    def __init__(self):
+        self.work = []
+
+    def wait_stream(self, other):
+        """The current stream's work is done at once."""
+
+    def record_event(self):
+        return len(self.work)
+
+
+class CurrentStream:
+    def __init__(self, late):
+        self.late = late
+        self.done = 0
+
+    def wait_event(self, end):
+        while self.done < end:
+            self.late.work[self.done]()
+            self.done += 1
+
+    def wait_stream(self, late):
+        self.wait_event(len(late.work))
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """A LateStream, as if a CUDA graph was being recorded."""
+    late = LateStream()
+    current = CurrentStream(late)
+    is_late = False
+    make = products.weight_gradients
+
+    @contextlib.contextmanager
+    def on(stream):
+        nonlocal is_late
+        is_late = True
+        yield
+        is_late = False
+
+    @torch.no_grad()
+    def weight_gradients(factors, destinations):
+        if not is_late:
+            return make(factors, destinations)
+        late.work.append(lambda: make(factors, list(destinations)))
+        return [gradient for gradient, _ in destinations]
+
+    monkeypatch.setattr(products, "weight_gradients", weight_gradients)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch, "empty_like", lambda t: torch.full_like(t, torch.nan))
+    return late
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.copies = RoundedCopies([self])
+
+    def forward(self, x):
+        for layer in self.layers:
+            y, _ = product(x, None, [layer], layer.copies)
+            x = x + y.tanh()
+        return x.float().square().sum()
+
+    def of_weights(self):
+        return sum(layer.weight.square().sum() for layer in self.layers)
+
+
+# What a step goes backward through, one after the other.
+TERMS = {
+    "two terms": [lambda net, x: net(x), lambda net, x: net(x + 1)],
+    "a layer runs twice": [lambda net, x: net(x) + net(x + 1)],
+    "and once more": [lambda net, x: net(x) + net(x + 1), lambda net, x: net(x + 2)],
+    "and then twice": [lambda net, x: net(x), lambda net, x: net(x + 1) + net(x + 2)],
+    "three times": [lambda net, x: net(x) + net(x + 1) + net(x + 2)],
+    "first the weights alone": [lambda net, x: net.of_weights(), lambda net, x: net(x)],
+    "then the weights alone": [lambda net, x: net(x), lambda net, x: net.of_weights()],
+    "reads .grad": [
+        lambda net, x: net(x),
+        lambda net, x: net(x) * net.layers[0].weight.grad.norm().detach(),
+    ],
+}
+REFUSED = {
+    "the weights": [lambda net, x: net(x) + net.of_weights()],
+    "the weights, early": [lambda net, x: net(x) + net.of_weights(), lambda net, x: net(x)],
+    "the weights, twice": [lambda net, x: net(x) + net(x + 1) + net.of_weights()],
+}
+
+
+def gradients(terms, stream, kept, hook=None):
+    """Of one step. kept: with memory that is given for each gradient."""
+    torch.manual_seed(0)
+    net = Network()
+    if hook:
+        hook(net.layers[1].weight)
+    places = {id(p): torch.full_like(p, torch.nan) for p in net.parameters() if kept and p.ndim > 1}
+    writer = GradientWriter(places, stream)
+    x = torch.randn(16, 8)
+    with net.copies.in_use(writer):
+        for term in terms:
+            term(net, x).backward()
+            writer.finish()
+    return torch.stack([layer.weight.grad for layer in net.layers])
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("case", TERMS)
+def test_a_late_stream(case, kept, late):
+    wanted = gradients(TERMS[case], None, kept)
+    found = gradients(TERMS[case], late, kept)
+    assert late.work
+    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_late_stream_refuses(case, kept, late):
+    """A part of a gradient that no product made: autograd adds it before the rest is there."""
+    with pytest.raises(RuntimeError, match="TWO_STREAMS"):
+        gradients(REFUSED[case], late, kept)
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_late_stream_and_hooks(kind, late):
+    """A hook sees a gradient that is complete."""
+    seen = []
+
+    def keep(t):
+        seen.append((t if t.grad is None else t.grad).clone())
+
+    for stream in (None, late):
+        gradients(TERMS["two terms"], stream, False, lambda weight: getattr(weight, kind)(keep))
+    assert len(seen) == 4
+    assert torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[1], seen[3])
+
+
+# ---- GPUs ----------------------------------------------------------------------------------------
+
+
+class Chain(nn.Module):
+    """Linear layers on a GPU, and their copies."""
+
+    def __init__(self, depth, width):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width, device="cuda") for _ in range(depth))
+        self.copies = RoundedCopies([self])
+
+    def forward(self, x):
+        for layer in self.layers:
+            y, _ = product(x, None, [layer], layer.copies)
+            x = x + y.relu()
+        return x
+
+
+def two_backwards(chain, stream):
+    """Two backwards of a chain, as a step has them."""
+    chain.zero_grad()
+    width = chain.layers[0].weight.size(1)
+    x = torch.linspace(-1, 1, 4096 * width, device="cuda").view(4096, width).bfloat16()
+    writer = GradientWriter(stream=stream)
+    with chain.copies.in_use(writer):
+        for factor in (1, -3):
+            (factor * chain(x).float().square().mean()).backward()
+            writer.finish()
+
+
+def check_stream(chain):
+    two_backwards(chain, None)
+    wanted = [p.grad.clone() for p in chain.parameters()]
+    stream = torch.cuda.Stream()
+    graph = Graph(lambda: two_backwards(chain, stream), clean=chain.zero_grad)
+    for _ in range(3):
+        for p in chain.parameters():
+            p.grad.fill_(torch.nan)
+        graph()
+        for p, gradient in zip(chain.parameters(), wanted, strict=True):
+            assert torch.equal(p.grad, gradient)
+
+
+@gpu
+@pytest.mark.parametrize("width", [512, 1536])
+def test_gpu_stream(width):
+    """In a graph, where weights' gradients are made on another stream: the same bits."""
+    torch.manual_seed(0)
+    check_stream(Chain(12, width))
+
+
+@gpu
+def test_gpu_stream_with_layers_that_run_twice():
+    """Autograd adds up two gradients, on the current stream: the same bits."""
+    torch.manual_seed(0)
+    chain = Chain(4, 1536)
+    chain.layers.extend(list(chain.layers))
+    check_stream(chain)
+
+
+@gpu
+def test_gpu_stream_with_hooks():
+    """A hook sees a complete gradient: the same bits."""
+    torch.manual_seed(0)
+    chain = Chain(4, 1536)
+    seen = torch.zeros(2, 1536, 1536, device="cuda")
+
+    def keep(gradient):
+        seen[0].copy_(gradient)
+
+    def keep_sum(weight):
+        seen[1].copy_(weight.grad)
+
+    chain.layers[1].weight.register_hook(keep)
+    chain.layers[2].weight.register_post_accumulate_grad_hook(keep_sum)
+    two_backwards(chain, None)
+    wanted = seen.clone()
+    check_stream(chain)
+    assert torch.equal(seen, wanted)
+
+
+@gpu
+def test_gpu_stream_refuses_other_uses():
+    """A part of a weight's gradient that no product made, which autograd adds too early."""
+    layer = nn.Linear(64, 64).cuda()
+    copies = RoundedCopies([layer])
+    x = torch.randn(32, 64, device="cuda").bfloat16()
+    stream = torch.cuda.Stream()
+
+    def step():
+        layer.zero_grad()
+        writer = GradientWriter(stream=stream)
+        with copies.in_use(writer):
+            y, _ = product(x, None, [layer], layer.copies)
+            (y.float().sum() + layer.weight.square().sum()).backward()
+            writer.finish()
+
+    with pytest.raises(RuntimeError, match="TWO_STREAMS"):
+        Graph(step)
+
+
+@gpu
+def test_gpu_stream_and_ddp(monkeypatch):
+    """DDP's hook gets a bucket whose gradients are complete. Here it multiplies them by 4. If it
+    ran too early, the result would not be 4 times the gradient without DDP."""
+    gpu_0 = torch.device("cuda", 0)
+
+    def four_times(_, bucket):
+        future = torch.futures.Future(devices=[gpu_0])
+        future.set_result(bucket.buffer().mul_(4))
+        return future
+
+    monkeypatch.setattr("device.nccl_mean", four_times)
+    net = random_model(torch.float32, hidden_size=1024, num_heads=16, depth=3).to(gpu_0)
+    loss = TrainingLoss(net, copy.deepcopy(net).requires_grad_(False), guidance=dict(w=2.0))
+    x0 = torch.randn(64, 2, 4, 4, device=gpu_0)
+    inputs = (x0, torch.arange(64, device=gpu_0) % 3, *loss.draw(x0, 0))
+
+    def gradients(alone):
+        step = TrainingStep(loss, [], [], gpu_0, graphs=True, bfloat16=True, alone=alone)
+        for _ in range(2):
+            step.gradients(*inputs)
+        found = [p.grad.clone() for p in step.weights]
+        step.recorded.clear()
+        net.zero_grad()
+        return found
+
+    alone = gradients(True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    try:
+        ranks = gradients(False)
+    finally:
+        torch.distributed.destroy_process_group()
+    for a, b in zip(alone, ranks, strict=True):
+        assert torch.equal(4 * a, b)
