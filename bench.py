@@ -212,7 +212,7 @@ def warm_up(step):
 
 def kernel_times(step):
     """{kind: milliseconds on the GPU} of one step. Kernels on two streams can run at the same time;
-    each then takes longer, and all together take longer than the step."""
+    each then takes longer, and their sum can exceed the step."""
     kinds = dict.fromkeys([*KERNELS, OTHER], 0.0)
 
     def add_up(profile):

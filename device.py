@@ -203,7 +203,7 @@ def data_parallel(module, bfloat16=False, for_graph=False, gradient_stream=None)
 
     bfloat16, for GPUs: NCCL sends buckets as bfloat16, half the bytes. for_graph: forward and
     backward can be recorded by Graph. gradient_stream: the CUDA stream on which the gradients of
-    weights are made, if that is not the current one. Communication then starts from it.
+    weights are made, if that is not the current one. A bucket is sent after its work, too.
     """
     recording_stream = graph_stream() if for_graph else None
     if recording_stream:
@@ -223,8 +223,9 @@ def data_parallel(module, bfloat16=False, for_graph=False, gradient_stream=None)
 
 
 def on_stream(stream, hook):
-    """A communication hook that runs on a CUDA stream, after the work that this one and the current
-    one have by then. So it finds the gradients complete that either makes."""
+    """A communication hook that runs on a CUDA stream, after all work that this stream and the
+    current one have been given so far. A bucket's gradients come from both, and are complete then.
+    """
     if stream is None:
         return hook
 
@@ -340,7 +341,7 @@ def graph_stream():
 
 @functools.cache
 def side_stream():
-    """A second CUDA stream, for work beside that of the first."""
+    """A second CUDA stream, for work that runs beside that of graph_stream()."""
     return torch.cuda.Stream()
 
 

@@ -698,8 +698,8 @@ class _AddNorm(torch.autograd.Function):
             *ctx.dtypes,
         )  # fmt: skip
 
-        B, blocks, vectors, D = sums.shape
-        sums = _block_sums(sums.view(B * blocks, vectors * D), blocks)
+        B, _, vectors, D = sums.shape
+        sums = _sum_over_blocks(sums.flatten(2))
         sums = sums.view(B, vectors, 1, D)  # float32; autograd casts each gradient
         gshift, gscale, ggate = sums[:, :3].unbind(1)
         gdshift, gdscale, gdgate = sums[:, 3:].unbind(1) if dual else (None, None, None)
@@ -807,17 +807,20 @@ def column_sums(x):
     _check_dtypes("column_sums", DTYPES, x=x)
     x = x.detach().contiguous().view(-1, x.size(-1))
     rows, _ = COLUMN_SUMS
-    sums = _block_sums(x, rows)
-    return _block_sums(sums, len(sums))[0]
+    return _sum_over_blocks(_block_sums(x, rows)[None])[0]
+
+
+def _sum_over_blocks(sums):
+    """float32 (A, blocks, D) -> (A, D)"""
+    A, blocks, D = sums.shape
+    if sums.numel() == 0 or blocks == 1:
+        return sums.sum(1)
+    return _block_sums(sums.view(A * blocks, D), blocks)
 
 
 def _block_sums(x, rows):
     """The sums over blocks of `rows` rows of x (N, D), which is contiguous: float32 (blocks, D)."""
     N, D = x.shape
-    if rows == 1:  # x holds sums already
-        return x
-    if N == 0:
-        return x.new_zeros(1, D, dtype=torch.float32)
     columns = 128 // x.element_size()  # at least 128 bytes of a row
     tile = min(COLUMN_SUMS_TILE // columns, triton.next_power_of_2(rows))
     columns = COLUMN_SUMS_TILE // tile
@@ -869,7 +872,7 @@ class _Gelu(torch.autograd.Function):
             )
         gbias = None
         if ctx.bias_dtype is not None:
-            gbias = _block_sums(sums, len(sums))[0].to(ctx.bias_dtype)
+            gbias = _sum_over_blocks(sums[None])[0].to(ctx.bias_dtype)
         return gu, gdu, gbias
 
 
@@ -953,14 +956,14 @@ class _QKNorm(torch.autograd.Function):
                 gq, gk, gv, gdq, gdk, gdv, qkv, dqkv, q_weight, k_weight, gqkv, gdqkv, sums, N,
                 heads, d, width, rows, QK_NORM_TILE, EPS, num_warps=warps,
             )  # fmt: skip
-        sums = _block_sums(sums.flatten(1), len(sums)).view(5 * heads, d)
-        gq_weight, gk_weight = _block_sums(sums[3 * heads :], heads)
+        sums = _sum_over_blocks(sums.flatten(1)[None]).view(5, heads, d)
+        gq_weight, gk_weight = _sum_over_blocks(sums[3:])
         return (
             gqkv,
             gdqkv,
             gq_weight.to(q_weight.dtype),
             gk_weight.to(k_weight.dtype),
-            sums[: 3 * heads].flatten() if ctx.needs_input_grad[4] else None,
+            sums[:3].flatten() if ctx.needs_input_grad[4] else None,
             None,
         )
 

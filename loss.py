@@ -171,7 +171,8 @@ class Term(NamedTuple):
     error: Tensor  # (B,), what the log shows: the loss before any weighting
     time: Tensor  # (B,) in [0, 1]; the log has the mean error of each quarter of it
     # Backward runs on this term before the next one is computed, which frees its activations. The
-    # last term is never early: in its backward DDP takes the mean over the ranks.
+    # last term is never early, and must reach all weights: in its backward DDP takes the mean over
+    # the ranks.
     early: bool = False
 
 
@@ -460,15 +461,18 @@ class TrainingLoss(nn.Module):
             return alpha_flow_loss(model, x0, y, x1, t, s, r, w, drop)
         raise ValueError(f"no branch here for objective {self.objective!r}")
 
-    def forward(self, x0, y, x1, t, s, s_fm, w, drop, backward_part=None):
-        """x0 (B, ...), y (B, ...) and what was drawn -> (the loss, {name: Term, detached}).
+    def forward(self, x0, y, *drawn, backward_part=None):
+        """x0 (B, ...), y (B, ...) and what draw() has drawn -> (the loss, {name: Term, detached}).
 
         backward_part, if given, is called with each early term's loss as soon as there is one. Go
-        backward through the loss that is returned then: it holds the rest.
+        backward through the loss that is returned then: it holds the rest. Raises ValueError for
+        terms that are not as Term says.
         """
         loss = 0
         terms = {}
-        for term in self.terms(x0, y, x1, t, s, s_fm, w, drop):
+        for term in self.terms(x0, y, *drawn):
+            if any(t.shape != x0.shape[:1] for t in (term.loss, term.error, term.time)):
+                raise ValueError(f"term {term.name!r}: loss, error and time must each be (B,)")
             part = term.loss.mean()
             if backward_part and term.early:
                 backward_part(part)
@@ -477,6 +481,8 @@ class TrainingLoss(nn.Module):
             terms[term.name] = Term(
                 term.name, term.loss.detach(), term.error.detach(), term.time.detach()
             )
+        if backward_part and not loss.requires_grad:
+            raise ValueError("the last term of a loss must not be early")
         return loss, terms
 
 

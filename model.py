@@ -14,6 +14,7 @@ norms, RMS norms on queries and keys, and RMS norms on the modulation vectors.
 Shapes: B images, T tokens, D = hidden_size, H heads of size d, patches of p x p, C channels.
 """
 
+import contextlib
 import dataclasses
 import itertools
 
@@ -375,7 +376,8 @@ class DiT(nn.Module):
         for name, module in self.named_modules():
             if not isinstance(module, (nn.Linear, nn.Conv2d)):
                 continue
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
             is_time_mlp = "embedder.mlp." in name
             if "adaLN_modulation" in name or name == "final_layer.linear":
                 nn.init.zeros_(module.weight)
@@ -512,7 +514,8 @@ def spectral_norm(weight):
     """
     matrix = weight if weight.size(0) < weight.size(1) else weight.T
     if weight.device.type == "cpu" and min(weight.shape) >= 512 and torch.cuda.is_available():
-        matrix = matrix.cuda()
+        with contextlib.suppress(RuntimeError):  # the GPU may be full, or another's alone
+            matrix = matrix.cuda()
     matrix = matrix.double()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

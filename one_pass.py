@@ -57,6 +57,11 @@ def step(optimizer, averages, copy_of=None):
     (first, first_decay), (second, second_decay) = averages
     beta1, beta2 = group["betas"]
     copy_of = copy_of or {}
+    if not len(group["params"]) == len(first) == len(second):
+        raise ValueError(
+            f"the optimizer has {len(group['params'])} weights, the averages {len(first)} and "
+            f"{len(second)}"
+        )
     rows = []  # what the kernel is given of each weight
     counts = []
     for p, a, b in zip(group["params"], first, second, strict=True):

@@ -111,7 +111,7 @@ class RoundedCopies:
 
 
 class GradientWriter:
-    """Writes the gradients of weights straight into .grad; in a CUDA graph, on a second stream.
+    """Writes gradients of weights where .grad is to be; in a CUDA graph, on a second stream.
 
         writer = GradientWriter(destinations, stream)
         with copies.in_use(writer):
@@ -120,8 +120,9 @@ class GradientWriter:
             writer.finish()  # after each backward
 
     If a weight has a .grad, the product that makes its next gradient adds to that. So go backward
-    by loss.backward() alone. torch.autograd.grad, or a backward that does not reach all weights,
-    would take .grad away.
+    by loss.backward() alone: torch.autograd.grad, or backward(inputs=...), would take .grad away.
+    On the second stream there is one more rule. In one backward, a weight's gradient comes from its
+    layer alone, which may run several times. A penalty on weights is a term of its own.
     """
 
     def __init__(self, destinations=None, stream=None):
@@ -164,7 +165,7 @@ class GradientWriter:
                 adds = True
                 for_autograd.append(None)
             else:
-                if gradient is None:  # made here: the current stream will read it and free it
+                if gradient is None:  # in memory of the current stream, which will free it
                     gradient = torch.empty_like(weight)
                 for_autograd.append(alias(gradient))
             destinations[i] = gradient, adds
@@ -202,7 +203,8 @@ class GradientWriter:
         """Wait for the stream. Call this after each backward.
 
         Raises RuntimeError where autograd has added something to a gradient that was made on the
-        stream. It did so on the current stream, and may have read the gradient too early.
+        stream. It did so on the current stream, and may have read the gradient too early. After two
+        backwards this is not found.
         """
         if not self.uses_stream():
             return
@@ -212,14 +214,17 @@ class GradientWriter:
         for weight, gradient in made.values():
             if weight.grad is None or weight.grad.data_ptr() != gradient.data_ptr():
                 raise RuntimeError(
-                    f"a weight of shape {tuple(weight.shape)} is used by more than its linear "
-                    "layer: set TWO_STREAMS = False in step.py"
+                    f"in one backward, a weight of shape {tuple(weight.shape)} got a gradient from "
+                    "its linear layer and one from something else, such as a penalty or a layer "
+                    "that shares it: yield a penalty as a term of its own, share the whole layer, "
+                    "or set TWO_STREAMS = False in step.py"
                 )
 
 
 def is_left_to_autograd(weight):
     """Whether autograd must store a weight's gradient itself: the weight has a hook, which must see
-    this gradient alone, and complete; or it is not trained."""
+    this gradient alone, and complete; or it is not trained. (Hooks of AccumulateGrad nodes are not
+    found.)"""
     has_hook = weight._backward_hooks or weight._post_accumulate_grad_hooks
     return bool(has_hook) or not weight.requires_grad
 

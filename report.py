@@ -4,8 +4,8 @@ What a run tells: log.jsonl, pictures of samples, the loss curve, scores, FID.
 Each of these is worth less than the run: where one fails, a message says so, and training goes on.
 Report.load alone, which is called before training, may end a run.
 
-Every number goes through `Report.log`, and on rank 0 through `Report.append`. To send the numbers
-elsewhere too, add that at the end of append.
+Every number goes through `Report.log`, and on rank 0 through `Report.append`. docs/changes.md shows
+how to send the numbers elsewhere, too.
 
 In this file: the sums of the loss, then Report: its log, its pictures, its FID, its scores.
 """

@@ -23,9 +23,9 @@ from loss import backward
 from products import GradientWriter, RoundedCopies
 from shard import shard_loss, whole
 
-# While a CUDA graph is recorded, the gradients of weights are computed on a second stream. No later
-# kernel of the backward reads them. So they can run on multiprocessors that short kernels, and the
-# last thread blocks of long ones, leave idle. False: everything runs on one stream.
+# While a CUDA graph is recorded, the gradients of weights are computed on a second stream. Nothing
+# else in the backward waits for them, but DDP. So they can run on multiprocessors that short
+# kernels, and the last thread blocks of long ones, leave idle. False: all runs on one stream.
 TWO_STREAMS = True
 
 

@@ -330,6 +330,7 @@ elif init_from:
     if rank == 0:
         for line in left_out:
             print(f"init_from: not taken: {line}")
+# Weights that are not to be trained: call requires_grad_(False) of them here.
 target = copy.deepcopy(model).requires_grad_(False)  # F*: an EMA of the model, in the loss
 evaluated = copy.deepcopy(model).requires_grad_(False)  # a slower EMA: sampled and kept
 nets = {"model": model, "target": target, "eval": evaluated}
@@ -590,6 +591,8 @@ for step in progress:
         terms = training.gradients(x0, y, *drawn, is_first=first == 0, is_last=is_last)
         losses.add(terms)
 
+    # .grad holds the whole gradient here. (A hook of a weight is called in the backward of each
+    # term, and by a CUDA graph never.)
     norm = training.gradient_norm()
     if grad_clip:
         torch.nn.utils.clip_grads_with_norm_(weights, grad_clip, norm)

@@ -11,7 +11,7 @@ from helpers import run_script
         (["step", "--batch=some"], "--batch: invalid int value"),
         (["sample", "--batch=0"], "--batch must be at least 1"),
         (["trainer", "--input_size=31"], "31 is not divisible"),
-        (["step", "--modes=compiled,swift"], "no mode 'swift': there are graph, eager, compiled"),
+        (["step", "--modes=compiled,swift"], "no mode 'swift': there are graph, one_stream, eager"),
         (["sample", "--size=XXL/2"], "invalid choice: 'XXL/2'"),
         (["theory"], "attention"),
         ([], "required: what"),

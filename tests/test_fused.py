@@ -132,6 +132,7 @@ def qk_norm_matches():
 def column_sums_match():
     tensors = [torch.randn(shape) for shape in ((2, 70, 300), (1, 48), (257, 17), (129, 600))]
     tensors += [tensors[0].transpose(1, 2), tensors[2][:, :5], torch.ones(1).expand(40, 16)]
+    assert torch.equal(fused.column_sums(torch.ones(0, 16)), torch.zeros(16))
     for x in tensors:
         assert error(fused.column_sums(x), x.double().flatten(0, -2).sum(0)) < 1e-6
 

@@ -7,6 +7,7 @@ of one stream.
 
 import contextlib
 import copy
+import weakref
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from helpers import gpu, random_model
 from torch import nn
 
 import products
-from device import Graph
+from device import Graph, on_stream
 from loss import TrainingLoss
 from products import GradientWriter, RoundedCopies, product
 from step import TrainingStep
@@ -23,9 +24,18 @@ from step import TrainingStep
 class LateStream:
     def __init__(self):
         self.work = []
+        self.has_joined = False  # as a stream must, before another one may wait for it
+        self.has_waited = False  # for the current stream, since the last piece of work
 
     def wait_stream(self, other):
         """The current stream's work is done at once."""
+        self.has_joined = True
+        self.has_waited = True
+
+    def add(self, work):
+        assert self.has_waited, "it may begin before the current stream has made what it reads"
+        self.has_waited = False
+        self.work.append(work)
 
     def record_event(self):
         return len(self.work)
@@ -38,10 +48,12 @@ class CurrentStream:
 
     def wait_event(self, end):
         while self.done < end:
-            self.late.work[self.done]()
+            with torch.autocast("cpu", enabled=False):
+                self.late.work[self.done]()
             self.done += 1
 
     def wait_stream(self, late):
+        assert late.has_joined
         self.wait_event(len(late.work))
 
 
@@ -56,15 +68,24 @@ def late(monkeypatch):
     @contextlib.contextmanager
     def on(stream):
         nonlocal is_late
-        is_late = True
+        before, is_late = is_late, stream is late
         yield
-        is_late = False
+        is_late = before
 
     @torch.no_grad()
     def weight_gradients(factors, destinations):
         if not is_late:
             return make(factors, destinations)
-        late.work.append(lambda: make(factors, list(destinations)))
+        # It holds no factors: whoever frees one before its work is done would give its memory away.
+        held = [[weakref.ref(t) for t in pair] for pair in factors]
+        destinations = list(destinations)
+
+        def work():
+            found = [[t() for t in pair] for pair in held]
+            assert all(t is not None for pair in found for t in pair), "a factor is freed"
+            make(found, destinations)
+
+        late.add(work)
         return [gradient for gradient, _ in destinations]
 
     monkeypatch.setattr(products, "weight_gradients", weight_gradients)
@@ -87,6 +108,19 @@ class Network(nn.Module):
             x = x + y.tanh()
         return x.float().square().sum()
 
+    def side_by_side(self):
+        return [self.layers[2:]]
+
+    def residual(self, x):
+        for layer in self.layers:
+            y, _ = product(x, None, [layer], layer.copies)
+            x = x + y
+        return x.float().square().sum()
+
+    def pair(self, x):
+        y, _ = product(x, None, list(self.layers[2:]), products.stack_of(self.layers[2:]))
+        return self(x) + y.float().square().sum()
+
     def of_weights(self):
         return sum(layer.weight.square().sum() for layer in self.layers)
 
@@ -100,6 +134,9 @@ TERMS = {
     "three times": [lambda net, x: net(x) + net(x + 1) + net(x + 2)],
     "first the weights alone": [lambda net, x: net.of_weights(), lambda net, x: net(x)],
     "then the weights alone": [lambda net, x: net(x), lambda net, x: net.of_weights()],
+    "a residual, whose gradient goes two ways": [lambda net, x: net.residual(x)],
+    "layers side by side": [lambda net, x: net.pair(x), lambda net, x: net.pair(x + 1)],
+    "side by side, twice": [lambda net, x: net.pair(x) + net.pair(x + 1)],
     "reads .grad": [
         lambda net, x: net(x),
         lambda net, x: net(x) * net.layers[0].weight.grad.norm().detach(),
@@ -158,6 +195,79 @@ def test_a_late_stream_and_hooks(kind, late):
     assert len(seen) == 4
     assert torch.equal(seen[0], seen[2])
     assert torch.equal(seen[1], seen[3])
+
+
+def test_a_late_stream_and_a_hook_of_one_layer_of_a_group(late):
+    seen = []
+    for stream in (None, late):
+        torch.manual_seed(0)
+        net = Network()
+        net.layers[3].weight.register_hook(lambda g: seen.append(g.clone()))
+        x = torch.randn(16, 8)
+        writer = GradientWriter(stream=stream)
+        with net.copies.in_use(writer):
+            y, _ = product(x, None, list(net.layers[2:]), products.stack_of(net.layers[2:]))
+            y.float().square().sum().backward()
+            writer.finish()
+    assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("ddp", [False, True])
+def test_a_late_stream_in_a_step(micro_batches, ddp, late, monkeypatch):
+    """Whole steps: the first terms' backwards, DDP's buckets, micro-batches that send nothing."""
+    net = random_model(torch.float32, hidden_size=32, num_heads=2, depth=2)
+    loss = TrainingLoss(net, copy.deepcopy(net).requires_grad_(False), guidance=dict(w=2.0))
+    x0 = torch.randn(4, 2, 4, 4)
+    inputs = (x0, torch.arange(4) % 3, *loss.draw(x0, 0))
+
+    def four_times(_, bucket):
+        """What a hook does on the stream comes after all that was there before."""
+        if late.work:
+            assert late.has_waited
+            torch.cuda.current_stream().wait_stream(late)
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer().mul_(4))
+        return future
+
+    def parallel(module, bfloat16, for_graph, stream):
+        parallel = torch.nn.parallel.DistributedDataParallel(
+            module, gradient_as_bucket_view=True, bucket_cap_mb=0.02
+        )
+        parallel.register_comm_hook(None, on_stream(stream, four_times))
+        return parallel
+
+    def gradients(two_streams):
+        net.zero_grad()
+        options = dict(graphs=True, bfloat16=True, two_streams=two_streams)
+        step = TrainingStep(loss, [], [], torch.device("cpu"), micro_batches, **options)
+        step.use_graphs = False
+        for recording in (False, False, False, True):  # DDP makes its buckets in the first ones
+            monkeypatch.setattr(
+                torch.cuda, "is_current_stream_capturing", lambda now=recording: now
+            )
+            if recording and micro_batches == 1:
+                for p in step.weights:
+                    p.grad.fill_(torch.nan)
+            for i in range(micro_batches):
+                step.gradients(*inputs, is_first=i == 0, is_last=i == micro_batches - 1)
+        return [p.grad.clone() for p in step.weights]
+
+    monkeypatch.setattr("step.data_parallel", parallel)
+    monkeypatch.setattr("step.side_stream", lambda: late)
+    if ddp:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wanted = gradients(False)
+        assert not late.work
+        found = gradients(True)
+        assert late.work
+    finally:
+        if ddp:
+            torch.distributed.destroy_process_group()
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
 # ---- GPUs ----------------------------------------------------------------------------------------
@@ -264,7 +374,7 @@ def test_gpu_stream_refuses_other_uses():
 @gpu
 def test_gpu_stream_and_ddp(monkeypatch):
     """DDP's hook gets a bucket whose gradients are complete. Here it multiplies them by 4. If it
-    ran too early, the result would not be 4 times the gradient without DDP."""
+    ran too early, the result would not be 4 times the gradient of one stream without DDP."""
     gpu_0 = torch.device("cuda", 0)
 
     def four_times(_, bucket):
@@ -279,7 +389,8 @@ def test_gpu_stream_and_ddp(monkeypatch):
     inputs = (x0, torch.arange(64, device=gpu_0) % 3, *loss.draw(x0, 0))
 
     def gradients(alone):
-        step = TrainingStep(loss, [], [], gpu_0, graphs=True, bfloat16=True, alone=alone)
+        options = dict(graphs=True, bfloat16=True, alone=alone, two_streams=not alone)
+        step = TrainingStep(loss, [], [], gpu_0, **options)
         for _ in range(2):
             step.gradients(*inputs)
         found = [p.grad.clone() for p in step.weights]

@@ -144,6 +144,10 @@ def test_wrong_tensors():
     optimizer.param_groups[0]["maximize"] = True
     with pytest.raises(ValueError, match="AdamW without maximize"):
         one_pass.step(optimizer, averages)
+    optimizer.param_groups[0]["maximize"] = False
+    averages[1][0].pop()
+    with pytest.raises(ValueError, match="has 5 weights, the averages 5 and 4"):
+        one_pass.step(optimizer, averages)
     optimizer.add_param_group(dict(params=[torch.ones(1)]))
     with pytest.raises(ValueError, match="one group"):
         one_pass.step(optimizer, averages)

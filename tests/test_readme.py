@@ -96,7 +96,9 @@ def test_places():
         for file, shown, target, anchor, _, code in found:
             line = line_of(file, code)
             right = int(shown) == int(anchor) == line
-            assert right, f"{page}: {code!r} is at {file}:{line} (--fix, above, mends all of them)"
+            assert right, (
+                f"{page}: {code!r} is at {file}:{line} (tests/test_readme.py --fix mends all)"
+            )
             assert os.path.normpath(os.path.join(os.path.dirname(page), target)) == file
 
 
