@@ -18,10 +18,10 @@ The loss of one sample, with F* the target network (an EMA of the trained weight
 Gradients flow through df/ds, and so through dF/ds. The point x_t + f and everything of F* are
 constants. A sample that loses its label has w = 1 in both terms.
 
-In this file: the samplers, then one function an objective, then the module that train.py calls.
-For comparison, on the same network, there are more objectives: flow matching (fm alone; it is
-sampled by Euler steps k F(x, t, t)), MeanFlow (Geng et al., arXiv 2505.13447), improved MeanFlow
-(Geng et al., arXiv 2512.02012) and alpha-Flow (Zhang et al., arXiv 2510.20771).
+In this file: the samplers, TVM's terms, the module that train.py calls, and last the objectives
+that TVM is compared with, on the same network: MeanFlow (Geng et al., arXiv 2505.13447), improved
+MeanFlow (Geng et al., arXiv 2512.02012) and alpha-Flow (Zhang et al., arXiv 2510.20771). Flow
+matching is fm alone; it is sampled by Euler steps k F(x, t, t).
 
 Data x0 are (B, ...): images, but nothing here depends on that. Conditions y are (B, ...) tensors;
 what they mean is the model's business, and model.no_condition(y) is "no class".
@@ -205,7 +205,7 @@ def tvm_loss(model, target, x0, y, x1, t, s, s_fm, w, detach_jvp=False):
         F_both = target(both_x, both_s, both_s, both_y, both_w)
         F_end, F_none = at_least_float32(F_both).chunk(2)
         u_end = k * F_end
-        u_fm = w_column * v + (1 - w_column) * F_none
+        u_fm = w_column * v + (1 - w_column) * F_none  # without a class w = 1, and so k = 1
 
     terminal = mean_square(df - u_end) / w.square()
     terminal = terminal * (t != s)  # at t = s fm alone trains the velocity
@@ -229,110 +229,6 @@ def flow_matching_loss(model, target, x0, y, x1, s_fm, w):
     F_fm = at_least_float32(model(x_fm, s_fm, s_fm, y, w))
     fm = mean_square(k * F_fm - u_fm) / w.square()
     yield Term("fm", fm, fm, s_fm)
-
-
-def meanflow_loss(model, x0, y, x1, t, s, w, drop, kappa=0.5):
-    """MeanFlow in the symbols above, where k F is the average velocity from t to s. One term:
-
-        loss = || k F - [v~ + (s-t) k (v~ dF/dx + dF/dt)] ||^2  times a weight 1 / (|| ||^2 + 0.001)
-        v~   = omega v + kappa k F(x_t, t, t, y) + (1-omega-kappa) k F(x_t, t, t, none)
-
-    No gradient flows through the bracket or the weight. F is the trained network throughout.
-    omega = w (1-kappa), which makes the guidance weight w as in fm. v~ = v where the class is
-    dropped (drop (B,) bool, y is "no class" there) or w = 1. w is one constant.
-    """
-    w_column = column(w, x0)
-    k = w_column if model.config.scaled else 1
-    v = x1 - x0
-    x_t = x0 + column(t, x0) * v
-    with torch.no_grad():
-        F_class, F_none = with_and_without_class(model, x_t, t, y, w)
-        guided = (1 - kappa) * (w_column * v + (1 - w_column) * k * F_none)
-        guided = guided + kappa * k * F_class
-        v_guided = torch.where(column(~drop & (w != 1), x0), guided, v)  # v~
-    F, dF = model.jvp(x_t, t, s, y, w, dx=v_guided, dt=torch.ones_like(t))
-    F, dF = at_least_float32(F), at_least_float32(dF)
-    error = mean_square(k * F - (v_guided + column(s - t, x0) * k * dF).detach())
-    yield Term("meanflow", error * adaptive_weight(error), error, t)
-
-
-def improved_meanflow_loss(model, x0, y, x1, t, s, w, drop):
-    """Improved MeanFlow (arXiv 2512.02012) without its second head. k F is the average velocity.
-
-        loss = || V - v_g ||^2  times a weight 1 / (|| ||^2 + 0.001)
-        V    = k F + (t-s) sg[k (u dF/dx + dF/dt)],  u = sg[k F(x_t, t, t, y)]
-        v_g  = w v + (1-w) sg[k F(x_t, t, t, none)]
-
-    sg[] is a constant. V estimates the velocity at t from the average velocity, so this is flow
-    matching with another network. The derivative goes along the network's own velocity u:
-    MeanFlow's goes along that of one pair of data and noise. v_g = v where the class is dropped.
-    """
-    k = column(w, x0) if model.config.scaled else 1
-    v = x1 - x0
-    x_t = x0 + column(t, x0) * v
-    with torch.no_grad():
-        F_class, F_none = with_and_without_class(model, x_t, t, y, w)
-        u = k * F_class
-        v_g = guided_velocity(v, k * F_none, w, drop)
-    F, dF = model.jvp(x_t, t, s, y, w, dx=u, dt=torch.ones_like(t))
-    F, dF = at_least_float32(F), at_least_float32(dF)
-    V = k * F + column(t - s, x0) * (k * dF).detach()
-    error = mean_square(V - v_g)
-    yield Term("improved_meanflow", error * adaptive_weight(error), error, t)
-
-
-def alpha_flow_loss(model, x0, y, x1, t, s, r, w, drop):
-    """alpha-Flow (arXiv 2510.20771): MeanFlow without a derivative. k F is the average velocity.
-
-        loss = || k F(x_t, t, s) - sg[alpha v_g + (1-alpha) k F(x_r, r, s)] ||^2
-               times a weight 1 / (|| ||^2 + 0.001)
-        x_r  = x_t + (r-t) v_g,  alpha = (t-r)/(t-s),  v_g as in improved MeanFlow
-
-    So the way from t to s is a straight piece to the time r, and the network's own way from there.
-    alpha = 1 is flow matching, here also where t = s; small ones come near MeanFlow.
-    """
-    k = column(w, x0) if model.config.scaled else 1
-    v = x1 - x0
-    x_t = x0 + column(t, x0) * v
-    alpha = torch.where(t == s, 1.0, (t - r) / (t - s))
-    alpha = column(alpha, x0)
-    with torch.no_grad():
-        F_none = at_least_float32(model(x_t, t, t, model.no_condition(y), w))
-        v_g = guided_velocity(v, k * F_none, w, drop)
-        x_r = x_t + column(r - t, x0) * v_g
-        F_rest = at_least_float32(model(x_r, r, s, y, w))
-        average_velocity = alpha * v_g + (1 - alpha) * k * F_rest
-    F = at_least_float32(model(x_t, t, s, y, w))
-    error = mean_square(k * F - average_velocity)
-    yield Term("alpha_flow", error * adaptive_weight(error), error, t)
-
-
-def alpha_at(progress, alpha_min):
-    """alpha-Flow's alpha: near 1 at first, then along a sigmoid down to alpha_min.
-
-    The published alpha_min is 0.005. With it t and r differ by at most that, and under autocast the
-    time MLP rounds cos t to bfloat16, whose numbers lie 0.004 apart just below 1.
-    """
-    return max(alpha_min, 1 / (1 + math.exp(25 * (progress - 0.5))))
-
-
-def with_and_without_class(model, x_t, t, y, w):
-    """F(x_t, t, t, y, w) and F(x_t, t, t, none, w), in one call."""
-    two_t = torch.cat([t, t])
-    two_y = torch.cat([y, model.no_condition(y)])
-    F_both = model(torch.cat([x_t, x_t]), two_t, two_t, two_y, torch.cat([w, w]))
-    return at_least_float32(F_both).chunk(2)
-
-
-def guided_velocity(v, u_none, w, drop):
-    """w v + (1-w) u_none, and v where the class is dropped. w (B,), drop (B,) bool."""
-    w_or_1 = column(w.masked_fill(drop, 1.0), v)
-    return w_or_1 * v + (1 - w_or_1) * u_none
-
-
-def adaptive_weight(error):
-    """MeanFlow's weight of a sample, a constant to autograd. Its paper has a power, which is 1."""
-    return 1 / (error.detach() + 1e-3)
 
 
 def mean_square(x):
@@ -452,7 +348,7 @@ class TrainingLoss(nn.Module):
         if self.objective == "flow_matching":
             return flow_matching_loss(model, target, x0, y, x1, s_fm, w_or_1)
         if self.objective == "meanflow":
-            # MeanFlow and its relatives are given w, not 1, where the label is dropped.
+            # These ask the network for "no class" at w itself, so it is trained there, too.
             return meanflow_loss(model, x0, y, x1, t, s, w, drop, self.kappa)
         if self.objective == "improved_meanflow":
             return improved_meanflow_loss(model, x0, y, x1, t, s, w, drop)
@@ -464,9 +360,10 @@ class TrainingLoss(nn.Module):
     def forward(self, x0, y, *drawn, backward_part=None):
         """x0 (B, ...), y (B, ...) and what draw() has drawn -> (the loss, {name: Term, detached}).
 
-        backward_part, if given, is called with each early term's loss as soon as there is one. Go
-        backward through the loss that is returned then: it holds the rest. Raises ValueError for
-        terms that are not as Term says.
+        DDP takes the mean over the ranks in the backward that follows forward(). So an early term
+        goes backward in here: backward_part, if given, is called with its loss. Then go backward
+        through the loss that is returned: it holds the rest. Raises ValueError for terms that are
+        not as Term says.
         """
         loss = 0
         terms = {}
@@ -493,3 +390,112 @@ def backward(part, share=1.0):
     """
     with torch.autocast(part.device.type, enabled=False):
         (part * share).backward()
+
+
+# ---- for comparison: MeanFlow and its relatives --------------------------------------------------
+
+
+def meanflow_loss(model, x0, y, x1, t, s, w, drop, kappa=0.5):
+    """MeanFlow in the symbols above, where k F is the average velocity from t to s. One term:
+
+        loss = || k F - sg[v~ + (s-t) k (v~ dF/dx + dF/dt)] ||^2
+               times a weight 1 / (|| ||^2 + 0.001)
+        v~   = (1-kappa) [w v + (1-w) k F(x_t, t, t, none)] + kappa k F(x_t, t, t, y)
+
+    sg[] is a constant, and so is the weight. F is the trained network throughout. The paper's omega
+    is w (1-kappa). v~ = v where the class is dropped (drop (B,) bool, y is "no class" there) or
+    w = 1. All samples have the same w.
+    """
+    w_column = column(w, x0)
+    k = w_column if model.config.scaled else 1
+    v = x1 - x0
+    x_t = x0 + column(t, x0) * v
+    with torch.no_grad():
+        F_class, F_none = with_and_without_class(model, x_t, t, y, w)
+        guided = (1 - kappa) * (w_column * v + (1 - w_column) * k * F_none)
+        guided = guided + kappa * k * F_class
+        v_guided = torch.where(column(~drop & (w != 1), x0), guided, v)  # v~
+    F, dF = model.jvp(x_t, t, s, y, w, dx=v_guided, dt=torch.ones_like(t))
+    F, dF = at_least_float32(F), at_least_float32(dF)
+    error = mean_square(k * F - (v_guided + column(s - t, x0) * k * dF).detach())
+    yield Term("meanflow", error * adaptive_weight(error), error, t)
+
+
+def improved_meanflow_loss(model, x0, y, x1, t, s, w, drop):
+    """Improved MeanFlow (arXiv 2512.02012) without its second head. k F is the average velocity.
+
+        loss = || V - v_g ||^2  times a weight 1 / (|| ||^2 + 0.001)
+        V    = k F + (t-s) sg[k (u dF/dx + dF/dt)],  u = sg[k F(x_t, t, t, y)]
+        v_g  = w v + (1-w) sg[k F(x_t, t, t, none)]
+
+    sg[] is a constant. V estimates the velocity at t from the average velocity, so this is flow
+    matching with another network. The derivative goes along the network's own velocity u:
+    MeanFlow's goes along that of one pair of data and noise. v_g = v where the class is dropped.
+    """
+    k = column(w, x0) if model.config.scaled else 1
+    v = x1 - x0
+    x_t = x0 + column(t, x0) * v
+    with torch.no_grad():
+        F_class, F_none = with_and_without_class(model, x_t, t, y, w)
+        u = k * F_class
+        v_g = guided_velocity(v, k * F_none, w, drop)
+    F, dF = model.jvp(x_t, t, s, y, w, dx=u, dt=torch.ones_like(t))
+    F, dF = at_least_float32(F), at_least_float32(dF)
+    V = k * F + column(t - s, x0) * (k * dF).detach()
+    error = mean_square(V - v_g)
+    yield Term("improved_meanflow", error * adaptive_weight(error), error, t)
+
+
+def alpha_flow_loss(model, x0, y, x1, t, s, r, w, drop):
+    """alpha-Flow (arXiv 2510.20771): MeanFlow without a derivative. k F is the average velocity.
+
+        loss = || k F(x_t, t, s) - sg[alpha v_g + (1-alpha) k F(x_r, r, s)] ||^2
+               times a weight 1 / (|| ||^2 + 0.001)
+        x_r  = x_t + (r-t) v_g,  alpha = (t-r)/(t-s),  v_g as in improved MeanFlow
+
+    So the way from t to s is a straight piece to the time r, and the network's own way from there.
+    alpha = 1 is flow matching, here also where t = s; small ones come near MeanFlow.
+    """
+    k = column(w, x0) if model.config.scaled else 1
+    v = x1 - x0
+    x_t = x0 + column(t, x0) * v
+    alpha = torch.where(t == s, 1.0, (t - r) / (t - s))
+    alpha = column(alpha, x0)
+    with torch.no_grad():
+        F_none = at_least_float32(model(x_t, t, t, model.no_condition(y), w))
+        v_g = guided_velocity(v, k * F_none, w, drop)
+        x_r = x_t + column(r - t, x0) * v_g
+        F_rest = at_least_float32(model(x_r, r, s, y, w))
+        average_velocity = alpha * v_g + (1 - alpha) * k * F_rest
+    F = at_least_float32(model(x_t, t, s, y, w))
+    error = mean_square(k * F - average_velocity)
+    yield Term("alpha_flow", error * adaptive_weight(error), error, t)
+
+
+def alpha_at(progress, alpha_min):
+    """alpha-Flow's alpha, a float: near 1 at first, then along a sigmoid down to alpha_min.
+
+    progress: the share of the training that is over, in [0, 1].
+    The published alpha_min is 0.005. With it t and r differ by at most that, and under autocast the
+    time MLP rounds cos t to bfloat16, whose numbers lie 0.004 apart just below 1.
+    """
+    return max(alpha_min, 1 / (1 + math.exp(25 * (progress - 0.5))))
+
+
+def with_and_without_class(model, x_t, t, y, w):
+    """F(x_t, t, t, y, w) and F(x_t, t, t, none, w), in one call."""
+    two_t = torch.cat([t, t])
+    two_y = torch.cat([y, model.no_condition(y)])
+    F_both = model(torch.cat([x_t, x_t]), two_t, two_t, two_y, torch.cat([w, w]))
+    return at_least_float32(F_both).chunk(2)
+
+
+def guided_velocity(v, u_none, w, drop):
+    """w v + (1-w) u_none, and v where the class is dropped. w (B,), drop (B,) bool."""
+    w_or_1 = column(w.masked_fill(drop, 1.0), v)
+    return w_or_1 * v + (1 - w_or_1) * u_none
+
+
+def adaptive_weight(error):
+    """MeanFlow's weight of a sample, a constant to autograd. Its paper has a power, which is 1."""
+    return 1 / (error.detach() + 1e-3)

@@ -76,7 +76,7 @@ class DiTConfig:
     rms_norm: bool = True  # False: LayerNorm
     qk_norm: bool = True
     mod_norm: bool = True
-    time_init: str = "spectral"  # weights of the time MLPs: "spectral" or "normal" (N(0, 0.02))
+    time_init: str = "spectral"  # MLPs of t, t - s and 1/w: "spectral" or "normal" (N(0, 0.02))
 
     def __post_init__(self):
         """Raises ValueError for values that no network has."""
@@ -138,7 +138,7 @@ class DiTConfig:
 
 
 class Embedder(nn.Module):
-    """A number (B,) -> (B, D): sines and cosines, then an MLP.
+    """Numbers (B,) -> (B, D): sines and cosines, then an MLP.
 
     It takes t itself. DiT takes 1000 t, which would multiply dF/ds by 1000.
     """
@@ -147,12 +147,12 @@ class Embedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(
             nn.Linear(2 * FREQUENCIES, hidden_size),
-            nn.SiLU(),
+            nn.SiLU(),  # never called: it keeps the published names
             nn.Linear(hidden_size, hidden_size),
         )
 
     def forward(self, a):  # (B,)
-        dtype = self.mlp[0].weight.dtype  # the SiLU in self.mlp keeps published names
+        dtype = self.mlp[0].weight.dtype
         x = linear_map(lambda features: features.to(dtype), self.features(a))  # (B, 256)
         return linear(self.mlp[2], silu(linear(self.mlp[0], x)))  # (B, D)
 
@@ -196,6 +196,8 @@ class PatchEmbed(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
+    """Classes (B,) int64 -> (B, D)."""
+
     def __init__(self, config):
         super().__init__()
         rows = config.num_classes + 1  # the last is "no class"
@@ -281,6 +283,8 @@ class Modulated(nn.Module):
 
 
 class Block(Modulated):
+    """Attention and an MLP, each with a modulated norm before it and a gate behind it."""
+
     def __init__(self, config):
         super().__init__(config, vectors=6)
         self.attn = Attention(config)
@@ -372,18 +376,20 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def initialize(self):
-        """Zero biases; weights of spectral norm 1, but for the cases below."""
+        """Zero biases, and weights of spectral norm 1. Others are the cases below: zeros for what
+        modulates and for the output, N(0, 0.02) for labels and, by time_init, for the MLPs of
+        times and of w."""
         for name, module in self.named_modules():
             if not isinstance(module, (nn.Linear, nn.Conv2d)):
                 continue
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-            is_time_mlp = "embedder.mlp." in name
+            is_embedder_mlp = "embedder.mlp." in name
             if "adaLN_modulation" in name or name == "final_layer.linear":
                 nn.init.zeros_(module.weight)
             elif isinstance(module, nn.Conv2d):
                 nn.init.xavier_normal_(module.weight.view(len(module.weight), -1))
-            elif is_time_mlp and self.config.time_init == "normal":
+            elif is_embedder_mlp and self.config.time_init == "normal":
                 nn.init.normal_(module.weight, std=0.02)
             else:
                 nn.init.xavier_normal_(module.weight)

@@ -33,8 +33,8 @@ class RoundedCopies:
     """
 
     def __init__(self, nets):
-        """nets: networks. One that has side_by_side(), as DiT has, says there which layers are
-        computed as one product. Their copies lie one below the other."""
+        """nets: networks, or none. One that has side_by_side(), as DiT has, says there which layers
+        are computed as one product. Their copies lie one below the other."""
         self.layers = []
         self.weights = []
         self.copies = []
@@ -85,7 +85,8 @@ class RoundedCopies:
 
     @torch.no_grad()
     def refresh(self):
-        torch._foreach_copy_(self.copies, self.weights)
+        if self.copies:  # it takes no empty lists
+            torch._foreach_copy_(self.copies, self.weights)
         self.are_fresh()
 
     def are_fresh(self):

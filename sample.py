@@ -75,7 +75,7 @@ SHOWN = 10  # class names that are printed
 def sample(model, x1, y, w, nfe, euler=False):
     """Noise x1 (B, C, H, W) -> x0 (B, C, H, W), in nfe steps of one network call each.
 
-    A step goes from time t to the next one: x += (t_next - t) k F(x, t, t_next), where k is w or 1.
+    A step goes from time t to the next one: x += (t_next - t) k F(x, t, t_next), with k of loss.py.
     With euler, for a network that was trained by flow matching, it takes F(x, t, t).
 
     y: the network's conditions, here classes (B,) int64. w (B,): guidance weights. The network

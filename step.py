@@ -46,17 +46,21 @@ class TrainingStep:
         alone=False,
         two_streams=TWO_STREAMS,
     ):
-        """loss: a TrainingLoss, or a module like it: it has model and networks(). What is trained
-        are the weights of loss.model that require a gradient.
+        """Under torchrun the gradient is the mean over the ranks.
 
-        optimizers: of these weights. The first one is AdamW. averages: [(network, decay)] of each
-        exponential moving average: two, where one_pass.py makes them. micro_batches: calls of
-        gradients() in a step. graphs: whether to record CUDA graphs; learning rates must then be
-        tensors. bfloat16: the networks run under autocast. Under torchrun the gradient is the mean
-        over the ranks, by DistributedDataParallel, or by FSDP2 with shard, for networks that went
-        through shard_weights. bfloat16_sums: DDP sends gradients as bfloat16. alone: each rank
-        keeps its own gradient, as if it were the only one. two_streams: in CUDA graphs, the
-        gradients of weights are made on a second stream (products.GradientWriter).
+        loss           a TrainingLoss, or a module like it, with model and networks(). The weights
+                       of loss.model that require a gradient are trained.
+        optimizers     of these weights; the first one is AdamW
+        averages       [(network, decay)] of the exponential moving averages; exactly two where
+                       one_pass.py makes them
+        micro_batches  calls of gradients() in a step
+        graphs         whether to record CUDA graphs; learning rates must then be tensors
+        bfloat16       the networks run under autocast
+        shard          by FSDP2, for networks that went through shard_weights; else by DDP
+        bfloat16_sums  DDP sends gradients as bfloat16
+        alone          each rank keeps its own gradient, as if it were the only one
+        two_streams    in CUDA graphs, gradients of weights are made on a second stream
+                       (products.GradientWriter)
         """
         self.model = loss.model
         self.optimizers = optimizers
@@ -72,12 +76,9 @@ class TrainingStep:
             self.averages.append(([net.get_parameter(name) for name in trained], decay))
         # In bfloat16, of the weights of all networks that the loss runs. FSDP2 gathers weights in
         # bfloat16 itself. Products of bfloat16 that are float32 have not been tried on AMD's GPUs.
-        self.copies = None
-        self.gradient_stream = None
-        if bfloat16 and not shard and torch.version.hip is None:
-            self.copies = RoundedCopies(loss.networks())
-            if graphs and two_streams:
-                self.gradient_stream = side_stream()
+        has_copies = bfloat16 and not shard and torch.version.hip is None
+        self.copies = RoundedCopies(loss.networks() if has_copies else [])
+        self.gradient_stream = side_stream() if has_copies and graphs and two_streams else None
         if shard:
             self.wrapped_loss = shard_loss(loss)
         elif self.uses_ddp:
@@ -98,8 +99,7 @@ class TrainingStep:
         inputs: what the loss takes. is_first, is_last: of the micro-batches of a step. After the
         last one .grad is the gradient of the step, the mean over the ranks.
         """
-        if self.copies:
-            self.copies.refresh_if_changed()
+        self.copies.refresh_if_changed()
         if self.use_graphs and not self.recorded:
             self.record_gradients(inputs)
         if is_first and self.micro_batches > 1:
@@ -124,10 +124,7 @@ class TrainingStep:
         sync = nullcontext()
         if self.uses_ddp and not is_last:
             sync = self.wrapped_loss.no_sync()  # DDP then only adds to .grad and sends nothing
-        copies_in_use = nullcontext()
-        if self.copies:
-            copies_in_use = self.copies.in_use(writer)
-        with sync, copies_in_use:
+        with sync, self.copies.in_use(writer):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
                 rest, terms = self.wrapped_loss(*inputs, backward_part=backward_part)
             backward_part(rest)
@@ -181,7 +178,7 @@ class TrainingStep:
             self.update_weights()
             if self.use_graphs:  # its kernels are compiled now; recording runs nothing
                 self.recorded["update"] = Graph(self.update_weights, warm_ups=0)
-        if self.copies:
+        if self.use_graphs:
             # PyTorch does not see writes by CUDA graphs and by one_pass.py. They are counted here,
             # so that other copies of these weights are refreshed.
             for written in (self.weights, *(average for average, _ in self.averages)):
@@ -190,15 +187,14 @@ class TrainingStep:
 
     @torch.no_grad()
     def update_weights(self):
+        """What update() does, and records: optimizers, averages and bfloat16 copies."""
         if self.use_graphs and len(self.optimizers) == 1:
             # One kernel does what stands below. To change the optimizer or an EMA, delete these
             # lines.
-            copy_of = self.copies.copy_of if self.copies else None
-            one_pass.step(self.optimizers[0], self.averages, copy_of)
+            one_pass.step(self.optimizers[0], self.averages, self.copies.copy_of)
             return
         for optimizer in self.optimizers:
             optimizer.step()
         for average, decay in self.averages:
             torch._foreach_lerp_(average, self.weights, 1 - decay)
-        if self.copies:
-            self.copies.refresh()
+        self.copies.refresh()

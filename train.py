@@ -114,7 +114,7 @@ num_heads      = Option(4,          "attention heads", least=1)
 patch_size     = Option(2,          "pixels on the side of a token", least=1)
 semi_lipschitz = Option(True,       "False: LayerNorm, no QK norm, plain modulation")
 checkpoint_blocks = Option(0,       "blocks that recompute activations", least=0, later=True)
-time_init      = Option("spectral", "first weights of time MLPs", choices=("spectral", "normal"))
+time_init      = Option("spectral", "first weights of t, w MLPs", choices=("spectral", "normal"))
 scaled         = Option(True,       "displacement (s-t) w F instead of (s-t) F")
 # objective
 objective      = Option("tvm",      "what is trained: loss.py has the formulas", choices=OBJECTIVES)
@@ -566,7 +566,7 @@ skipped = skipped_in_a_row = 0
 stop = False
 done = first_step
 stop_request = StopRequest()
-progress = tqdm(
+bar = tqdm(
     range(first_step, steps),
     initial=first_step,
     total=steps,
@@ -575,7 +575,7 @@ progress = tqdm(
     unit="step",
     mininterval=1,
 )
-for step in progress:
+for step in bar:
     images, labels = batches.get(step)
     # Seeds all that is drawn in this step, so that a resumed run needs no generator's state.
     step_seed = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
@@ -586,7 +586,8 @@ for step in progress:
         x0 = (x0 - mean) / std  # (B, C, H, W)
         # draw() draws the whole global batch from this seed and returns these rows of it. So
         # micro-batches differ, and neither their size nor the number of ranks changes a number.
-        drawn = loss.draw(x0, step_seed, rank * local_batch + first, batch_size, step / steps)
+        row = rank * local_batch + first
+        drawn = loss.draw(x0, step_seed, row, total=batch_size, progress=step / steps)
         is_last = first + micro_batch == local_batch
         terms = training.gradients(x0, y, *drawn, is_first=first == 0, is_last=is_last)
         losses.add(terms)
@@ -629,7 +630,7 @@ for step in progress:
                 f"{what_is_saved(out, saved_step)}"
             )
         shown = report.log_losses(done, losses, batches, skipped)
-        progress.set_postfix_str(shown)
+        bar.set_postfix_str(shown)
     at_end = done == steps or stop
     if done == steps and skipped == done - first_step:
         fail(f"nothing was learned: the loss or its gradient was not finite in all {skipped} steps")

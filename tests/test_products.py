@@ -395,7 +395,7 @@ def gradients_in(
     bfloat16 = dtype == torch.float32
     step = TrainingStep(loss, [], [], torch.device(device), bfloat16=bfloat16)
     if not copies:
-        step.copies = None
+        step.copies = RoundedCopies([])
     if backend:
         net.run_block = torch.compile(Block.forward, fullgraph=True, backend=backend)
         net.make_vectors = torch.compile(block_vectors, fullgraph=True, backend=backend)

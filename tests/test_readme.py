@@ -110,7 +110,7 @@ def test_the_important_places_are_in_the_readme():
         "the target's average": "_foreach_lerp_(average",
         "guidance": "u_fm = ",
         "the time sampler": "def sample_times(",
-        "the loop": "for step in progress:",
+        "the loop": "for step in bar:",
         "resume": "def resume(",
         "the sampler": "def sample(",
     }
