@@ -46,7 +46,10 @@ def find_device(name=""):
         device = torch.device(full_name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"no device {name!r} here: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        if "not supported" in reason:
+            reason += "; PYTORCH_ALLOC_CONF=expandable_segments:False may help"
+        raise UserError(f"no device {name!r} here: {reason}") from None
     return device
 
 
@@ -54,7 +57,8 @@ def let_memory_grow():
     """Let PyTorch enlarge its blocks of GPU memory in place, which leaves fewer gaps between them.
 
     Call it before the process's first CUDA tensor. A value that the user has set stays. Windows has
-    none of this, under WSL the first tensor fails with it, and AMD's GPUs are left alone.
+    none of this, under WSL and on some virtual GPUs the first tensor fails with it, and AMD's GPUs
+    are left alone.
     """
     variables = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     is_wsl = "microsoft" in platform.release().lower()
@@ -193,7 +197,7 @@ def on_rank_0(function, *arguments):
     return value
 
 
-def data_parallel(module, bfloat16=False, for_graph=False, gradient_stream=None):
+def data_parallel(module, bfloat16=False, for_graph=False):
     """torch's DistributedDataParallel: a module whose backward takes the mean over the ranks.
 
     A backward inside forward(), of an early term, or within parallel.no_sync() only adds to .grad.
@@ -202,8 +206,7 @@ def data_parallel(module, bfloat16=False, for_graph=False, gradient_stream=None)
     that is trained.
 
     bfloat16, for GPUs: NCCL sends buckets as bfloat16, half the bytes. for_graph: forward and
-    backward can be recorded by Graph. gradient_stream: the CUDA stream on which the gradients of
-    weights are made, if that is not the current one. A bucket is sent after its work, too.
+    backward can be recorded by Graph.
     """
     recording_stream = graph_stream() if for_graph else None
     if recording_stream:
@@ -212,30 +215,14 @@ def data_parallel(module, bfloat16=False, for_graph=False, gradient_stream=None)
         parallel = DistributedDataParallel(module, gradient_as_bucket_view=True)
         device = next(module.parameters()).device
         if bfloat16:
-            parallel.register_comm_hook(None, on_stream(gradient_stream, bf16_compress_hook))
+            parallel.register_comm_hook(None, bf16_compress_hook)
         elif mean := peer_mean_of_all(device):
-            parallel.register_comm_hook(mean, on_stream(gradient_stream, peer_mean.PeerMean.hook))
+            parallel.register_comm_hook(mean, peer_mean.PeerMean.hook)
         elif device.type == "cuda":
-            parallel.register_comm_hook(None, on_stream(gradient_stream, nccl_mean))
+            parallel.register_comm_hook(None, nccl_mean)
     if recording_stream:
         torch.cuda.current_stream().wait_stream(recording_stream)
     return parallel
-
-
-def on_stream(stream, hook):
-    """A communication hook that runs on a CUDA stream, after all work that this stream and the
-    current one have been given so far. A bucket's gradients come from both, and are complete then.
-    """
-    if stream is None:
-        return hook
-
-    @functools.wraps(hook)
-    def run(state, bucket):
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            return hook(state, bucket)
-
-    return run
 
 
 def peer_mean_of_all(device):
@@ -243,14 +230,14 @@ def peer_mean_of_all(device):
     devices = from_all_ranks(device)
     if len(devices) == 1 or device.type == "cpu":
         return None
-    mean = None
-    reasons = from_all_ranks(peer_mean.why_not(device, devices))
+    # Each rank tells the others how each part went: one that fails must not leave them waiting.
+    reason, complaint = attempt(peer_mean.why_not, device, devices)
+    reasons = from_all_ranks(reason or complaint)
     if not any(reasons):
-        complaint = None
-        try:
-            mean = peer_mean.PeerMean(device)
-        except RuntimeError as error:
-            complaint = str(error).splitlines()[0]
+        box, complaint = attempt(peer_mean.make_box, device)
+        reasons = from_all_ranks(complaint)
+    if not any(reasons):
+        mean, complaint = attempt(peer_mean.PeerMean, box)
         reasons = from_all_ranks(complaint)
     if not any(reasons):
         return mean
@@ -258,6 +245,14 @@ def peer_mean_of_all(device):
         reason = next(filter(None, reasons))
         print(f"NCCL takes the mean of gradients, not copy engines: {reason}", file=sys.stderr)
     return None
+
+
+def attempt(function, *arguments):
+    """(its value, None), or (None, why it failed). PyTorch may change symmetric memory."""
+    try:
+        return function(*arguments), None
+    except Exception as error:
+        return None, (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def nccl_mean(_, bucket):
@@ -328,7 +323,6 @@ class StopRequest:
 DDP_WARM_UPS = 11  # of a Graph with DistributedDataParallel in it, by PyTorch's notes
 
 
-@functools.cache
 def graph_stream():
     """The CUDA stream on which graphs are recorded.
 
@@ -336,13 +330,18 @@ def graph_stream():
     DistributedDataParallel's constructor makes these nodes, so data_parallel calls it on this
     stream: a recording would otherwise touch another one.
     """
-    return torch.cuda.Stream()
+    return streams_of(torch.cuda.current_device())[0]
+
+
+def side_stream():
+    """A second CUDA stream, for work that runs beside that of graph_stream()."""
+    return streams_of(torch.cuda.current_device())[1]
 
 
 @functools.cache
-def side_stream():
-    """A second CUDA stream, for work that runs beside that of graph_stream()."""
-    return torch.cuda.Stream()
+def streams_of(device):
+    """Two CUDA streams of a device."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 class Graph:

@@ -74,9 +74,10 @@ DTYPES = (torch.float32, torch.bfloat16)  # that the kernels take
 MAX_WIDTH = 2048  # of a row: it must fit into the registers of one program
 MAX_ROWS = 32 * 65535  # a grid's second axis ends at 65,535 programs, here of 32 rows
 
-# Tokens and warps of a program, measured on an H200 with XL/2's shapes.
+# (tokens of a program, warps), measured on an H200 with XL/2's shapes.
 NORM_FORWARD = (1, 4)
-# By whether there are tangents. The third number is how many loads are in flight.
+# By whether there are tangents. The third number is num_stages of the loop over tokens: with 3, two
+# tokens more are being loaded, into shared memory.
 NORM_BACKWARD = {False: (16, 4, 1), True: (32, 4, 3)}
 GELU_BACKWARD = (32, 4)
 QK_NORM_FORWARD = (32, 4)
@@ -100,16 +101,17 @@ def why_not(x):
         return f"rows of {x.size(-1)} numbers are longer than {MAX_WIDTH}"
     if x.numel() > MAX_ROWS * x.size(-1):
         return f"there are more than {MAX_ROWS} rows"
+    if x.device.type == "cpu" and INTERPRET:
+        if x.dtype != torch.float32:
+            return f"Triton's interpreter is wrong in {x.dtype}"
+    elif not x.is_cuda or torch.version.hip is not None:
+        return "the kernels run on NVIDIA GPUs"
+    elif x.dtype not in DTYPES:
+        return f"the kernels do not take {x.dtype}"
+    elif torch.cuda.get_device_properties(x.device).major < 8:
+        return "the kernels need compute capability 8.0"
     if transformed():
         return "a transform of torch.func, or forward AD, is at work"
-    if x.device.type == "cpu" and INTERPRET:
-        return None if x.dtype == torch.float32 else f"Triton's interpreter is wrong in {x.dtype}"
-    if not x.is_cuda or torch.version.hip is not None:
-        return "the kernels run on NVIDIA GPUs"
-    if x.dtype not in DTYPES:
-        return f"the kernels do not take {x.dtype}"
-    if torch.cuda.get_device_properties(x.device).major < 8:
-        return "the kernels need compute capability 8.0"
     return None
 
 
@@ -456,7 +458,7 @@ if triton is not None:
             tl.store(GU + at, gu.to(GU.dtype.element_ty), mask=inside)
             sums += gu
         c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-        tl.store(SUMS + tl.program_id(1) * D + c, tl.sum(sums, 0), mask=c < D)
+        tl.store(SUMS + tl.program_id(1).to(tl.int64) * D + c, tl.sum(sums, 0), mask=c < D)
 
     # fmt: off
     @triton.jit
@@ -549,7 +551,7 @@ if triton is not None:
             if DUAL:
                 tl.store(GDQKV + at, gdx.to(GDQKV.dtype.element_ty), mask=inside)
         c = tl.arange(0, WIDTH)
-        SUMS += ((tl.program_id(1) * 5 + part) * heads + head) * d
+        SUMS += ((tl.program_id(1).to(tl.int64) * 5 + part) * heads + head) * d
         tl.store(SUMS + c, tl.sum(bias_sum, 0), mask=c < d)
         if NORM:
             tl.store(SUMS + 3 * heads * d + c, tl.sum(weight_sum, 0), mask=c < d)
@@ -612,8 +614,8 @@ def _vectors(value, tangent):
     return value, tangent, stride
 
 
-# The kernels trust the shapes that they are given, so each call is checked first. A CUDA graph has
-# none of these checks.
+# The kernels trust the shapes that they are given, so each call is checked first, but for the
+# limits of why_not. A CUDA graph has none of these checks.
 
 
 def _check_shape(function, name, found, wanted):
@@ -680,6 +682,9 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gx_out, _, gdx_out, gh, gdh):
+        # Autograd gives None for a result that the loss does not use. Without a gradient of either
+        # tangent this is the backward of the value alone. gx_out and gdx_out may both stay None,
+        # for zero. Any other one that is missing becomes zeros.
         x_out, dx_out, y, dy, gate, dgate, scale, dscale, r, m = ctx.saved_tensors
         dual = gdx_out is not None or gdh is not None
         if not dual and gx_out is None and gh is None:
@@ -719,7 +724,9 @@ def _add_norm_gradients(
     rows, warps, stages = NORM_BACKWARD[dual]
     if D > 1280:  # else a thread has too few registers for its part of the row
         warps *= 2
-    if D * x_out.element_size() > 4096:  # what is loaded ahead must fit into shared memory
+    loaded = (gx_out, gdx_out, gh, gdh, x_out, dx_out, y, dy)
+    token_bytes = sum(D * t.element_size() for t in loaded if t is not None)
+    if token_bytes > 2**15:  # two tokens that are loaded ahead must fit into shared memory
         stages = 1
     gx_out, gdx_out, gh, gdh = _dense(gx_out), _dense(gdx_out), _dense(gh), _dense(gdh)
     gate, dgate, gate_stride = _vectors(gate, dgate)
@@ -923,10 +930,11 @@ class _QKNorm(torch.autograd.Function):
         k, dk = _empty_pair(qkv, (B, T, heads, d), qkv.dtype, dqkv is not None)
         rows, warps = QK_NORM_FORWARD
         width = max(16, triton.next_power_of_2(d))
+        tile = min(QK_NORM_TILE, max(1, 4096 // width))  # more would not fit into registers
         with _on(qkv):
             qk_norm_forward_kernel[(heads, -(-B * T // rows))](
                 qkv, dqkv, q_weight, k_weight, q, k, dq, dk, B * T, heads,
-                d, width, rows, QK_NORM_TILE, EPS, num_warps=warps,
+                d, width, rows, tile, EPS, num_warps=warps,
             )  # fmt: skip
         v = qkv.unflatten(-1, (3, heads, -1))[:, :, 2]
         dv = None if dqkv is None else dqkv.unflatten(-1, (3, heads, -1))[:, :, 2]
@@ -949,12 +957,13 @@ class _QKNorm(torch.autograd.Function):
         heads, d = gq.shape[2:]
         rows, warps = QK_NORM_BACKWARD
         width = max(16, triton.next_power_of_2(d))
+        tile = min(QK_NORM_TILE, max(1, 4096 // width))  # more would not fit into registers
         gqkv, gdqkv = _empty_pair(qkv, qkv.shape, qkv.dtype, dqkv is not None)
         sums = qkv.new_empty(-(-N // rows), 5, heads, d, dtype=torch.float32)
         with _on(qkv):
             qk_norm_backward_kernel[(heads, len(sums), 3)](
                 gq, gk, gv, gdq, gdk, gdv, qkv, dqkv, q_weight, k_weight, gqkv, gdqkv, sums, N,
-                heads, d, width, rows, QK_NORM_TILE, EPS, num_warps=warps,
+                heads, d, width, rows, tile, EPS, num_warps=warps,
             )  # fmt: skip
         sums = _sum_over_blocks(sums.flatten(1)[None]).view(5, heads, d)
         gq_weight, gk_weight = _sum_over_blocks(sums[3:])

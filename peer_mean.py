@@ -3,7 +3,7 @@ The mean of gradients over the GPUs of one host, taken by their copy engines.
 
     parallel = DistributedDataParallel(module, gradient_as_bucket_view=True)
     if peer_mean.why_not(device, devices) is None:
-        parallel.register_comm_hook(PeerMean(device), PeerMean.hook)
+        parallel.register_comm_hook(PeerMean(make_box(device)), PeerMean.hook)
 
 NCCL runs on the multiprocessors, which the products of the backward need at the same time. A
 product that finds some of them taken needs a second round of programs. A GPU also has copy engines,
@@ -74,15 +74,19 @@ def has_nvlink(device, devices):
     return all(links[device.index][peer.index] > 0 for peer in devices if peer != device)
 
 
+def make_box(device):
+    """Memory that the other GPUs can reach, once all ranks have met for it."""
+    return symm_mem.empty(BOX_BYTES, dtype=torch.uint8, device=device)
+
+
 class PeerMean:
     """A communication hook for DistributedDataParallel. All ranks make one, at the same time."""
 
-    def __init__(self, device):
-        self.device = device
-        self.stream = torch.cuda.Stream(device)
-        # It keeps the memory alive; `peers` has the addresses of all ranks' boxes.
-        self.box = symm_mem.empty(BOX_BYTES, dtype=torch.uint8, device=device)
-        self.peers = symm_mem.rendezvous(self.box, dist.group.WORLD)
+    def __init__(self, box):
+        self.device = box.device
+        self.stream = torch.cuda.Stream(self.device)
+        self.box = box  # kept alive; `peers` has the addresses of all ranks' boxes
+        self.peers = symm_mem.rendezvous(box, dist.group.WORLD)
 
     def hook(self, bucket):
         """The future of a bucket's mean, which is in the bucket. Recordable in a CUDA graph."""
@@ -121,10 +125,10 @@ class PeerMean:
         self.peers.barrier(timeout_ms=TIMEOUT)
         for r in others:  # pull
             parts[r].copy_(boxes[r][r, : len(parts[r])])
-        # Nobody waits here: a rank that has pulled pushes its next piece at once. It writes to rows
-        # of gradients, which their owner read before the second barrier. Row r of rank r's box is
-        # different: others may still be pulling that mean. It is written again only after the next
-        # piece's first barrier, and each rank pulls before it comes there.
+        # There is no barrier here: a fast rank may push its next piece while others still pull.
+        # - It pushes to row `rank` of others' boxes, which they read before the second barrier.
+        # - Row r of rank r's box holds the mean that others pull. Rank r writes it again after the
+        #   next piece's first barrier, which a rank enters only when it has pulled.
 
 
 if triton:

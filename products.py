@@ -156,28 +156,28 @@ class GradientWriter:
 
     def gradients_on_stream(self, factors, weights):
         current = torch.cuda.current_stream()
+        destinations = []
         for_autograd = []
-        destinations = self.take_destinations(weights)
-        for i, weight in enumerate(weights):
-            gradient, adds = destinations[i]
+        for weight, (gradient, adds) in zip(weights, self.take_destinations(weights), strict=True):
             if gradient is None and id(weight) in self.made:
-                # The layer ran twice. Autograd has the first gradient, to which this one is added.
+                # Its layer ran before in this backward. Autograd has that gradient, and this one is
+                # added to it.
                 _, gradient = self.made[id(weight)]
-                adds = True
+                destinations.append((gradient, True))
                 for_autograd.append(None)
-            else:
-                if gradient is None:  # in memory of the current stream, which will free it
-                    gradient = torch.empty_like(weight)
-                for_autograd.append(alias(gradient))
-            destinations[i] = gradient, adds
+                continue
+            if gradient is None:  # in memory of the current stream, which will free it
+                gradient = torch.empty_like(weight)
             self.made[id(weight)] = weight, gradient
+            destinations.append((gradient, adds))
+            for_autograd.append(alias(gradient))
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             weight_gradients(factors, destinations)
             end = self.stream.record_event()
-        # Once autograd has dropped the factors, later kernels of the current stream would be given
-        # their memory, while this product still reads it. So they are kept until the next call, in
-        # which the current stream waits for this product.
+        # Autograd may drop the factors as soon as this returns, and the current stream would use
+        # their memory again while the product reads it. So they are kept until the next call, which
+        # makes the current stream wait for this product.
         if self.last is not None:
             last_end, _ = self.last
             current.wait_event(last_end)

@@ -24,8 +24,8 @@ from products import GradientWriter, RoundedCopies
 from shard import shard_loss, whole
 
 # While a CUDA graph is recorded, the gradients of weights are computed on a second stream. Nothing
-# else in the backward waits for them, but DDP. So they can run on multiprocessors that short
-# kernels, and the last thread blocks of long ones, leave idle. False: all runs on one stream.
+# else in the backward waits for them. So they can run on multiprocessors that short kernels, and
+# the last thread blocks of long ones, leave idle. False: all is on one stream, as it is with DDP.
 TWO_STREAMS = True
 
 
@@ -44,7 +44,7 @@ class TrainingStep:
         shard=False,
         bfloat16_sums=False,
         alone=False,
-        two_streams=TWO_STREAMS,
+        two_streams=None,
     ):
         """Under torchrun the gradient is the mean over the ranks.
 
@@ -59,8 +59,8 @@ class TrainingStep:
         shard          by FSDP2, for networks that went through shard_weights; else by DDP
         bfloat16_sums  DDP sends gradients as bfloat16
         alone          each rank keeps its own gradient, as if it were the only one
-        two_streams    in CUDA graphs, gradients of weights are made on a second stream
-                       (products.GradientWriter)
+        two_streams    in CUDA graphs without DDP, gradients of weights are made on a second stream
+                       (products.GradientWriter); None: as TWO_STREAMS says
         """
         self.model = loss.model
         self.optimizers = optimizers
@@ -78,11 +78,13 @@ class TrainingStep:
         # bfloat16 itself. Products of bfloat16 that are float32 have not been tried on AMD's GPUs.
         has_copies = bfloat16 and not shard and torch.version.hip is None
         self.copies = RoundedCopies(loss.networks() if has_copies else [])
-        self.gradient_stream = side_stream() if has_copies and graphs and two_streams else None
+        two_streams = TWO_STREAMS if two_streams is None else two_streams
+        two_streams = two_streams and graphs and has_copies and not self.uses_ddp
+        self.gradient_stream = side_stream() if two_streams else None
         if shard:
             self.wrapped_loss = shard_loss(loss)
         elif self.uses_ddp:
-            self.wrapped_loss = data_parallel(loss, bfloat16_sums, graphs, self.gradient_stream)
+            self.wrapped_loss = data_parallel(loss, bfloat16_sums, for_graph=graphs)
         else:
             self.wrapped_loss = loss
         if micro_batches > 1:  # gradients add up in .grad

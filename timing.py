@@ -22,7 +22,7 @@ from loss import Term, TrainingLoss, mean_square
 from model import DiT, compile_blocks
 from muon import Muon, matrices_of_blocks
 from shard import shard_weights
-from step import TWO_STREAMS, TrainingStep
+from step import TrainingStep
 
 BATCHES = 64  # of random data, taken in turn
 
@@ -70,7 +70,7 @@ class RandomStep:
         muon=False,
         bfloat16_sums=False,
         alone=False,
-        two_streams=TWO_STREAMS,
+        two_streams=None,
         device="cuda",
     ):
         """config: a DiTConfig. batch: images a step of this rank.
@@ -84,7 +84,6 @@ class RandomStep:
         send none, and each trains a network of its own. two_streams: as in TrainingStep.
         """
         torch.manual_seed(0)
-        torch._dynamo.reset()
         self.batch = batch
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
@@ -112,6 +111,7 @@ class RandomStep:
                 model, target, guidance=guidance, detach_jvp=detach_jvp, objective=objective
             )
         if compiled:
+            torch._dynamo.reset()
             compile_blocks(model, target, detach_jvp=self.loss.detaches_jvp)
 
         graphs = graphs and on_gpu and not shard

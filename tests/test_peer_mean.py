@@ -162,9 +162,10 @@ def test_ranks_that_cannot(monkeypatch, capsys):
     monkeypatch.setattr(device, "from_all_ranks", from_all_ranks)
     monkeypatch.setattr(device.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(peer_mean, "why_not", lambda device, devices: None)
-    monkeypatch.setattr(peer_mean, "PeerMean", lambda device: "a PeerMean")
-    others[:] = [here, None, None]
-    assert device.peer_mean_of_all(here) == "a PeerMean"
+    monkeypatch.setattr(peer_mean, "make_box", lambda device: "a box")
+    monkeypatch.setattr(peer_mean, "PeerMean", lambda box: f"a PeerMean of {box}")
+    others[:] = [here, None, None, None]
+    assert device.peer_mean_of_all(here) == "a PeerMean of a box"
     others[:] = [here, "it has no NVLink"]
     assert device.peer_mean_of_all(here) is None
     assert "copy engines: it has no NVLink\n" in capsys.readouterr().err
@@ -172,13 +173,15 @@ def test_ranks_that_cannot(monkeypatch, capsys):
     assert device.peer_mean_of_all(here) is None
     assert "no memory" in capsys.readouterr().err
 
-    def fails(device):
+    def fails(*_):
         raise RuntimeError("CUDA driver error\nand more")
 
-    monkeypatch.setattr(peer_mean, "PeerMean", fails)
-    others[:] = [here, None, None]
-    assert device.peer_mean_of_all(here) is None
-    assert "copy engines: CUDA driver error\n" in capsys.readouterr().err
+    for part, answers in (("PeerMean", 3), ("make_box", 2), ("why_not", 1)):
+        monkeypatch.setattr(peer_mean, part, fails)
+        others[:] = [here, *[None] * answers]
+        assert device.peer_mean_of_all(here) is None
+        assert "copy engines: CUDA driver error\n" in capsys.readouterr().err
+        assert not others
 
 
 # ---- GPUs ----------------------------------------------------------------------------------------
@@ -201,7 +204,7 @@ if reason:
     print("cannot:", reason)
     dist.destroy_process_group()
     raise SystemExit
-mean = peer_mean.PeerMean(device)
+mean = peer_mean.PeerMean(peer_mean.make_box(device))
 torch.manual_seed(rank)
 
 
