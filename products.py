@@ -221,6 +221,11 @@ class GradientWriter:
                     "or set TWO_STREAMS = False in step.py"
                 )
 
+    def leave_stream(self):
+        """From here on all gradients are made on the current stream."""
+        self.finish()
+        self.stream = None
+
 
 def is_left_to_autograd(weight):
     """Whether autograd must store a weight's gradient itself: the weight has a hook, which must see

@@ -25,7 +25,7 @@ from shard import shard_loss, whole
 
 # While a CUDA graph is recorded, the gradients of weights are computed on a second stream. Nothing
 # else in the backward waits for them. So they can run on multiprocessors that short kernels, and
-# the last thread blocks of long ones, leave idle. False: all is on one stream, as it is with DDP.
+# the last thread blocks of long ones, leave idle. False: all is on one stream.
 TWO_STREAMS = True
 
 
@@ -59,7 +59,7 @@ class TrainingStep:
         shard          by FSDP2, for networks that went through shard_weights; else by DDP
         bfloat16_sums  DDP sends gradients as bfloat16
         alone          each rank keeps its own gradient, as if it were the only one
-        two_streams    in CUDA graphs without DDP, gradients of weights are made on a second stream
+        two_streams    in CUDA graphs, gradients of weights are made on a second stream
                        (products.GradientWriter); None: as TWO_STREAMS says
         """
         self.model = loss.model
@@ -79,8 +79,7 @@ class TrainingStep:
         has_copies = bfloat16 and not shard and torch.version.hip is None
         self.copies = RoundedCopies(loss.networks() if has_copies else [])
         two_streams = TWO_STREAMS if two_streams is None else two_streams
-        two_streams = two_streams and graphs and has_copies and not self.uses_ddp
-        self.gradient_stream = side_stream() if two_streams else None
+        self.gradient_stream = side_stream() if has_copies and graphs and two_streams else None
         if shard:
             self.wrapped_loss = shard_loss(loss)
         elif self.uses_ddp:
@@ -129,6 +128,8 @@ class TrainingStep:
         with sync, self.copies.in_use(writer):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
                 rest, terms = self.wrapped_loss(*inputs, backward_part=backward_part)
+            if self.uses_ddp and is_last:
+                writer.leave_stream()  # DDP reads gradients while this backward makes them
             backward_part(rest)
         return terms
 

@@ -212,10 +212,27 @@ def test_a_late_stream_and_a_hook_of_one_layer_of_a_group(late):
     assert torch.equal(*seen)
 
 
+def send(_, bucket):
+    """A communication hook: what it reads must be there."""
+    assert bucket.buffer().isfinite().all()
+    future = torch.futures.Future()
+    future.set_result(bucket.buffer().mul_(4))
+    return future
+
+
+def data_parallel(module, *_, **__):
+    options = dict(gradient_as_bucket_view=True, bucket_cap_mb=0.02)
+    parallel = torch.nn.parallel.DistributedDataParallel(module, **options)
+    parallel.register_comm_hook(None, send)
+    return parallel
+
+
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_late_stream_in_a_step(micro_batches, late, monkeypatch):
-    """Whole steps, with the first term's backward, and micro-batches."""
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_late_stream_in_a_step(micro_batches, alone, late, monkeypatch, group_of_one):
+    """Whole steps: the first term's backward, micro-batches, and DDP, which sends the last one."""
     monkeypatch.setattr("step.side_stream", lambda: late)
+    monkeypatch.setattr("step.data_parallel", data_parallel)
     net = random_model(torch.float32, hidden_size=32, num_heads=2, depth=2)
     loss = TrainingLoss(net, copy.deepcopy(net).requires_grad_(False), guidance=dict(w=2.0))
     x0 = torch.randn(4, 2, 4, 4)
@@ -223,11 +240,18 @@ def test_a_late_stream_in_a_step(micro_batches, late, monkeypatch):
 
     def gradients(two_streams):
         net.zero_grad()
-        options = dict(graphs=True, bfloat16=True, two_streams=two_streams)
+        options = dict(graphs=True, bfloat16=True, alone=alone, two_streams=two_streams)
         step = TrainingStep(loss, [], [], torch.device("cpu"), micro_batches, **options)
         step.use_graphs = False  # a CPU has none
-        for i in range(micro_batches):
-            step.gradients(*inputs, is_first=i == 0, is_last=i == micro_batches - 1)
+        for recording in (False, False, False, True):  # DDP makes its buckets in the first ones
+            monkeypatch.setattr(
+                torch.cuda, "is_current_stream_capturing", lambda now=recording: now
+            )
+            if recording and micro_batches == 1:
+                for p in step.weights:
+                    p.grad.fill_(torch.nan)
+            for i in range(micro_batches):
+                step.gradients(*inputs, is_first=i == 0, is_last=i == micro_batches - 1)
         return [p.grad.clone() for p in step.weights]
 
     wanted = gradients(False)
@@ -236,17 +260,6 @@ def test_a_late_stream_in_a_step(micro_batches, late, monkeypatch):
     assert late.work
     for a, b in zip(found, wanted, strict=True):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
-
-
-def test_ddp_has_one_stream(group_of_one, monkeypatch):
-    """Its hooks read gradients on the current stream."""
-    monkeypatch.setattr("step.side_stream", LateStream)
-    loss = TrainingLoss(random_model(torch.float32), random_model(torch.float32))
-    options = dict(graphs=True, bfloat16=True, two_streams=True)
-    for alone in (False, True):
-        monkeypatch.setattr("step.data_parallel", lambda *_, **__: None)
-        step = TrainingStep(loss, [], [], torch.device("cpu"), alone=alone, **options)
-        assert (step.gradient_stream is None) == (not alone)
 
 
 # ---- GPUs ----------------------------------------------------------------------------------------
@@ -348,3 +361,42 @@ def test_gpu_stream_refuses_other_uses():
 
     with pytest.raises(RuntimeError, match="TWO_STREAMS"):
         Graph(step)
+
+
+@gpu
+def test_gpu_stream_and_ddp(monkeypatch):
+    """DDP's hook gets a bucket whose gradients are complete. Here it multiplies them by 4. If it
+    ran too early, the result would not be 4 times the gradient of one stream without DDP."""
+    gpu_0 = torch.device("cuda", 0)
+
+    def four_times(_, bucket):
+        future = torch.futures.Future(devices=[gpu_0])
+        future.set_result(bucket.buffer().mul_(4))
+        return future
+
+    monkeypatch.setattr("device.nccl_mean", four_times)
+    net = random_model(torch.float32, hidden_size=1024, num_heads=16, depth=3).to(gpu_0)
+    loss = TrainingLoss(net, copy.deepcopy(net).requires_grad_(False), guidance=dict(w=2.0))
+    x0 = torch.randn(64, 2, 4, 4, device=gpu_0)
+    inputs = (x0, torch.arange(64, device=gpu_0) % 3, *loss.draw(x0, 0))
+
+    def gradients(alone):
+        options = dict(graphs=True, bfloat16=True, alone=alone, two_streams=not alone)
+        step = TrainingStep(loss, [], [], gpu_0, **options)
+        for _ in range(2):
+            step.gradients(*inputs)
+        found = [p.grad.clone() for p in step.weights]
+        step.recorded.clear()
+        net.zero_grad()
+        return found
+
+    alone = gradients(True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    try:
+        ranks = gradients(False)
+    finally:
+        torch.distributed.destroy_process_group()
+    for a, b in zip(alone, ranks, strict=True):
+        assert torch.equal(4 * a, b)
