@@ -22,7 +22,7 @@ from torch.nn import functional
 
 import fused
 from attention_jvp import attention, attention_jvp
-from products import is_plain, product
+from products import copies_of, has_hooks, is_plain, product
 
 EPS = fused.EPS  # of every norm
 
@@ -114,7 +114,7 @@ def cat(parts, dim):
 def linear(layer, x):
     """W x + b, and W dx. Another kind of layer (LoRA, for example) needs a rule of its own."""
     x = total(x)
-    copies = copies_of(layer)
+    copies = copies_of(layer)  # its weights in bfloat16, in a training step on a GPU; else None
     if copies is not None:
         return pair(*product(value_of(x), tangent_of(x), [layer], copies))
     if isinstance(x, Dual):
@@ -133,26 +133,6 @@ def linear_side_by_side(layers, x, stack=None):
     if stack is not None and all(copies_of(layer) is not None for layer in layers):
         return pair(*product(value_of(x), tangent_of(x), layers, stack))
     return cat([linear(layer, x) for layer in layers], -1)
-
-
-def copies_of(layer):
-    """A layer's weight and bias in bfloat16, where a training step has made them (products.py).
-
-    None where there are none, in torch.compile, and where autocast would not compute this layer.
-    """
-    copies = getattr(layer, "copies", None)
-    if copies is None or has_hooks(layer) or torch.compiler.is_compiling():
-        return None
-    if not torch.is_autocast_enabled(copies[0].device.type):
-        return None
-    return None if fused.transformed() else copies
-
-
-def has_hooks(layer):
-    """Whether a layer must be called, because it has hooks."""
-    hooks = len(layer._forward_pre_hooks) + len(layer._forward_hooks)
-    hooks += len(layer._backward_pre_hooks) + len(layer._backward_hooks)
-    return hooks > 0
 
 
 def silu(x):
@@ -193,11 +173,7 @@ def rms_norm(x, weight=None):
 
 def layer_norm(x):
     """rms_norm of x less its mean over the last dimension."""
-    return rms_norm(linear_map(without_mean, x))
-
-
-def without_mean(x):
-    return x - x.mean(-1, keepdim=True)
+    return rms_norm(linear_map(lambda x: x - x.mean(-1, keepdim=True), x))
 
 
 def attend(q, k, v, mask=None):

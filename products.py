@@ -246,6 +246,26 @@ def is_plain(layer):
     return type(layer) is nn.Linear and layer.bias is not None
 
 
+def copies_of(layer):
+    """A layer's weight and bias in bfloat16, where a training step has made them.
+
+    None where there are none, in torch.compile, and where autocast would not compute this layer.
+    """
+    copies = getattr(layer, "copies", None)
+    if copies is None or has_hooks(layer) or torch.compiler.is_compiling():
+        return None
+    if not torch.is_autocast_enabled(copies[0].device.type):
+        return None
+    return None if fused.transformed() else copies
+
+
+def has_hooks(layer):
+    """Whether a layer must be called, because it has hooks."""
+    hooks = len(layer._forward_pre_hooks) + len(layer._forward_hooks)
+    hooks += len(layer._backward_pre_hooks) + len(layer._backward_hooks)
+    return hooks > 0
+
+
 def stack_of(layers):
     """The copies of these layers as one matrix and one vector of biases; None where they are none.
 

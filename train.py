@@ -50,7 +50,7 @@ from checkpoint import (
     strip_prefix,
     what_is_saved,
 )
-from dataset import DataError, load_dataset, refuse_wrong_counts
+from dataset import load_dataset, refuse_wrong_counts
 from device import (
     StopRequest,
     abilities,
@@ -201,7 +201,7 @@ PRESETS = {
 }
 # fmt: on
 
-set_up_streams(errors_in_one_line=True)
+set_up_streams(errors_in_one_line=True)  # from here on a UserError ends this script in one line
 OPTIONS = options_of(globals())
 config = configure(OPTIONS, PRESETS, __doc__, __file__)
 config["name"] = config["name"] or config["preset"] or config["dataset"]
@@ -245,17 +245,14 @@ refuse_idle_flags(
 )
 
 # ---- ranks and device ----------------------------------------------------------------------------
-try:
-    rank, ranks, _ = ranks_of_torchrun()
-    device = find_device(device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    # A rank that dies ends the others at once, through torchrun or its closed connections. This is
-    # for a machine that falls silent; it is longer than any save, for which all ranks wait.
-    patience = timedelta(minutes=10)
-    join_ranks("nccl" if device.type == "cuda" else "gloo", patience)
-except UserError as error:
-    fail(error)
+rank, ranks, _ = ranks_of_torchrun()
+device = find_device(device)
+if device.type == "cuda":
+    torch.cuda.set_device(device)
+# A rank that dies ends the others at once, through torchrun or its closed connections. This is for
+# a machine that falls silent; it is longer than any save, for which all ranks wait.
+patience = timedelta(minutes=10)
+join_ranks("nccl" if device.type == "cuda" else "gloo", patience)
 distributed = dist.is_initialized()  # so under torchrun, also as the only rank
 if batch_size % ranks:
     fail(f"batch_size {batch_size} is not divisible by {ranks} ranks")
@@ -286,11 +283,8 @@ if rank == 0 and dataset in ("digits", "shapes") and not os.path.exists(data_pat
             fail(f"python prepare.py {dataset} failed")
 if distributed:
     dist.barrier()
-try:
-    header, data = load_dataset(data_path)
-    refuse_wrong_counts(data_path, header, data)
-except DataError as error:
-    fail(error)
+header, data = load_dataset(data_path)
+refuse_wrong_counts(data_path, header, data)
 complaint = why_not_train(header, data_path, config)
 if complaint:
     fail(complaint)
@@ -510,10 +504,7 @@ try:
     lock = on_rank_0(hold, out, lock_wait)  # out/NAME is this process's own until it ends
 except UserError as error:
     fail(f"cannot train in {out}: {error}")
-try:
-    first_step = resume()
-except CheckpointError as error:
-    fail(error)
+first_step = resume()
 first_steps = from_all_ranks(first_step)
 sees_folder = from_all_ranks(os.path.isdir(out))
 if not all(sees_folder) or len(set(first_steps)) > 1:

@@ -31,6 +31,7 @@ import dataset
 import inception
 from dual import column
 from model import DiT, DiTConfig
+from options import end_for
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 F64 = torch.float64
@@ -211,7 +212,7 @@ def run_script(script, *arguments):
     gc.freeze = do_nothing  # train.py would freeze its own objects, its lock among them
     sys.argv = [script, *map(str, arguments)]
     try:
-        runpy.run_path(os.path.join(HERE, script), run_name="__main__")
+        run_as_main(script)
     except SystemExit as stop:
         if stop.code in (None, 0) and "--help" in arguments:
             return None
@@ -227,6 +228,15 @@ def run_script(script, *arguments):
         if os.path.exists("out"):
             gc.collect()  # the script's globals, its lock among them
     return None
+
+
+def run_as_main(script):
+    """A script, and what train.py's sys.excepthook makes of its errors."""
+    try:
+        runpy.run_path(os.path.join(HERE, script), run_name="__main__")
+    except Exception as error:
+        end_for(error)
+        raise
 
 
 def do_nothing():
@@ -333,7 +343,7 @@ def train_here(folder, arguments, script="train.py", environment=None):
     os.dup2(said, 2)
     torch.set_num_threads(1)
     sys.argv = [script, *arguments]
-    runpy.run_path(os.path.join(HERE, script), run_name="__main__")
+    run_as_main(script)
 
 
 def said():

@@ -220,8 +220,7 @@ def test_slow_and_broken_data(folder, monkeypatch):
         return header, {**data, "train_images": SlowImages(data["train_images"])}
 
     monkeypatch.setattr(dataset, "load_dataset", load_slow)
-    with pytest.raises(OSError, match="the disk is gone"):
-        train()
+    assert "the disk is gone" in train()
     waits = [line["data_wait"] for line in loss_lines("digits")]
     assert len(waits) == 5
     assert all(0.3 < wait < 1 for wait in waits[3:])
