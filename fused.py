@@ -828,8 +828,8 @@ def _sum_over_blocks(sums):
 def _block_sums(x, rows):
     """The sums over blocks of `rows` rows of x (N, D), which is contiguous: float32 (blocks, D)."""
     N, D = x.shape
-    columns = 128 // x.element_size()  # at least 128 bytes of a row
-    tile = min(COLUMN_SUMS_TILE // columns, triton.next_power_of_2(rows))
+    # A tile has at least 128 bytes of a row, and more of it where there are few rows.
+    tile = min(COLUMN_SUMS_TILE * x.element_size() // 128, triton.next_power_of_2(rows))
     columns = COLUMN_SUMS_TILE // tile
     _, warps = COLUMN_SUMS
     sums = x.new_empty(-(-N // rows), D, dtype=torch.float32)
@@ -916,6 +916,12 @@ def linear_gelu(x, weight, bias):
 # ---- norms of queries and keys -------------------------------------------------------------------
 
 
+def _width_and_tile(d):
+    """-> d, rounded up to a power of two, and how many tokens of a head are loaded at a time."""
+    width = max(16, triton.next_power_of_2(d))
+    return width, min(QK_NORM_TILE, max(1, 4096 // width))  # more would not fit into registers
+
+
 class _QKNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, dqkv, q_weight, k_weight, bias, heads):
@@ -929,8 +935,7 @@ class _QKNorm(torch.autograd.Function):
         q, dq = _empty_pair(qkv, (B, T, heads, d), qkv.dtype, dqkv is not None)
         k, dk = _empty_pair(qkv, (B, T, heads, d), qkv.dtype, dqkv is not None)
         rows, warps = QK_NORM_FORWARD
-        width = max(16, triton.next_power_of_2(d))
-        tile = min(QK_NORM_TILE, max(1, 4096 // width))  # more would not fit into registers
+        width, tile = _width_and_tile(d)
         with _on(qkv):
             qk_norm_forward_kernel[(heads, -(-B * T // rows))](
                 qkv, dqkv, q_weight, k_weight, q, k, dq, dk, B * T, heads,
@@ -956,8 +961,7 @@ class _QKNorm(torch.autograd.Function):
         N = qkv.size(0) * qkv.size(1)
         heads, d = gq.shape[2:]
         rows, warps = QK_NORM_BACKWARD
-        width = max(16, triton.next_power_of_2(d))
-        tile = min(QK_NORM_TILE, max(1, 4096 // width))  # more would not fit into registers
+        width, tile = _width_and_tile(d)
         gqkv, gdqkv = _empty_pair(qkv, qkv.shape, qkv.dtype, dqkv is not None)
         sums = qkv.new_empty(-(-N // rows), 5, heads, d, dtype=torch.float32)
         with _on(qkv):
