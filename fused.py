@@ -124,6 +124,10 @@ def transformed():
 # add_norm holds a row of D numbers in two chunks whose sizes are powers of two: 1152 = 1024 + 128.
 # One chunk of 2048 would leave almost half of the threads without work. A 1 or 2 at the end of a
 # name is the first or the second chunk. Names in capitals are pointers, and constants of a program.
+#
+# A product reads faster what the kernel before it has left in the L2 cache. So all other tokens are
+# marked as the first to leave the cache ("evict_first"): those that a kernel loads, and those that
+# it stores for a later norm or for the backward.
 
 
 def row_chunks(D):
@@ -136,17 +140,36 @@ def row_chunks(D):
 if triton is not None:
 
     @triton.jit
-    def load(P, row, c1, c2, D: tl.constexpr):
+    def load_once(P, at, inside):
+        """P[at] in float32, 0 outside. For what no other program loads soon."""
+        x = tl.load(P + at, mask=inside, other=0.0, eviction_policy="evict_first")
+        return x.to(tl.float32)
+
+    @triton.jit
+    def load_row(P, row, c1, c2, D: tl.constexpr):
         """P[row : row + D] in float32, as two chunks."""
         first = tl.load(P + row + c1, mask=c1 < D, other=0.0)
         second = tl.load(P + row + c2, mask=c2 < D, other=0.0)
         return first.to(tl.float32), second.to(tl.float32)
 
     @triton.jit
-    def store(P, row, c1, c2, first, second, D: tl.constexpr):
+    def load_row_once(P, row, c1, c2, D: tl.constexpr):
+        """load_row, for what no other program loads soon."""
+        return load_once(P, row + c1, c1 < D), load_once(P, row + c2, c2 < D)
+
+    @triton.jit
+    def store_row(P, row, c1, c2, first, second, D: tl.constexpr):
         """P[row : row + D] = the two chunks, rounded to P's dtype."""
         tl.store(P + row + c1, first.to(P.dtype.element_ty), mask=c1 < D)
         tl.store(P + row + c2, second.to(P.dtype.element_ty), mask=c2 < D)
+
+    @triton.jit
+    def store_row_for_later(P, row, c1, c2, first, second, D: tl.constexpr):
+        """store_row, for what the next kernel does not load."""
+        first = first.to(P.dtype.element_ty)
+        second = second.to(P.dtype.element_ty)
+        tl.store(P + row + c1, first, mask=c1 < D, eviction_policy="evict_first")
+        tl.store(P + row + c2, second, mask=c2 < D, eviction_policy="evict_first")
 
     @triton.jit
     def add_pairs(p, q, more_p, more_q):
@@ -200,43 +223,43 @@ if triton is not None:
         DUAL: tl.constexpr = DX is not None
         ADD: tl.constexpr = Y is not None
         b, start, c1, c2 = place(T, ROWS, FIRST, SECOND)
-        shift1, shift2 = load(SHIFT, b * shift_stride, c1, c2, D)
-        scale1, scale2 = load(SCALE, b * scale_stride, c1, c2, D)
+        shift1, shift2 = load_row(SHIFT, b * shift_stride, c1, c2, D)
+        scale1, scale2 = load_row(SCALE, b * scale_stride, c1, c2, D)
         if ADD:
-            gate1, gate2 = load(GATE, b * gate_stride, c1, c2, D)
+            gate1, gate2 = load_row(GATE, b * gate_stride, c1, c2, D)
         if DUAL:
-            dshift1, dshift2 = load(DSHIFT, b * shift_stride, c1, c2, D)
-            dscale1, dscale2 = load(DSCALE, b * scale_stride, c1, c2, D)
+            dshift1, dshift2 = load_row(DSHIFT, b * shift_stride, c1, c2, D)
+            dscale1, dscale2 = load_row(DSCALE, b * scale_stride, c1, c2, D)
             if ADD:
-                dgate1, dgate2 = load(DGATE, b * gate_stride, c1, c2, D)
+                dgate1, dgate2 = load_row(DGATE, b * gate_stride, c1, c2, D)
         for t in range(start, tl.minimum(start + ROWS, T)):
             token = b * T + t
             row = token * D
-            x1, x2 = load(X, row, c1, c2, D)
+            x1, x2 = load_row_once(X, row, c1, c2, D)
             if LOW is not None:
-                low1, low2 = load(LOW, row, c1, c2, D)
+                low1, low2 = load_row_once(LOW, row, c1, c2, D)
                 x1 += low1
                 x2 += low2
             if DUAL:
-                dx1, dx2 = load(DX, row, c1, c2, D)
+                dx1, dx2 = load_row_once(DX, row, c1, c2, D)
             if ADD:
-                y1, y2 = load(Y, row, c1, c2, D)
+                y1, y2 = load_row_once(Y, row, c1, c2, D)
                 # from here on x is x_out, and below dx is dx_out
                 x1 += gate1 * y1
                 x2 += gate2 * y2
-                store(X_OUT, row, c1, c2, x1, x2, D)
+                store_row_for_later(X_OUT, row, c1, c2, x1, x2, D)
                 if LOW_OUT is not None:
                     low1 = x1 - rounded(x1, X_OUT)
                     low2 = x2 - rounded(x2, X_OUT)
-                    store(LOW_OUT, row, c1, c2, low1, low2, D)
+                    store_row_for_later(LOW_OUT, row, c1, c2, low1, low2, D)
                 else:
                     x1 = rounded(x1, X_OUT)
                     x2 = rounded(x2, X_OUT)
                 if DUAL:
-                    dy1, dy2 = load(DY, row, c1, c2, D)
+                    dy1, dy2 = load_row_once(DY, row, c1, c2, D)
                     dx1 = rounded(dx1 + dgate1 * y1 + gate1 * dy1, DX_OUT)
                     dx2 = rounded(dx2 + dgate2 * y2 + gate2 * dy2, DX_OUT)
-                    store(DX_OUT, row, c1, c2, dx1, dx2, D)
+                    store_row_for_later(DX_OUT, row, c1, c2, dx1, dx2, D)
             if DUAL:
                 square, product = row_sums(x1 * x1, x2 * x2, x1 * dx1, x2 * dx2)
             else:
@@ -246,13 +269,13 @@ if triton is not None:
             n2 = r * x2
             h1 = n1 * (1 + scale1) + shift1
             h2 = n2 * (1 + scale2) + shift2
-            store(H, row, c1, c2, h1, h2, D)
+            store_row(H, row, c1, c2, h1, h2, D)
             tl.store(R + token, r)
             if DUAL:
                 m = r * product / D
                 dh1 = r * (dx1 - m * n1) * (1 + scale1) + n1 * dscale1 + dshift1
                 dh2 = r * (dx2 - m * n2) * (1 + scale2) + n2 * dscale2 + dshift2
-                store(DH, row, c1, c2, dh1, dh2, D)
+                store_row(DH, row, c1, c2, dh1, dh2, D)
                 tl.store(M + token, m)
 
     # fmt: off
@@ -274,44 +297,44 @@ if triton is not None:
         DUAL: tl.constexpr = GDH is not None
         ADD: tl.constexpr = Y is not None
         b, start, c1, c2 = place(T, ROWS, FIRST, SECOND)
-        scale1, scale2 = load(SCALE, b * scale_stride, c1, c2, D)
+        scale1, scale2 = load_row(SCALE, b * scale_stride, c1, c2, D)
         shift_sum1 = tl.zeros([FIRST], tl.float32)
         shift_sum2 = tl.zeros([SECOND], tl.float32)
         scale_sum1 = shift_sum1
         scale_sum2 = shift_sum2
         if ADD:
-            gate1, gate2 = load(GATE, b * gate_stride, c1, c2, D)
+            gate1, gate2 = load_row(GATE, b * gate_stride, c1, c2, D)
             gate_sum1 = shift_sum1
             gate_sum2 = shift_sum2
         if DUAL:
-            dscale1, dscale2 = load(DSCALE, b * scale_stride, c1, c2, D)
+            dscale1, dscale2 = load_row(DSCALE, b * scale_stride, c1, c2, D)
             dshift_sum1 = shift_sum1
             dshift_sum2 = shift_sum2
             dscale_sum1 = shift_sum1
             dscale_sum2 = shift_sum2
             if ADD:
-                dgate1, dgate2 = load(DGATE, b * gate_stride, c1, c2, D)
+                dgate1, dgate2 = load_row(DGATE, b * gate_stride, c1, c2, D)
                 dgate_sum1 = shift_sum1
                 dgate_sum2 = shift_sum2
         for t in tl.range(start, tl.minimum(start + ROWS, T), num_stages=STAGES):
             token = b * T + t
             row = token * D
             # All loads stand together, so that they are in flight at the same time.
-            x_out1, x_out2 = load(X_OUT, row, c1, c2, D)
-            gh1, gh2 = load(GH, row, c1, c2, D)
+            x_out1, x_out2 = load_row_once(X_OUT, row, c1, c2, D)
+            gh1, gh2 = load_row_once(GH, row, c1, c2, D)
             r = tl.load(R + token)
             if DUAL:
-                dx_out1, dx_out2 = load(DX_OUT, row, c1, c2, D)
-                gdh1, gdh2 = load(GDH, row, c1, c2, D)
+                dx_out1, dx_out2 = load_row_once(DX_OUT, row, c1, c2, D)
+                gdh1, gdh2 = load_row_once(GDH, row, c1, c2, D)
                 m = tl.load(M + token)
             if GX_OUT is not None:
-                gx_out1, gx_out2 = load(GX_OUT, row, c1, c2, D)
+                gx_out1, gx_out2 = load_row_once(GX_OUT, row, c1, c2, D)
                 if DUAL:
-                    gdx_out1, gdx_out2 = load(GDX_OUT, row, c1, c2, D)
+                    gdx_out1, gdx_out2 = load_row_once(GDX_OUT, row, c1, c2, D)
             if ADD:
-                y1, y2 = load(Y, row, c1, c2, D)
+                y1, y2 = load_row_once(Y, row, c1, c2, D)
                 if DUAL:
-                    dy1, dy2 = load(DY, row, c1, c2, D)
+                    dy1, dy2 = load_row_once(DY, row, c1, c2, D)
 
             n1 = r * x_out1
             n2 = r * x_out2
@@ -346,7 +369,7 @@ if triton is not None:
                 if GX_OUT is not None:
                     gdx1 += gdx_out1
                     gdx2 += gdx_out2
-                store(GDX, row, c1, c2, gdx1, gdx2, D)
+                store_row_for_later(GDX, row, c1, c2, gdx1, gdx2, D)
             else:
                 beta = row_sum(n1 * gn1, n2 * gn2) / D
                 gx1 = r * (gn1 - beta * n1)
@@ -354,7 +377,7 @@ if triton is not None:
             if GX_OUT is not None:
                 gx1 += gx_out1
                 gx2 += gx_out2
-            store(GX, row, c1, c2, gx1, gx2, D)
+            store_row_for_later(GX, row, c1, c2, gx1, gx2, D)
             if ADD:
                 gy1 = gate1 * gx1
                 gy2 = gate2 * gx2
@@ -367,20 +390,20 @@ if triton is not None:
                     gate_sum2 += dy2 * gdx2
                     dgate_sum1 += y1 * gdx1
                     dgate_sum2 += y2 * gdx2
-                    store(GDY, row, c1, c2, gate1 * gdx1, gate2 * gdx2, D)
-                store(GY, row, c1, c2, gy1, gy2, D)
+                    store_row(GDY, row, c1, c2, gate1 * gdx1, gate2 * gdx2, D)
+                store_row(GY, row, c1, c2, gy1, gy2, D)
 
         vectors: tl.constexpr = 6 if DUAL else 3
         SUMS += tl.program_id(0).to(tl.int64) * vectors * D
-        store(SUMS, 0, c1, c2, shift_sum1, shift_sum2, D)
-        store(SUMS, D, c1, c2, scale_sum1, scale_sum2, D)
+        store_row(SUMS, 0, c1, c2, shift_sum1, shift_sum2, D)
+        store_row(SUMS, D, c1, c2, scale_sum1, scale_sum2, D)
         if ADD:
-            store(SUMS, 2 * D, c1, c2, gate_sum1, gate_sum2, D)
+            store_row(SUMS, 2 * D, c1, c2, gate_sum1, gate_sum2, D)
         if DUAL:
-            store(SUMS, 3 * D, c1, c2, dshift_sum1, dshift_sum2, D)
-            store(SUMS, 4 * D, c1, c2, dscale_sum1, dscale_sum2, D)
+            store_row(SUMS, 3 * D, c1, c2, dshift_sum1, dshift_sum2, D)
+            store_row(SUMS, 4 * D, c1, c2, dscale_sum1, dscale_sum2, D)
             if ADD:
-                store(SUMS, 5 * D, c1, c2, dgate_sum1, dgate_sum2, D)
+                store_row(SUMS, 5 * D, c1, c2, dgate_sum1, dgate_sum2, D)
 
     # fmt: off
     @triton.jit
@@ -419,11 +442,11 @@ if triton is not None:
     def gelu_forward_kernel(U, DU, OUT, DOUT, numel, BLOCK: tl.constexpr):
         """One program: BLOCK numbers of numel."""
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        u = tl.load(U + at, mask=at < numel, other=0.0).to(tl.float32)
+        u = load_once(U, at, at < numel)
         s, slope, _, _ = gelu_terms(u)
         tl.store(OUT + at, (u * s).to(OUT.dtype.element_ty), mask=at < numel)
         if DU is not None:
-            du = tl.load(DU + at, mask=at < numel, other=0.0).to(tl.float32)
+            du = load_once(DU, at, at < numel)
             tl.store(DOUT + at, (slope * du).to(DOUT.dtype.element_ty), mask=at < numel)
 
     # fmt: off
@@ -444,13 +467,13 @@ if triton is not None:
             row = start + i + tl.arange(0, TILE)[:, None]
             inside = (row < N) & (c < D)
             at = row.to(tl.int64) * D + c
-            u = tl.load(U + at, mask=inside, other=0.0).to(tl.float32)
-            gout = tl.load(GOUT + at, mask=inside, other=0.0).to(tl.float32)
+            u = load_once(U, at, inside)
+            gout = load_once(GOUT, at, inside)
             s, slope, e, z_u = gelu_terms(u)
             gu = slope * gout
             if GDOUT is not None:
-                du = tl.load(DU + at, mask=inside, other=0.0).to(tl.float32)
-                gdout = tl.load(GDOUT + at, mask=inside, other=0.0).to(tl.float32)
+                du = load_once(DU, at, inside)
+                gdout = load_once(GDOUT, at, inside)
                 s_uu = e * ((1 - 2 * s) * z_u * z_u + 6 * C3 * u)
                 slope_u = 2 * e * z_u + u * s_uu
                 gu += slope_u * du * gdout
@@ -484,7 +507,7 @@ if triton is not None:
                 inside = (token < N) & (c < d)
                 at = ((token * 3 + part) * heads + head) * d + c
                 to = (token * heads + head) * d + c
-                x = tl.load(QKV + at, mask=inside, other=0.0).to(tl.float32)
+                x = load_once(QKV, at, inside)
                 r = tl.rsqrt(tl.sum(x * x, 1)[:, None] / d + EPS)
                 n = r * x
                 if part == 0:
@@ -492,7 +515,7 @@ if triton is not None:
                 else:
                     tl.store(K + to, (n * weight).to(K.dtype.element_ty), mask=inside)
                 if DQKV is not None:
-                    dx = tl.load(DQKV + at, mask=inside, other=0.0).to(tl.float32)
+                    dx = load_once(DQKV, at, inside)
                     m = tl.sum(n * dx, 1)[:, None] / d
                     dout = r * (dx - n * m) * weight
                     if part == 0:
@@ -523,17 +546,17 @@ if triton is not None:
             inside = (token < N) & (c < d)
             at = ((token * 3 + part) * heads + head) * d + c
             to = (token * heads + head) * d + c
-            gx = tl.load(GOUT + to, mask=inside, other=0.0).to(tl.float32)
+            gx = load_once(GOUT, to, inside)
             if DUAL:
-                gdx = tl.load(GDOUT + to, mask=inside, other=0.0).to(tl.float32)
+                gdx = load_once(GDOUT, to, inside)
             if NORM:  # gx and gdx are still the gradients of the results
-                x = tl.load(QKV + at, mask=inside, other=0.0).to(tl.float32)
+                x = load_once(QKV, at, inside)
                 r = tl.rsqrt(tl.sum(x * x, 1)[:, None] / d + EPS)
                 n = r * x
                 weight_sum += gx * n
                 gn = gx * weight
                 if DUAL:
-                    dx = tl.load(DQKV + at, mask=inside, other=0.0).to(tl.float32)
+                    dx = load_once(DQKV, at, inside)
                     m = tl.sum(n * dx, 1)[:, None] / d
                     dn = r * (dx - m * n)
                     weight_sum += gdx * dn
