@@ -101,7 +101,7 @@ def split(f, x):
 
 
 def cat(parts, dim):
-    """torch.cat of tensors and Duals, for your own networks. A tensor among Duals is a constant."""
+    """torch.cat of tensors and Duals. A tensor among Duals is a constant."""
     parts = [total(part) for part in parts]
     if not any(isinstance(part, Dual) for part in parts):
         return torch.cat(parts, dim)
@@ -295,7 +295,7 @@ def add_gated(x, gate, branch):
 
 
 def norm_modulate(x, shift, scale, norm=rms_norm):
-    """x, and its norm times 1 + scale plus shift, (B, 1, D) each.
+    """x, and its norm times 1 + scale plus shift. shift and scale are (B, 1, D).
 
     x comes back because the norm's kernel has made its sum.
     """

@@ -168,7 +168,7 @@ class Term(NamedTuple):
 
     name: str  # in the log
     loss: Tensor  # (B,), of which the mean is minimized
-    error: Tensor  # (B,), what the log shows: the loss before any weighting
+    error: Tensor  # (B,), what the log shows: the loss without adaptive_weight
     time: Tensor  # (B,) in [0, 1]; the log has the mean error of each quarter of it
     # Backward runs on this term before the next one is computed, which frees its activations. The
     # last term is never early, and must reach all weights: in its backward DDP takes the mean over
@@ -348,7 +348,7 @@ class TrainingLoss(nn.Module):
         if self.objective == "flow_matching":
             return flow_matching_loss(model, target, x0, y, x1, s_fm, w_or_1)
         if self.objective == "meanflow":
-            # These ask the network for "no class" at w itself, so it is trained there, too.
+            # MeanFlow and its relatives ask for "no class" at w itself, and train it there, too.
             return meanflow_loss(model, x0, y, x1, t, s, w, drop, self.kappa)
         if self.objective == "improved_meanflow":
             return improved_meanflow_loss(model, x0, y, x1, t, s, w, drop)

@@ -316,10 +316,10 @@ class Block(Modulated):
 
 
 def block_vectors(blocks, c, stack=None):
-    """c (B, D) -> the modulation vectors of several blocks, in order: (B, 6 blocks, 1, D).
+    """c (B, D) -> the modulation vectors of several blocks, in order: (B, 6 len(blocks), 1, D).
 
-    They are one product and one norm. Alone each block would have many kernels of a few rows, which
-    take longer to start than to run. stack: as in dual.linear_side_by_side.
+    They are one product and one norm. One by one, the blocks would need many kernels of a few rows
+    each, which take longer to start than to run. stack: as in dual.linear_side_by_side.
     """
     x = linear_side_by_side(modulation_layers(blocks), c, stack)
     x = linear_map(lambda x: x.unflatten(1, (sum(block.vectors for block in blocks), 1, -1)), x)
@@ -376,9 +376,9 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def initialize(self):
-        """Zero biases, and weights of spectral norm 1. Others are the cases below: zeros for what
-        modulates and for the output, N(0, 0.02) for labels and, by time_init, for the MLPs of
-        times and of w."""
+        """Zero biases, and weights of spectral norm 1, but for: zeros for what modulates and for
+        the output; Xavier's normal distribution for the patches; N(0, 0.02) for labels, and for the
+        MLPs of times and of w if time_init is "normal"."""
         for name, module in self.named_modules():
             if not isinstance(module, (nn.Linear, nn.Conv2d)):
                 continue

@@ -123,7 +123,7 @@ class GradientWriter:
     If a weight has a .grad, the product that makes its next gradient adds to that. So go backward
     by loss.backward() alone: torch.autograd.grad, or backward(inputs=...), would take .grad away.
     On the second stream there is one more rule. In one backward, a weight's gradient comes from its
-    layer alone, which may run several times. A penalty on weights is a term of its own.
+    layer alone, which may run several times. A penalty on weights is an early term of its own.
     """
 
     def __init__(self, destinations=None, stream=None):
@@ -217,8 +217,8 @@ class GradientWriter:
                 raise RuntimeError(
                     f"in one backward, a weight of shape {tuple(weight.shape)} got a gradient from "
                     "its linear layer and one from something else, such as a penalty or a layer "
-                    "that shares it: yield a penalty as a term of its own, share the whole layer, "
-                    "or set TWO_STREAMS = False in step.py"
+                    "that shares it: yield a penalty as an early term of its own, share the whole "
+                    "layer, or set TWO_STREAMS = False in step.py"
                 )
 
     def leave_stream(self):

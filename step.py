@@ -74,8 +74,8 @@ class TrainingStep:
         self.averages = []  # (its weights, its decay)
         for net, decay in averages:
             self.averages.append(([net.get_parameter(name) for name in trained], decay))
-        # In bfloat16, of the weights of all networks that the loss runs. FSDP2 gathers weights in
-        # bfloat16 itself. Products of bfloat16 that are float32 have not been tried on AMD's GPUs.
+        # bfloat16 copies of the weights of all networks that the loss runs. FSDP2 gathers weights
+        # in bfloat16 itself. On AMD's GPUs products of bfloat16 that give float32 are not tried.
         has_copies = bfloat16 and not shard and torch.version.hip is None
         self.copies = RoundedCopies(loss.networks() if has_copies else [])
         two_streams = TWO_STREAMS if two_streams is None else two_streams
@@ -172,8 +172,8 @@ class TrainingStep:
     def update(self):
         """A step of the optimizers and of the averages.
 
-        On a GPU it is recorded after the first one, and Python's numbers stay as they were then.
-        What changes from step to step must be a tensor, like the learning rate.
+        With graphs the first call is recorded, and Python's numbers stay as they were then. What
+        changes from step to step must be a tensor, like the learning rate.
         """
         if "update" in self.recorded:
             self.recorded["update"]()

@@ -126,7 +126,7 @@ sigma          = Option(1.0,        "standard deviation of that logit", above=0)
 mu_s           = Option(-0.4,       "mean of logit(s)")
 sigma_s        = Option(1.0,        "standard deviation of that logit", above=0)
 p_equal        = Option(0.0,        "the probability of t = s", least=0, most=1)
-p_noise        = Option(0.0,        "that t becomes 1; p_equal acts after it", least=0, most=1)
+p_noise        = Option(0.0,        "the probability of t = 1; p_equal acts later", least=0, most=1)
 guidance       = Option("constant", "how w is drawn; constant: w itself", choices=GUIDANCE)
 w              = Option(1.25,       "guidance weight, if constant; 1: none", least=1e-3, below=1e6)
 w_min          = Option(1.0,        "the smallest weight, if it is drawn", least=1e-3, below=1e6)
@@ -250,7 +250,7 @@ device = find_device(device)
 if device.type == "cuda":
     torch.cuda.set_device(device)
 # A rank that dies ends the others at once, through torchrun or its closed connections. This is for
-# a machine that falls silent; it is longer than any save, for which all ranks wait.
+# a machine that falls silent. All ranks wait for a save, so a save must take less.
 patience = timedelta(minutes=10)
 join_ranks("nccl" if device.type == "cuda" else "gloo", patience)
 distributed = dist.is_initialized()  # so under torchrun, also as the only rank
@@ -333,7 +333,7 @@ if shard:
 model.checkpoint_blocks = checkpoint_blocks
 parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
 weights = list(parameters.values())
-use_graphs = graph and has_triton and not shard  # Triton: a graph's optimizer is one_pass.py
+use_graphs = graph and has_triton and not shard  # Triton, for one_pass.py
 matrices = matrices_of_blocks(parameters) if muon_lr else {}  # Muon's; the others are AdamW's
 if muon_lr and not matrices:
     fail("Muon trains the blocks' matrices, and this network has none: give --muon_lr=0")

@@ -17,7 +17,7 @@ from torch import nn
 
 import products
 from device import Graph, graph_stream
-from loss import TrainingLoss
+from loss import Term, TrainingLoss
 from products import GradientWriter, RoundedCopies, product
 from step import TrainingStep
 
@@ -230,14 +230,27 @@ def data_parallel(module, *_, **__):
     return parallel
 
 
+class Penalized(TrainingLoss):
+    """TVM, and a penalty on the weights as a term of its own."""
+
+    early = True
+
+    def terms(self, x0, y, x1, t, *drawn):
+        squares = [p.square().sum() for p in self.model.parameters() if p.requires_grad]
+        penalty = torch.stack(squares).sum().expand(len(x0))
+        yield Term("penalty", penalty, penalty, t, self.early)
+        yield from super().terms(x0, y, x1, t, *drawn)
+
+
+@pytest.mark.parametrize("kind", [TrainingLoss, Penalized])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("alone", [True, False])
-def test_a_late_stream_in_a_step(micro_batches, alone, late, monkeypatch, group_of_one):
+def test_a_late_stream_in_a_step(kind, micro_batches, alone, late, monkeypatch, group_of_one):
     """Whole steps: the first term's backward, micro-batches, and DDP, which sends the last one."""
     monkeypatch.setattr("step.side_stream", lambda: late)
     monkeypatch.setattr("step.data_parallel", data_parallel)
     net = random_model(torch.float32, hidden_size=32, num_heads=2, depth=2)
-    loss = TrainingLoss(net, copy.deepcopy(net).requires_grad_(False), guidance=dict(w=2.0))
+    loss = kind(net, copy.deepcopy(net).requires_grad_(False), guidance=dict(w=2.0))
     x0 = torch.randn(4, 2, 4, 4)
     inputs = (x0, torch.arange(4) % 3, *loss.draw(x0, 0))
 
@@ -263,6 +276,12 @@ def test_a_late_stream_in_a_step(micro_batches, alone, late, monkeypatch, group_
     assert late.work
     for a, b in zip(found, wanted, strict=True):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+    if kind is Penalized and alone:
+        monkeypatch.setattr(
+            Penalized, "early", False
+        )  # then it goes backward together with the last term of TVM
+        with pytest.raises(RuntimeError, match="yield a penalty as an early term of its own"):
+            gradients(True)
 
 
 # ---- GPUs ----------------------------------------------------------------------------------------
