@@ -107,7 +107,7 @@ def ranks_of_torchrun():
 
 def without_torchrun():
     """The environment of a process that is started by one rank, and is none itself."""
-    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
     return {name: value for name, value in os.environ.items() if name not in ranks}
 
 

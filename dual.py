@@ -18,6 +18,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 import fused
@@ -112,7 +113,10 @@ def cat(parts, dim):
 
 
 def linear(layer, x):
-    """W x + b, and W dx. Another kind of layer (LoRA, for example) needs a rule of its own."""
+    """W x + b, and W dx. Another kind of layer (LoRA, for example) needs a rule of its own.
+
+    Hooks may change a layer's input and result: then the tangent is the derivative of that.
+    """
     x = total(x)
     copies = copies_of(layer)  # its weights in bfloat16, in a training step on a GPU; else None
     if copies is not None:
@@ -120,8 +124,18 @@ def linear(layer, x):
     if isinstance(x, Dual):
         if type(layer) is not nn.Linear:
             raise TypeError(f"there is no rule for the tangent of a {type(layer).__name__}")
+        if has_hooks(layer):
+            return call_with_tangent(layer, x)
         return Dual(layer(x.value), functional.linear(x.tangent, layer.weight))
     return layer(x)
+
+
+def call_with_tangent(layer, x):
+    """layer(x), by PyTorch's forward mode."""
+    with forward_ad.dual_level():
+        y = layer(forward_ad.make_dual(x.value, x.tangent))
+        value, tangent = forward_ad.unpack_dual(y)
+    return Dual(value, torch.zeros_like(value) if tangent is None else tangent)
 
 
 def linear_side_by_side(layers, x, stack=None):
@@ -277,15 +291,19 @@ def has_kernels(x, *vectors, layer=None):
         return False
     if vectors and x.ndim != 3:
         return False
-    shapes = [getattr(value_of(vector), "shape", None) for vector in vectors]
-    return all(shape == (x.size(0), 1, x.size(2)) for shape in shapes)
+    for vector in map(value_of, vectors):
+        if getattr(vector, "shape", None) != (x.size(0), 1, x.size(2)):
+            return False
+        if vector.dtype not in fused.DTYPES:
+            return False
+    return True
 
 
 def add_gated(x, gate, branch):
     """x + gate * branch, for gate (B, 1, D). With kernels the sum is left to the next norm."""
     high = x.high if isinstance(x, Residual) else x
     same_shape = getattr(value_of(branch), "shape", None) == value_of(high).shape
-    if not same_shape or not has_kernels(x, gate):
+    if not same_shape or not has_kernels(x, gate) or not has_kernels(branch):
         return total(x) + gate * branch
     if isinstance(x, Residual) and x.branch is not None:
         x = total(x)  # a Residual holds one sum: this one is made now
@@ -330,9 +348,10 @@ def linear_qkv(layer, x, heads, q_weight=None, k_weight=None):
     Without weights there are no norms.
     """
     x = total(x)
-    d = layer.out_features // (3 * heads)
     has_norm = q_weight is not None
-    if has_norm and q_weight.shape == k_weight.shape == (d,) and has_kernels(x, layer=layer):
+    d = q_weight.numel() if has_norm else 0
+    has_weights = has_norm and q_weight.shape == k_weight.shape == (d,)
+    if has_weights and has_kernels(x, layer=layer) and layer.out_features == 3 * heads * d:
         qkv = linear_detached_bias(layer, x)
         parts = fused.qk_norm(value_of(qkv), tangent_of(qkv), q_weight, k_weight, heads, layer.bias)
         return [pair(*part) for part in zip(parts[:3], parts[3:], strict=True)]

@@ -12,7 +12,8 @@ torch.compile. The kernels' backward cannot be differentiated again; for that, s
     out = linear_gelu(x, weight, bias)    # where nothing is differentiated
     sums = column_sums(x)
 
-A d before a name is its tangent. Without tangents they are None, and the results' are None too.
+A d before a name is its tangent. Without tangents they are None, and the results' are None too. x
+may come as two numbers of 16 bits, x + low, and goes out as x_out + low_out.
 
 The maths
 ---------
@@ -125,9 +126,9 @@ def transformed():
 # One chunk of 2048 would leave almost half of the threads without work. A 1 or 2 at the end of a
 # name is the first or the second chunk. Names in capitals are pointers, and constants of a program.
 #
-# A product reads faster what the kernel before it has left in the L2 cache. So all other tokens are
-# marked as the first to leave the cache ("evict_first"): those that a kernel loads, and those that
-# it stores for a later norm or for the backward.
+# A product reads faster what the kernel before it has left in the L2 cache. What the product does
+# not read is therefore the first to leave that cache ("evict_first"): the tokens that a kernel
+# loads, and those that it stores for a later norm or for the backward.
 
 
 def row_chunks(D):

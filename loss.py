@@ -171,8 +171,8 @@ class Term(NamedTuple):
     error: Tensor  # (B,), what the log shows: the loss without adaptive_weight
     time: Tensor  # (B,) in [0, 1]; the log has the mean error of each quarter of it
     # Backward runs on this term before the next one is computed, which frees its activations. The
-    # last term is never early, and must reach all weights: in its backward DDP takes the mean over
-    # the ranks.
+    # terms that are not early go backward last, together. There is at least one, and together they
+    # must reach all weights: in this backward DDP takes the mean over the ranks.
     early: bool = False
 
 
@@ -379,7 +379,7 @@ class TrainingLoss(nn.Module):
                 term.name, term.loss.detach(), term.error.detach(), term.time.detach()
             )
         if backward_part and not loss.requires_grad:
-            raise ValueError("the last term of a loss must not be early")
+            raise ValueError("each term of the loss is early, or has no gradient: none is left")
         return loss, terms
 
 

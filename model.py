@@ -400,8 +400,8 @@ class DiT(nn.Module):
         """F at x (B, C, height, width), from times t to s (B,) in [0, 1].
 
         y (B,) int64: classes, or num_classes for "no class". w (B,): guidance weights.
-        Returns (B, C, height, width), in the parameters' dtype or autocast's. x, t and s may be
-        Duals, and F then is one.
+        Returns (B, C, height, width), in the parameters' dtype or autocast's. Weights of 16 bits
+        need autocast. x, t and s may be Duals, and F then is one.
         """
         x, c, *more = self.embed(x, t, s, y, w)
         checkpointed = self.checkpoint_blocks

@@ -48,12 +48,15 @@ def step(optimizer, averages, copy_of=None):
     optimizer: torch.optim.AdamW of one group of float32 weights; its learning rate may be a tensor.
     averages: two of (tensors, decay), each with a tensor for each weight, in the same order.
     copy_of: {id(tensor): its copy in bfloat16}, of some of the weights and averages.
-    A weight without a gradient stays as it is, and so do its averages. Raises ValueError for other
-    optimizers and options, and for tensors that are not contiguous, float32, on one device and as
+    A weight without a gradient stays as it is, and so do its averages. Hooks of optimizer.step do
+    not run. Raises ValueError for other
+    optimizers and options, for tensors that are not contiguous, float32, on one device and as
     large as their weight; and for copies that are not like their tensor in bfloat16.
     """
     check_options(optimizer)
     (group,) = optimizer.param_groups
+    if len(averages) != 2:
+        raise ValueError(f"one_pass.step wants two averages, not {len(averages)}")
     (first, first_decay), (second, second_decay) = averages
     beta1, beta2 = group["betas"]
     copy_of = copy_of or {}

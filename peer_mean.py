@@ -6,7 +6,8 @@ The mean of gradients over the GPUs of one host, taken by their copy engines.
         parallel.register_comm_hook(PeerMean(make_box(device)), PeerMean.hook)
 
 NCCL runs on the multiprocessors, which the products of the backward need at the same time. A
-product that finds some of them taken needs a second round of programs. A GPU also has copy engines,
+product's programs (thread blocks) fill all of them. If some are taken, the programs left over must
+wait for a second round. A GPU also has copy engines,
 which do nothing else. Here they move the gradients, and only a short kernel adds. Each rank has a
 box in memory that all GPUs of the host can reach (torch's symmetric memory). A gradient is cut into
 as many parts as there are ranks:
@@ -50,7 +51,10 @@ def why_not(device, devices):
         return "PEER_MEAN is False"
     if device.type != "cuda" or torch.version.hip is not None or triton is None:
         return "it takes NVIDIA GPUs and Triton"
-    if os.environ.get("LOCAL_WORLD_SIZE") != str(ranks):
+    local_ranks = os.environ.get("LOCAL_WORLD_SIZE")
+    if local_ranks is None:
+        return "the environment has no LOCAL_WORLD_SIZE"
+    if local_ranks != str(ranks):
         return "there are several hosts"
     if os.environ.get("NCCL_P2P_DISABLE") == "1":
         return "NCCL_P2P_DISABLE is set"

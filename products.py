@@ -69,6 +69,7 @@ class RoundedCopies:
             self.attributes.append((layers[0], "stack", (layers, (weight, bias))))
         weight_rows, bias_rows = weight.chunk(len(layers)), bias.chunk(len(layers))
         for layer, *copies in zip(layers, weight_rows, bias_rows, strict=True):
+            self.attributes.append((layer, "copied", (layer.weight, layer.bias)))
             self.attributes.append((layer, "copies", tuple(copies)))
             self.layers.append(layer)
             self.weights += [layer.weight, layer.bias]
@@ -77,8 +78,9 @@ class RoundedCopies:
     def refresh_if_changed(self):
         """Copy all weights again, if PyTorch has written to one since (as load_state_dict does).
 
-        It does not notice writes through .data, writes by others' kernels, and a layer that is
-        given another tensor (as load_state_dict does with assign=True).
+        It does not notice writes through .data and writes by others' kernels. A layer that is given
+        another tensor (by load_state_dict with assign=True, or by torch.func.functional_call) is
+        left to autocast from then on.
         """
         if self.versions != [p._version for p in self.weights]:
             self.refresh()
@@ -112,18 +114,22 @@ class RoundedCopies:
 
 
 class GradientWriter:
-    """Writes gradients of weights where .grad is to be; in a CUDA graph, on a second stream.
+    """The product that makes a weight's gradient writes it where .grad is to be.
 
         writer = GradientWriter(destinations, stream)
         with copies.in_use(writer):
             ...  # forward of a term of the loss
-            loss.backward()
-            writer.finish()  # after each backward
+            with writer.backward():
+                loss.backward()
 
-    If a weight has a .grad, the product that makes its next gradient adds to that. So go backward
-    by loss.backward() alone: torch.autograd.grad, or backward(inputs=...), would take .grad away.
-    On the second stream there is one more rule. In one backward, a weight's gradient comes from its
-    layer alone, which may run several times. A penalty on weights is an early term of its own.
+    That saves a copy into DDP's buckets. If a weight has a .grad, the product adds to that, which
+    saves an addition. In a CUDA graph the products may run on a second stream, beside the rest of
+    the backward.
+
+    Within backward() call loss.backward() alone: torch.autograd.grad, or backward(inputs=...),
+    would take .grad away. Outside of it they are as ever. On the second stream there is one more
+    rule. In one backward, a weight's gradient comes from its layer alone, which may run several
+    times. A penalty on weights is an early term of its own.
     """
 
     def __init__(self, destinations=None, stream=None):
@@ -132,14 +138,25 @@ class GradientWriter:
         overwrite the first.
 
         stream: a CUDA stream, which is used while a graph is recorded. The gradients of a backward
-        are complete after finish(); whoever reads one before must wait for the stream.
+        are complete at the end of backward(); whoever reads one before must wait for the stream.
         """
+        self.is_writing = False
         self.destinations = {} if destinations is None else destinations
         self.stream = stream
         self.made = {}  # {id of a weight: (it, its gradient)}, in this backward and on the stream
         self.last = None  # the last product on the stream: (the event of its end, its factors)
         if self.uses_stream():  # it joins the recording, so that finish() can wait for it
             stream.wait_stream(torch.cuda.current_stream())
+
+    @contextlib.contextmanager
+    def backward(self):
+        """Within this context gradients are written, as above. Raises as finish()."""
+        self.is_writing = True
+        try:
+            yield
+        finally:
+            self.is_writing = False
+        self.finish()
 
     def uses_stream(self):
         return self.stream is not None and torch.cuda.is_current_stream_capturing()
@@ -185,9 +202,10 @@ class GradientWriter:
         return for_autograd
 
     def take_destinations(self, weights):
-        """For each weight (tensor, whether to add to it); (None, False) for a new tensor.
+        """Take .grad from weights. For each, where its gradient goes: (tensor, whether to add to
+        it), or (None, False) for a new tensor.
 
-        .grad becomes None. Autograd then stores what it is given, and does not add to it.
+        Without .grad, autograd stores the gradient that it is given, and does not add it.
         """
         destinations = []
         for weight in weights:
@@ -201,7 +219,7 @@ class GradientWriter:
         return destinations
 
     def finish(self):
-        """Wait for the stream. Call this after each backward.
+        """Wait for the stream.
 
         Raises RuntimeError where autograd has added something to a gradient that was made on the
         stream. It did so on the current stream, and may have read the gradient too early. After two
@@ -249,10 +267,14 @@ def is_plain(layer):
 def copies_of(layer):
     """A layer's weight and bias in bfloat16, where a training step has made them.
 
-    None where there are none, in torch.compile, and where autocast would not compute this layer.
+    None where there are none, in torch.compile, where autocast would not compute this layer, and
+    where the layer has another weight or bias now.
     """
     copies = getattr(layer, "copies", None)
     if copies is None or has_hooks(layer) or torch.compiler.is_compiling():
+        return None
+    weight, bias = layer.copied
+    if layer.weight is not weight or layer.bias is not bias:
         return None
     if not torch.is_autocast_enabled(copies[0].device.type):
         return None
@@ -317,11 +339,12 @@ class _Product(torch.autograd.Function):
         gdx = gdy @ weight if needs_dx and gdy is not None else None
         gweights = [None] * count
         gbiases = [None] * (len(needs_parameters) - count)
-        if any(needs_parameters[:count]):
+        # Without both there is nothing to write. Autograd calls this all the same.
+        if any(needs_parameters[:count]) and not (gy is None and gdy is None):
             factors = [(rows_of(g), rows_of(a)) for g, a in ((gy, x), (gdy, dx)) if g is not None]
             if len(factors) == 2:
                 factors = joined(*factors)
-            if ctx.writer:
+            if ctx.writer and ctx.writer.is_writing:
                 gweights = ctx.writer.gradients(factors, ctx.weights)
             else:
                 gweights = weight_gradients(factors, [(None, False)] * count)

@@ -52,7 +52,8 @@ class TrainingStep:
                        of loss.model that require a gradient are trained.
         optimizers     of these weights; the first one is AdamW
         averages       [(network, decay)] of the exponential moving averages; exactly two where
-                       one_pass.py makes them
+                       one_pass.py makes them, in a graph with AdamW alone
+        device         with graphs, the current CUDA device
         micro_batches  calls of gradients() in a step
         graphs         whether to record CUDA graphs; learning rates must then be tensors
         bfloat16       the networks run under autocast
@@ -61,6 +62,8 @@ class TrainingStep:
         alone          each rank keeps its own gradient, as if it were the only one
         two_streams    in CUDA graphs, gradients of weights are made on a second stream
                        (products.GradientWriter); None: as TWO_STREAMS says
+
+        Raises ValueError for what graphs cannot do with these.
         """
         self.model = loss.model
         self.optimizers = optimizers
@@ -74,6 +77,8 @@ class TrainingStep:
         self.averages = []  # (its weights, its decay)
         for net, decay in averages:
             self.averages.append(([net.get_parameter(name) for name in trained], decay))
+        if graphs:
+            self.check_for_graphs()
         # bfloat16 copies of the weights of all networks that the loss runs. FSDP2 gathers weights
         # in bfloat16 itself. On AMD's GPUs products of bfloat16 that give float32 are not tried.
         has_copies = bfloat16 and not shard and torch.version.hip is None
@@ -93,6 +98,19 @@ class TrainingStep:
         # NCCL cannot close its links while a graph holds them. So the graphs go when this step is
         # collected, or at exit, after all that was registered with atexit.
         weakref.finalize(self, self.recorded.clear)
+
+    def check_for_graphs(self):
+        if self.device.type == "cuda":
+            current = torch.cuda.current_device()
+            if self.device.index not in (None, current):
+                raise ValueError(f"for graphs, torch.cuda.set_device({self.device.index}) first")
+        if len(self.optimizers) == 1:  # one_pass.py takes weights and averages in one order
+            groups = self.optimizers[0].param_groups
+            optimized = [id(p) for group in groups for p in group["params"]]
+            if optimized != [id(p) for p in self.weights]:
+                raise ValueError(
+                    "for graphs AdamW takes the model's trained weights in their order"
+                )
 
     def gradients(self, *inputs, is_first=True, is_last=True):
         """Forward and backward of a micro-batch. Returns the terms of the loss, {name: Term}.
@@ -119,8 +137,8 @@ class TrainingStep:
         writer = GradientWriter(old, self.gradient_stream)
 
         def backward_part(part):
-            backward(part, share=1 / self.micro_batches)
-            writer.finish()
+            with writer.backward():
+                backward(part, share=1 / self.micro_batches)
 
         sync = nullcontext()
         if self.uses_ddp and not is_last:

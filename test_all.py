@@ -169,6 +169,27 @@ def test_rules(ours, reference):
     close(ours(x), value, 1e-14)
 
 
+def test_hooks_of_a_layer():
+    """They may change its input and result. The tangent is that of all three, in closed form."""
+    layer = nn.Linear(8, 3).double()
+    layer.register_forward_pre_hook(lambda layer, inputs: inputs[0].sin())
+    layer.register_forward_hook(lambda layer, inputs, y: y.square())
+    x = randn(5, 8).requires_grad_()
+    dx = randn(5, 8, seed=1).requires_grad_()
+    found = dual.linear(layer, Dual(x, dx))
+    y = F.linear(x.sin(), layer.weight, layer.bias)
+    tangent = 2 * y * F.linear(x.cos() * dx, layer.weight)
+    close(found.value, y.square(), 1e-14)
+    close(found.tangent, tangent, 1e-14)
+    inputs = (x, dx, layer.weight, layer.bias)
+    gradients = torch.autograd.grad((found.value * found.tangent).sum(), inputs)
+    for a, b in zip(gradients, torch.autograd.grad((y.square() * tangent).sum(), inputs)):
+        close(a, b, 1e-13)
+    constant = nn.Linear(8, 3).double()
+    constant.register_forward_hook(lambda layer, inputs, y: torch.ones_like(y))
+    assert not dual.linear(constant, Dual(x, dx)).tangent.any()
+
+
 def operand(kind, seed):
     """A tensor, Dual or Residual of (2, 3, 4), and its value and tangent in plain tensors."""
     parts = iter(randn(7, 2, 3, 4, seed=seed))
@@ -1362,7 +1383,7 @@ def test_terms_of_ones_own():
     assert list(terms) == ["first", "second"]
     with pytest.raises(ValueError, match=r"term 'penalty': .* each be \(B,\)"):
         step(lambda error, t: Term("penalty", error.mean(), error, t))
-    with pytest.raises(ValueError, match="last term of a loss must not be early"):
+    with pytest.raises(ValueError, match="each term of the loss is early"):
         step(lambda error, t: Term("second", error, error, t, early=True))
 
 

@@ -34,6 +34,7 @@ def kernels_match():
     column_sums_match()
     low_parts_add_up()
     odd_residuals_match()
+    other_dtypes_match()
 
 
 def error(found, wanted):
@@ -174,6 +175,18 @@ def odd_residuals_match():
         assert error(h, wanted) < 1e-6
 
 
+def other_dtypes_match():
+    """Vectors or a branch in float64, which the kernels do not take, go through the formulas."""
+    x, y = torch.randn(2, 2, 5, 48)
+    gate, shift, scale = torch.randn(3, 2, 1, 48).double()
+    wanted = x + gate * y
+    for a, b in ((gate, y), (gate.float(), y.double())):
+        assert error(dual.total(dual.add_gated(x, a, b)), wanted) < 1e-6
+    _, h = dual.norm_modulate(x, shift, scale)
+    wanted = functional.rms_norm(x.double(), (48,), eps=fused.EPS) * (1 + scale) + shift
+    assert error(h, wanted) < 1e-6
+
+
 def network_matches():
     """Loss and gradients: the formulas in float64; the kernels checkpointed, and with the tangent
     detached; and torch.compile, which takes the formulas where kernels could run."""
@@ -306,6 +319,8 @@ def test_layers_that_must_be_called():
     layer.register_forward_hook(lambda layer, inputs, output: output + 1)
     x = torch.randn(2, 3, 8)
     assert not dual.has_kernels(x, layer=layer)
+    qkv = nn.Sequential(nn.Linear(8, 24))  # as a wrapper around a layer: only its call is known
+    assert len(dual.linear_qkv(qkv, x, 2, torch.ones(4), torch.ones(4))) == 3
     assert torch.equal(dual.linear_gelu(layer, x), dual.gelu(layer(x)))
 
 

@@ -127,6 +127,32 @@ def identity(y):
     return y
 
 
+def along(net, x):
+    """The gradient in x, by a backward of its own. The weights' gradients are as before."""
+    x = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(net(x), x)
+    return g
+
+
+class Nothing(torch.autograd.Function):
+    """The identity, whose backward has no gradient to give."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        return None
+
+
+def without_gradient(net, x):
+    """A layer that autograd calls without a gradient of its result."""
+    layer = net.layers[0]
+    y, _ = product(x, None, [layer], layer.copies)
+    return Nothing.apply(y).float().sum()
+
+
 # What a step goes backward through, one after the other.
 TERMS = {
     "two terms": [lambda net, x: net(x), lambda net, x: net(x + 1)],
@@ -139,6 +165,11 @@ TERMS = {
     "a residual, whose gradient goes two ways": [lambda net, x: net(x, identity)],
     "layers side by side": [lambda net, x: net.pair(x), lambda net, x: net.pair(x + 1)],
     "side by side, twice": [lambda net, x: net.pair(x) + net.pair(x + 1)],
+    "a derivative in the forward": [
+        lambda net, x: net(x),
+        lambda net, x: net(x + along(net, x)),
+    ],
+    "a part without a gradient": [lambda net, x: net(x) + without_gradient(net, x)],
     "reads .grad": [
         lambda net, x: net(x),
         lambda net, x: net(x) * net.layers[0].weight.grad.norm().detach(),
@@ -162,8 +193,9 @@ def gradients(terms, stream, kept, hook=None):
     x = torch.randn(16, 8)
     with net.copies.in_use(writer):
         for term in terms:
-            term(net, x).backward()
-            writer.finish()
+            loss = term(net, x)
+            with writer.backward():
+                loss.backward()
     return torch.stack([layer.weight.grad for layer in net.layers])
 
 
@@ -210,8 +242,9 @@ def test_a_late_stream_and_a_hook_of_one_layer_of_a_group(late):
         with net.copies.in_use(writer):
             layers = list(net.layers[2:])
             y, _ = product(x, None, layers, products.stack_of(layers))
-            y.float().square().sum().backward()
-            writer.finish()
+            loss = y.float().square().sum()
+            with writer.backward():
+                loss.backward()
     assert torch.equal(*seen)
 
 
@@ -295,8 +328,9 @@ def two_backwards(chain, stream):
     writer = GradientWriter(stream=stream)
     with chain.copies.in_use(writer):
         for factor in (1, -3):
-            (factor / x.numel() * chain(x, torch.relu)).backward()
-            writer.finish()
+            loss = factor / x.numel() * chain(x, torch.relu)
+            with writer.backward():
+                loss.backward()
 
 
 def gradients_of_graph(chain, stream):
@@ -376,8 +410,9 @@ def test_gpu_stream_refuses_other_uses():
         writer = GradientWriter(stream=stream)
         with copies.in_use(writer):
             y, _ = product(x, None, [layer], layer.copies)
-            (y.float().sum() + layer.weight.square().sum()).backward()
-            writer.finish()
+            loss = y.float().sum() + layer.weight.square().sum()
+            with writer.backward():
+                loss.backward()
 
     with pytest.raises(RuntimeError, match="TWO_STREAMS"):
         Graph(step)

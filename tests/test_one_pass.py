@@ -148,6 +148,8 @@ def test_wrong_tensors():
     averages[1][0].pop()
     with pytest.raises(ValueError, match="has 5 weights, the averages 5 and 4"):
         one_pass.step(optimizer, averages)
+    with pytest.raises(ValueError, match="two averages, not 1"):
+        one_pass.step(optimizer, averages[:1])
     optimizer.add_param_group(dict(params=[torch.ones(1)]))
     with pytest.raises(ValueError, match="one group"):
         one_pass.step(optimizer, averages)

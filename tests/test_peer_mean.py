@@ -147,6 +147,8 @@ def test_why_not(monkeypatch):
     assert "NCCL_P2P_DISABLE" in peer_mean.why_not(here, devices)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     assert "several hosts" in peer_mean.why_not(here, devices)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert "no LOCAL_WORLD_SIZE" in peer_mean.why_not(here, devices)
     monkeypatch.setattr(peer_mean, "PEER_MEAN", False)
     assert "PEER_MEAN" in peer_mean.why_not(here, devices)
 

@@ -118,7 +118,9 @@ def check_sum_with_grad(device, count, rows, side_by_side):
     writer = GradientWriter()
     for layer in layers:
         layer.gradient_writer = writer
-    torch.autograd.backward(product(x, dx, layers, (weight, bias)), [gy, gdy])
+    results = product(x, dx, layers, (weight, bias))
+    with writer.backward():
+        torch.autograd.backward(results, [gy, gdy])
     assert [layer.weight.grad.data_ptr() for layer in layers] == places
     for layer, rows_of_it in zip(layers, wanted.chunk(count), strict=True):
         if layer.weight.requires_grad:
@@ -135,11 +137,15 @@ def test_grad_stays_in_other_backwards():
     y, _ = product(x, None, [layer], copies)
     torch.autograd.grad(y.sum(), x)
     assert torch.equal(layer.weight.grad, torch.ones_like(layer.weight))
-    seen = []
-    layer.weight.register_hook(seen.append)
     layer.gradient_writer = GradientWriter()
     y, _ = product(x, None, [layer], copies)
-    y.sum().backward()
+    torch.autograd.grad(y.sum(), x)  # outside of writer.backward()
+    assert torch.equal(layer.weight.grad, torch.ones_like(layer.weight))
+    seen = []
+    layer.weight.register_hook(seen.append)
+    y, _ = product(x, None, [layer], copies)
+    with layer.gradient_writer.backward():
+        y.sum().backward()
     assert torch.equal(layer.weight.grad, seen[0] + 1)
 
 
@@ -168,12 +174,14 @@ def check_places(device):
     copies = RoundedCopies([net])
     places = {id(layer.weight): torch.full_like(layer.weight, torch.nan) for layer in net}
     held = [t.data_ptr() for t in places.values()]
-    with copies.in_use(GradientWriter(places)):
+    writer = GradientWriter(places)
+    with copies.in_use(writer):
         for total in (1, 2):
             first, _ = product(x[0], None, [once], once.copies)
             second, _ = product(x[0], None, [twice], twice.copies)
             third, _ = product(x[1], None, [twice], twice.copies)
-            (first.sum() + second.sum() + third.sum()).backward()
+            with writer.backward():
+                (first.sum() + second.sum() + third.sum()).backward()
             assert not places
             assert rel(once.weight.grad, total * exact[0]) < LIMIT[device]
             assert rel(twice.weight.grad, total * exact.sum(0)) < LIMIT[device]
@@ -339,6 +347,18 @@ def test_where_copies_are_used():
             hook = layer.register_forward_hook(lambda *_: None)
             assert linear(layer, x).any()
             hook.remove()
+            other = dict(weight=torch.ones(8, 16), bias=torch.zeros(8))
+            found = torch.func.functional_call(layer, other, x)
+            assert found.any()
+            with_other = nn.Module()
+            with_other.forward = lambda x: linear(layer, x)
+            with_other.layer = layer
+            other = {f"layer.{name}": t for name, t in other.items()}
+            assert torch.equal(torch.func.functional_call(with_other, other, x), found)
+            weight, layer.weight = layer.weight, nn.Parameter(torch.ones(8, 16))
+            assert linear(layer, x).any()
+            layer.weight = weight
+            assert not linear(layer, x).any()
     with autocast:
         assert linear(layer, x).any()
 
@@ -356,6 +376,18 @@ def test_a_hook_on_one_layer_of_a_group():
         found = linear_side_by_side(group, c, stack_of(group))
     assert calls
     assert torch.equal(found, wanted)
+
+
+def test_wrong_orders():
+    """What a graph would pair wrongly is refused: AdamW's weights in another order."""
+    net, target = two_networks()
+    weights = [p for p in net.parameters() if p.requires_grad]
+    averages = [(target, 0.9), (copy.deepcopy(target), 0.99)]
+    loss = TrainingLoss(net, target)
+    options = dict(device=torch.device("cpu"), graphs=True)
+    TrainingStep(loss, [torch.optim.AdamW(weights)], averages, **options)
+    with pytest.raises(ValueError, match="in their order"):
+        TrainingStep(loss, [torch.optim.AdamW(weights[::-1])], averages, **options)
 
 
 def test_no_second_derivative():
