@@ -172,11 +172,12 @@ def check_about(config, about):
             raise ValueError(f"a {name} that is no text: {data[name]!r}")
     if not isinstance(about.get("train", {}), dict):
         raise ValueError("constants that are no dict")
-    wanted = [config.in_channels, *config.height_and_width]
+    wanted = [config.in_channels, *getattr(config, "height_and_width", ())]
     sides = data.get("shape", wanted)
     if not all(type(n) is int and n > 0 for n in sides) or math.prod(sides) > 2**31:
         raise ValueError(f"images of shape {sides}")
-    if len(sides) == 3 and list(sides) != wanted:  # a fork may have data of other dimensions
+    # A fork may have data of other dimensions, or a config without sides.
+    if len(sides) == len(wanted) == 3 and list(sides) != wanted:
         raise ValueError(f"images of shape {sides}, and a network for {wanted}")
     if len(counts) != config.num_classes:
         raise ValueError(f"{len(counts)} class counts for {config.num_classes} classes")

@@ -43,14 +43,14 @@ def right_shape(header):
 
 
 def right_dtype(header):
-    """Whether it names whole or floating-point numbers in this machine's byte order."""
+    """Whether it names uint8, float16 or float32, in this machine's byte order."""
     if not isinstance(header["dtype"], str):  # numpy makes a dtype of None, too
         return False
     try:
         dtype = np.dtype(header["dtype"])
     except (TypeError, ValueError, SyntaxError):  # the last one is of ","
         return False
-    return dtype.kind in "uif" and dtype.isnative
+    return dtype.name in ("uint8", "float16", "float32") and dtype.isnative
 
 
 def right_count(header):

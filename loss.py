@@ -163,6 +163,10 @@ def check_guidance(sampler="constant", w=1.0, w_min=1.0, w_max=1.0):
 # ---- objectives ----------------------------------------------------------------------------------
 
 
+# What a line of the log has beside the terms.
+IN_THE_LOG = ("step", "loss", "grad_norm", "images_per_second", "data_wait", "skipped", "peak_gb")
+
+
 class Term(NamedTuple):
     """A part of a loss, of each sample."""
 
@@ -368,6 +372,10 @@ class TrainingLoss(nn.Module):
         loss = 0
         terms = {}
         for term in self.terms(x0, y, *drawn):
+            if not isinstance(term, Term):
+                raise ValueError(f"an objective yields Terms, not a {type(term).__name__}")
+            if term.name in terms or term.name in IN_THE_LOG:
+                raise ValueError(f"a second {term.name!r} in the log: each term has its own name")
             if any(t.shape != x0.shape[:1] for t in (term.loss, term.error, term.time)):
                 raise ValueError(f"term {term.name!r}: loss, error and time must each be (B,)")
             part = term.loss.mean()
@@ -378,6 +386,8 @@ class TrainingLoss(nn.Module):
             terms[term.name] = Term(
                 term.name, term.loss.detach(), term.error.detach(), term.time.detach()
             )
+        if not terms:
+            raise ValueError("an objective yields at least one Term")
         if backward_part and not loss.requires_grad:
             raise ValueError("each term of the loss is early, or has no gradient: none is left")
         return loss, terms

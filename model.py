@@ -306,13 +306,13 @@ class Block(Modulated):
         x = add_gated(x, gate2, self.mlp(h))
         return x  # (B, T, D)
 
-    def forward_detach_jvp(self, x, c, mask=None):
+    def forward_detach_jvp(self, x, c, *more):
         """forward, with no gradient through the tangent.
 
         torch.compile plans the backward when it compiles the forward. Since the detach is inside
         the block, it keeps nothing for the backward of a tangent.
         """
-        return detach_tangent(self.forward(x, c, mask))
+        return detach_tangent(self.forward(x, c, *more))
 
 
 def block_vectors(blocks, c, stack=None):

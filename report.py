@@ -416,7 +416,9 @@ class Report:
             f"{n} samples of the evaluation network against {n} held-out images "
             "(real: training images in their place)"
         )
-        print(f"{'steps':>5} {'two-sample':>11} {'label':>7} {'nearest':>8} {'Frechet':>8}")
+        print(
+            f"{'steps':>5} {'two-sample (of both)':>21} {'label':>7} {'nearest':>8} {'Frechet':>8}"
+        )
         against = dict(
             held_out=held_out,
             train=train,
@@ -433,8 +435,9 @@ class Report:
             found = small_data_scores(np.moveaxis(images, -1, 1), y, **against)
             self.tell_scores(step, nfe, n, found)
         print(
-            "two-sample 0.5: cannot be told apart. label: the class asked for is found. "
-            "nearest, well under 1: memorized."
+            "two-sample: a nearest neighbour tells samples from held-out images; of both: of "
+            "samples, of held-out images. All 0.5: cannot be told apart. label: the class asked "
+            "for is found. nearest, well under 1: memorized."
         )
 
     def train_label_classifier(self, step, rows, held_out, held_out_labels):
@@ -451,9 +454,9 @@ class Report:
 
         A score that says nothing (small_data_scores has when) is "-" there, and null in the log.
         """
-        columns = (("two_sample", 11, 3), ("label", 7, 3))
-        columns += (("nearest_ratio", 8, 2), ("frechet_pixels", 8, 3))
-        row = [f"{nfe:>5}"]
+        columns = (("label", 7, 3), ("nearest_ratio", 8, 2), ("frechet_pixels", 8, 3))
+        of_both = f"({found['of_samples']:.2f} {found['of_held_out']:.2f})"
+        row = [f"{nfe:>5} {found['two_sample']:>9.3f} {of_both}"]
         for key, width, digits in columns:
             shown = f"{found[key]:.{digits}f}" if math.isfinite(found[key]) else "-"
             row.append(f"{shown:>{width}}")

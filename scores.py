@@ -8,6 +8,10 @@ arrays, memory maps or tensors. Distances are Euclidean over all elements of an 
 computed on `device`, which is the CPU unless another one is given.
 
 two_sample      how well a nearest-neighbour classifier tells samples from held-out images: 0.5 best
+of_samples, of_held_out
+                its accuracy on each of the two, of which two_sample is the mean. If they are not
+                both near 0.5, the sets differ: noise has 0 and 1, since the nearest image of
+                anything is a held-out one
 label           the share of samples that look like the class that was asked for, where there are
                 classes
 nearest_ratio   how near samples are to training images: well under 1 means memorized
@@ -52,8 +56,11 @@ def small_data_scores(
         frechet_pixels = frechet_distance(
             *moments(flat(images) / scale), *moments(flat(held_out) / scale)
         )
+    of_samples, of_held_out = two_sample_accuracies(images, held_out, device)
     return {
-        "two_sample": two_sample_accuracy(images, held_out, device),
+        "two_sample": (of_samples + of_held_out) / 2,
+        "of_samples": of_samples,
+        "of_held_out": of_held_out,
         "label": label,
         "nearest_ratio": nearest_ratio(images, held_out, train, leave_out, device),
         "frechet_pixels": frechet_pixels,
@@ -74,9 +81,10 @@ def moments(features):
 def two_sample_accuracies(a, b, device="cpu"):
     """How well the nearest neighbour tells a (N, ...) from b (N, ...): its accuracy on a, and on b.
 
-    Each image is given the set of its nearest neighbour among all others. The mean of the two
-    accuracies is 0.5 where both sets come from one distribution, 1 where they differ plainly,
-    and 0 where a copies b. Raises ValueError for sets of two sizes.
+    Each image is given the set of its nearest neighbour among all others. Both accuracies are 0.5
+    where both sets come from one distribution, 1 where they lie apart, and 0 where a copies b.
+    Where a is b with noise added, the first is near 0 and the second near 1. Raises ValueError for
+    sets of two sizes.
     """
     n = len(a)
     if n != len(b):

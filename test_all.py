@@ -1383,6 +1383,14 @@ def test_terms_of_ones_own():
     assert list(terms) == ["first", "second"]
     with pytest.raises(ValueError, match=r"term 'penalty': .* each be \(B,\)"):
         step(lambda error, t: Term("penalty", error.mean(), error, t))
+    for last in (
+        lambda error, t: Term("first", error, error, t),
+        lambda error, t: Term("loss", error, error, t),
+    ):
+        with pytest.raises(ValueError, match="a second .* in the log"):
+            step(last)
+    with pytest.raises(ValueError, match="yields Terms, not a Tensor"):
+        step(lambda error, t: error)
     with pytest.raises(ValueError, match="each term of the loss is early"):
         step(lambda error, t: Term("second", error, error, t, early=True))
 

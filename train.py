@@ -461,7 +461,7 @@ def resume():
     if wrong:
         fail(
             f"{path} is of another config ({', '.join(wrong)}): give this run another --name, "
-            f"delete {out}, or allow the change with --change=NAME,..."
+            f"delete {out}, or allow the change with --change=NAME,... (not of the network's shape)"
         )
     if gone and rank == 0:
         print(f"{path} had these constants, which are no more: {', '.join(gone)}")

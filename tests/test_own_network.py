@@ -1,7 +1,8 @@
 """
 What is asked of a network: docs/changes.md, "Your own network".
 
-To check one of your own, import it here, add it to NETWORKS, and run this file.
+To check one of your own, import it here, add it to NETWORKS with its config, and run this file. If
+its data are no images, change TINY's sizes and random_inputs of helpers.py, too.
 """
 
 import json
@@ -43,15 +44,18 @@ class AttentionNet(nn.Module):
         return torch.full_like(y, self.config.num_classes)
 
 
-NETWORKS = [DiT, AttentionNet]
+CONFIG = DiTConfig.named("tiny", **TINY)
+NETWORKS = [(DiT, CONFIG), (AttentionNet, CONFIG)]
 
-every_network = pytest.mark.parametrize("network", NETWORKS)
+every_network = pytest.mark.parametrize(
+    "network, config", NETWORKS, ids=[network.__name__ for network, _ in NETWORKS]
+)
 
 
-def make(network):
+def make(network, config):
     """A small network in float64, with no weight left at zero."""
     torch.manual_seed(0)
-    net = network(DiTConfig.named("tiny", **TINY)).to(F64)
+    net = network(config).to(F64)
     with torch.no_grad():
         for p in net.parameters():
             p += 0.1 * torch.randn_like(p)
@@ -73,8 +77,8 @@ def slope(function, h=1e-3):
 
 
 @every_network
-def test_what_comes_out(network):
-    net = make(network)
+def test_what_comes_out(network, config):
+    net = make(network, config)
     x, t, s, y, w, (dx, dt, ds) = inputs()
     F = net(x, t, s, y, w)
     assert F.shape == x.shape
@@ -90,9 +94,9 @@ def test_what_comes_out(network):
 
 @every_network
 @pytest.mark.parametrize("given", ["x", "t", "s", "xt", "xts"])
-def test_the_derivative(network, given):
+def test_the_derivative(network, config, given):
     """Along some tangents, the others being None, against finite differences."""
-    net = make(network)
+    net = make(network, config)
     x, t, s, y, w, tangents = inputs()
     dx, dt, ds = [d if name in given else None for name, d in zip("xts", tangents, strict=True)]
     _, dF = net.jvp(x, t, s, y, w, dx, dt, ds)
@@ -106,9 +110,12 @@ def test_the_derivative(network, given):
 
 
 @every_network
-def test_the_gradient_of_the_derivative(network):
-    """Backward through F and dF at once, along a random direction of all weights."""
-    net = make(network)
+def test_the_gradient_of_the_derivative(network, config):
+    """Backward through F and dF at once, along a random direction of all weights.
+
+    nn.LayerNorm fails here: PyTorch 2.13 loses a part of this gradient (pytorch#196700).
+    """
+    net = make(network, config)
     x, t, s, y, w, tangents = inputs()
     weights = [p for p in net.parameters() if p.requires_grad]
     of_F, of_dF = randn(*x.shape, seed=6), randn(*x.shape, seed=7)
@@ -133,9 +140,9 @@ def test_the_gradient_of_the_derivative(network):
 
 
 @every_network
-def test_samples_do_not_mix(network):
+def test_samples_do_not_mix(network, config):
     """What a sample gives depends on neither the others nor how many there are."""
-    net = make(network)
+    net = make(network, config)
     x, t, s, y, w, _ = inputs()
     F = net(x, t, s, y, w)
     one = slice(1, 2)
@@ -145,16 +152,16 @@ def test_samples_do_not_mix(network):
 
 
 @every_network
-def test_all_weights_are_trained(network):
+def test_all_weights_are_trained(network, config):
     """The loss's last term reaches each of them, as DDP needs it."""
-    net = make(network)
+    net = make(network, config)
     x0, noise, t, s, y, w = random_inputs()
 
     def forget(part):
         backward(part)
         net.zero_grad()
 
-    loss = TrainingLoss(net, make(network).requires_grad_(False))
+    loss = TrainingLoss(net, make(network, config).requires_grad_(False))
     drop = torch.tensor([False, True, False])
     rest, _ = loss(x0, y, noise, t, s, s, w, drop, backward_part=forget)
     backward(rest)
@@ -165,13 +172,13 @@ def test_all_weights_are_trained(network):
 
 
 @every_network
-def test_it_is_made_again_from_a_checkpoint(network):
+def test_it_is_made_again_from_a_checkpoint(network, config):
     """As load_model does it: from its config as JSON, on no device, with the tensors of a file."""
-    net = make(network)
+    net = make(network, config)
     x, t, s, y, w, _ = inputs()
-    config = type(net.config)(**json.loads(json.dumps(vars(net.config))))
-    assert config == net.config
+    read = type(config)(**json.loads(json.dumps(vars(net.config))))
+    assert read == config
     with torch.device("meta"):
-        again = network(config)
+        again = network(read)
     again.load_state_dict(net.state_dict(), assign=True)
     assert torch.equal(again(x, t, s, y, w), net(x, t, s, y, w))

@@ -133,12 +133,13 @@ def test_scores_that_say_nothing(capsys):
     """They are "-" in the table, in their columns, and null in the log."""
     logged = []
     self = types.SimpleNamespace(log=lambda **line: logged.append(line))
-    found = dict(two_sample=0.5, label=math.nan, nearest_ratio=1.0, frechet_pixels=math.nan)
+    found = dict(two_sample=0.5, of_samples=0.0, of_held_out=1.0, nearest_ratio=1.0)
+    found.update(label=math.nan, frechet_pixels=math.nan)
     report.Report.tell_scores(self, 7, "real", 20, found)
     report.Report.tell_scores(self, 7, 4, 20, dict(found, label=0.25, frechet_pixels=1.5))
     assert capsys.readouterr().out.splitlines() == [
-        " real       0.500       -     1.00        -",
-        "    4       0.500   0.250     1.00    1.500",
+        " real     0.500 (0.00 1.00)       -     1.00        -",
+        "    4     0.500 (0.00 1.00)   0.250     1.00    1.500",
     ]
     assert (logged[0]["label"], logged[0]["frechet_pixels"]) == (None, None)
     assert (logged[1]["label"], logged[1]["two_sample"]) == (0.25, 0.5)

@@ -39,6 +39,9 @@ def test_two_sample_accuracy(points):
     assert abs(scores.two_sample_accuracy(a, b) - 0.5) < 4 * 0.5 / math.sqrt(1200)
     far = randn(600, 4, seed=2, dtype=torch.float32) + 100
     assert scores.two_sample_accuracy(a, far) == 1
+    clean = randn(100, 500)  # noise: the nearest image of anything is a clean one
+    noisy = randn(100, 500, seed=1) + 3 * randn(100, 500, seed=2)
+    assert scores.two_sample_accuracies(noisy, clean) == [0, 1]
     with pytest.raises(ValueError, match="one size"):
         scores.two_sample_accuracy(a, b[:5])
 
@@ -122,6 +125,8 @@ def test_all_scores_by_hand(channels):
         moments += [in_rows(images).mean(0), np.cov(in_rows(images).T)]
     assert got["frechet_pixels"] == pytest.approx(fid.frechet_distance(*moments))
     assert got["two_sample"] == scores.two_sample_accuracy(samples, held_out)
+    of_both = [got["of_samples"], got["of_held_out"]]
+    assert of_both == scores.two_sample_accuracies(samples, held_out)
 
     tensors = [torch.as_tensor(a) for a in (samples, y, held_out, train, labels)]
     assert scores.small_data_scores(*tensors, itself) == got
