@@ -144,7 +144,7 @@ def read_originals(path, header, src, rows, count):
 
 
 def as_levels(images):
-    """Numbers of any kind -> uint8: the smallest becomes 0, and the largest 255."""
+    """uint8 as it is. Floats -> uint8: the smallest becomes 0, and the largest 255."""
     if images.dtype == np.uint8:
         return images
     images = np.nan_to_num(images.astype(np.float64), posinf=0, neginf=0)

@@ -115,7 +115,7 @@ def cat(parts, dim):
 def linear(layer, x):
     """W x + b, and W dx. Another kind of layer (LoRA, for example) needs a rule of its own.
 
-    Hooks may change a layer's input and result: then the tangent is the derivative of that.
+    Forward hooks may change a layer's input and result: the tangent is the derivative of that.
     """
     x = total(x)
     copies = copies_of(layer)  # its weights in bfloat16, in a training step on a GPU; else None
@@ -124,7 +124,7 @@ def linear(layer, x):
     if isinstance(x, Dual):
         if type(layer) is not nn.Linear:
             raise TypeError(f"there is no rule for the tangent of a {type(layer).__name__}")
-        if has_hooks(layer):
+        if layer._forward_pre_hooks or layer._forward_hooks:
             return call_with_tangent(layer, x)
         return Dual(layer(x.value), functional.linear(x.tangent, layer.weight))
     return layer(x)

@@ -49,9 +49,9 @@ def step(optimizer, averages, copy_of=None):
     averages: two of (tensors, decay), each with a tensor for each weight, in the same order.
     copy_of: {id(tensor): its copy in bfloat16}, of some of the weights and averages.
     A weight without a gradient stays as it is, and so do its averages. Hooks of optimizer.step do
-    not run. Raises ValueError for other
-    optimizers and options, for tensors that are not contiguous, float32, on one device and as
-    large as their weight; and for copies that are not like their tensor in bfloat16.
+    not run. Raises ValueError for other optimizers, options and numbers of averages; for tensors
+    that are not contiguous, float32, on one device and as large as their weight; and for copies
+    that are not like their tensor in bfloat16.
     """
     check_options(optimizer)
     (group,) = optimizer.param_groups

@@ -7,10 +7,9 @@ The mean of gradients over the GPUs of one host, taken by their copy engines.
 
 NCCL runs on the multiprocessors, which the products of the backward need at the same time. A
 product's programs (thread blocks) fill all of them. If some are taken, the programs left over must
-wait for a second round. A GPU also has copy engines,
-which do nothing else. Here they move the gradients, and only a short kernel adds. Each rank has a
-box in memory that all GPUs of the host can reach (torch's symmetric memory). A gradient is cut into
-as many parts as there are ranks:
+wait for a second round. A GPU also has copy engines, which do nothing else. Here they move the
+gradients, and only a short kernel adds. Each rank has a box in memory that all GPUs of the host can
+reach (torch's symmetric memory). A gradient is cut into as many parts as there are ranks:
 
     push    part r of my gradient goes to rank r's box
     mean    of my part, over all ranks

@@ -188,6 +188,11 @@ def test_hooks_of_a_layer():
     constant = nn.Linear(8, 3).double()
     constant.register_forward_hook(lambda layer, inputs, y: torch.ones_like(y))
     assert not dual.linear(constant, Dual(x, dx)).tangent.any()
+    seen = []
+    watched = nn.Linear(8, 3).double()
+    watched.register_full_backward_hook(lambda layer, g_in, g_out: seen.append(g_out[0]))
+    dual.linear(watched, Dual(x, dx)).value.sum().backward()
+    assert torch.equal(seen[0], torch.ones(5, 3, dtype=F64))
 
 
 def operand(kind, seed):
