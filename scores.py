@@ -9,9 +9,8 @@ computed on `device`, which is the CPU unless another one is given.
 
 two_sample      how well a nearest-neighbour classifier tells samples from held-out images: 0.5 best
 of_samples, of_held_out
-                its accuracy on each of the two, of which two_sample is the mean. If they are not
-                both near 0.5, the sets differ: noise has 0 and 1, since the nearest image of
-                anything is a held-out one
+                its accuracies, of which two_sample is the mean. If they are not both near 0.5,
+                the sets differ: blurred samples go to 1 and 0, noise goes to 0 and 1
 label           the share of samples that look like the class that was asked for, where there are
                 classes
 nearest_ratio   how near samples are to training images: well under 1 means memorized
@@ -83,8 +82,8 @@ def two_sample_accuracies(a, b, device="cpu"):
 
     Each image is given the set of its nearest neighbour among all others. Both accuracies are 0.5
     where both sets come from one distribution, 1 where they lie apart, and 0 where a copies b.
-    Where a is b with noise added, the first is near 0 and the second near 1. Raises ValueError for
-    sets of two sizes.
+    Where a is noise, it is farther from itself than from b: the accuracies go to 0 and 1. Raises
+    ValueError for sets of two sizes.
     """
     n = len(a)
     if n != len(b):
