@@ -82,8 +82,8 @@ def two_sample_accuracies(a, b, device="cpu"):
 
     Each image is given the set of its nearest neighbour among all others. Both accuracies are 0.5
     where both sets come from one distribution, 1 where they lie apart, and 0 where a copies b.
-    Where a is noise, it is farther from itself than from b: the accuracies go to 0 and 1. Raises
-    ValueError for sets of two sizes.
+    Noise is nearer to b than to other noise, so for noise they go to 0 and 1. Raises ValueError for
+    sets of two sizes.
     """
     n = len(a)
     if n != len(b):
