@@ -165,9 +165,10 @@ class Writer:
 
     def __init__(self, path, shape, count, dtype=np.uint8, begun=False, lock=None, overwrite=False):
         """path: data/NAME. shape: (C, H, W) of an image as it is stored. count: {"train": N,
-        "test": M}. begun: go on with the arrays in NAME.partial. lock: of `claim`, where the caller
-        has called it. overwrite: a dataset of this name is replaced, when the new one is whole.
-        Raises DataError and OSError; ValueError or EOFError where begun arrays are not whole.
+        "test": M}. dtype: uint8, float16 or float32. begun: go on with the arrays in NAME.partial.
+        lock: of `claim`, where the caller has called it. overwrite: a dataset of this name is
+        replaced, when the new one is whole. Raises DataError and OSError; ValueError or EOFError
+        where begun arrays are not whole.
         """
         self.path = path
         self.partial = unfinished(path)

@@ -125,13 +125,17 @@ def linear(layer, x):
         if type(layer) is not nn.Linear:
             raise TypeError(f"there is no rule for the tangent of a {type(layer).__name__}")
         if layer._forward_pre_hooks or layer._forward_hooks:
+            if layer._backward_pre_hooks or layer._backward_hooks:  # these have no forward mode
+                raise TypeError("no tangent of a layer that has both forward and backward hooks")
             return call_with_tangent(layer, x)
         return Dual(layer(x.value), functional.linear(x.tangent, layer.weight))
     return layer(x)
 
 
 def call_with_tangent(layer, x):
-    """layer(x), by PyTorch's forward mode."""
+    """layer(x), by PyTorch's forward mode, which torch.inference_mode() does not have."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("a layer with hooks needs torch.no_grad() instead of inference_mode()")
     with forward_ad.dual_level():
         y = layer(forward_ad.make_dual(x.value, x.tangent))
         value, tangent = forward_ad.unpack_dual(y)
@@ -349,9 +353,7 @@ def linear_qkv(layer, x, heads, q_weight=None, k_weight=None):
     """
     x = total(x)
     has_norm = q_weight is not None
-    d = q_weight.numel() if has_norm else 0
-    has_weights = has_norm and q_weight.shape == k_weight.shape == (d,)
-    if has_weights and has_kernels(x, layer=layer) and layer.out_features == 3 * heads * d:
+    if has_norm and q_weight.ndim == k_weight.ndim == 1 and has_kernels(x, layer=layer):
         qkv = linear_detached_bias(layer, x)
         parts = fused.qk_norm(value_of(qkv), tangent_of(qkv), q_weight, k_weight, heads, layer.bias)
         return [pair(*part) for part in zip(parts[:3], parts[3:], strict=True)]

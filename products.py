@@ -80,7 +80,7 @@ class RoundedCopies:
 
         It does not notice writes through .data and writes by others' kernels. A layer that is given
         another tensor (by load_state_dict with assign=True, or by torch.func.functional_call) is
-        left to autocast from then on.
+        left to autocast as long as it has that.
         """
         if self.versions != [p._version for p in self.weights]:
             self.refresh()
@@ -100,7 +100,7 @@ class RoundedCopies:
         """Within this context the layers are computed with their copies, where autocast would.
 
         Go backward inside it, too: checkpointed blocks run again there. writer: a GradientWriter,
-        which the layers' weights then get their gradients from.
+        which makes the gradients of the layers' weights within its backward().
         """
         attributes = [(layer, "gradient_writer", writer) for layer in self.layers]
         attributes += self.attributes
@@ -150,7 +150,7 @@ class GradientWriter:
 
     @contextlib.contextmanager
     def backward(self):
-        """Within this context gradients are written, as above. Raises as finish()."""
+        """Within this context gradients are written, as above. Raises as finish() does."""
         self.is_writing = True
         try:
             yield
@@ -322,7 +322,9 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x, dx, weight)
         ctx.count = count
         ctx.weights = parameters[:count]
-        ctx.writer = writer
+        # Within writer.backward() this is a checkpointed forward that runs again. The backward goes
+        # through the nodes of its first run; through these goes only an autograd.grad inside it.
+        ctx.writer = None if writer and writer.is_writing else writer
         ctx.set_materialize_grads(False)
         y = functional.linear(x, weight, bias)
         return y, None if dx is None else functional.linear(dx, weight)

@@ -416,9 +416,7 @@ class Report:
             f"{n} samples of the evaluation network against {n} held-out images "
             "(real: training images in their place)"
         )
-        print(
-            f"{'steps':>5} {'two-sample (of both)':>21} {'label':>7} {'nearest':>8} {'Frechet':>8}"
-        )
+        print(f"{'steps':>5} {'two-sample (each)':>21} {'label':>7} {'nearest':>8} {'Frechet':>8}")
         against = dict(
             held_out=held_out,
             train=train,
@@ -435,9 +433,9 @@ class Report:
             found = small_data_scores(np.moveaxis(images, -1, 1), y, **against)
             self.tell_scores(step, nfe, n, found)
         print(
-            "two-sample: a nearest neighbour tells samples from held-out images; of both: of "
-            "samples, of held-out images. All 0.5: cannot be told apart. label: the class asked "
-            "for is found. nearest, well under 1: memorized."
+            "two-sample: how often a nearest neighbour tells samples from held-out images; each: "
+            "of samples, of held-out images. All near 0.5: cannot be told apart. label: the class "
+            "asked for is found. nearest, well under 1: memorized."
         )
 
     def train_label_classifier(self, step, rows, held_out, held_out_labels):

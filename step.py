@@ -63,7 +63,8 @@ class TrainingStep:
         two_streams    in CUDA graphs, gradients of weights are made on a second stream
                        (products.GradientWriter); None: as TWO_STREAMS says
 
-        Raises ValueError for what graphs cannot do with these.
+        Raises ValueError for graphs on a device that is not the current one; and, with AdamW alone,
+        for weights in another order than the model's, and for other than two averages.
         """
         self.model = loss.model
         self.optimizers = optimizers
@@ -108,9 +109,9 @@ class TrainingStep:
             groups = self.optimizers[0].param_groups
             optimized = [id(p) for group in groups for p in group["params"]]
             if optimized != [id(p) for p in self.weights]:
-                raise ValueError(
-                    "for graphs AdamW takes the model's trained weights in their order"
-                )
+                raise ValueError("for graphs, give AdamW the weights in the model's order")
+            if len(self.averages) != 2:
+                raise ValueError(f"for graphs, there are two averages, not {len(self.averages)}")
 
     def gradients(self, *inputs, is_first=True, is_last=True):
         """Forward and backward of a micro-batch. Returns the terms of the loss, {name: Term}.
@@ -130,8 +131,8 @@ class TrainingStep:
     def forward_and_backward(self, *inputs, is_last):
         """Adds this micro-batch's share of the gradient to .grad; a whole batch's replaces it.
 
-        With DDP the last term's backward of the last micro-batch makes .grad the mean over the
-        ranks. (With shard every backward adds a mean.)
+        With DDP the last backward of the last micro-batch makes .grad the mean over the ranks.
+        (With shard every backward adds a mean.)
         """
         old = self.take_gradients() if self.micro_batches == 1 else {}
         writer = GradientWriter(old, self.gradient_stream)

@@ -188,6 +188,14 @@ def test_hooks_of_a_layer():
     constant = nn.Linear(8, 3).double()
     constant.register_forward_hook(lambda layer, inputs, y: torch.ones_like(y))
     assert not dual.linear(constant, Dual(x, dx)).tangent.any()
+    only_before = nn.Linear(8, 3).double()
+    only_before.register_forward_pre_hook(lambda layer, inputs: 2 * inputs[0])
+    close(dual.linear(only_before, Dual(x, dx)).tangent, 2 * dx @ only_before.weight.T, 1e-14)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"needs torch.no_grad\(\)"):
+        dual.linear(only_before, Dual(x, dx))
+    only_before.register_full_backward_hook(lambda layer, g_in, g_out: None)
+    with pytest.raises(TypeError, match="both forward and backward hooks"):
+        dual.linear(only_before, Dual(x, dx))
     seen = []
     watched = nn.Linear(8, 3).double()
     watched.register_full_backward_hook(lambda layer, g_in, g_out: seen.append(g_out[0]))
@@ -1394,6 +1402,9 @@ def test_terms_of_ones_own():
     ):
         with pytest.raises(ValueError, match="a second .* in the log"):
             step(last)
+    empty = types.SimpleNamespace(terms=lambda *inputs: iter([]))
+    with pytest.raises(ValueError, match="at least one Term"):
+        TrainingLoss.forward(empty, x0, None)
     with pytest.raises(ValueError, match="yields Terms, not a Tensor"):
         step(lambda error, t: error)
     with pytest.raises(ValueError, match="each term of the loss is early"):

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -226,6 +227,9 @@ def test_images_of_another_shape_than_the_networks(folder):
     ckpt.save_tensors("x.safetensors", tensors, about)
     complaint = run_script("sample.py", "x.safetensors", "--n", 2)
     assert "images of shape [3, 8, 8], and a network for [1, 8, 8]" in complaint
+    without_sides = types.SimpleNamespace(in_channels=1, num_classes=10)
+    about["data"]["shape"] = [1, 64]
+    ckpt.check_about(without_sides, about)  # a fork's config, and its data
 
 
 @pytest.mark.parametrize("objective", ["other", "", None, 3, ["tvm"]])

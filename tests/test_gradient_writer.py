@@ -14,6 +14,7 @@ import torch
 from helpers import gpu, random_model, rel
 from test_products import LIMIT
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import products
 from device import Graph, graph_stream
@@ -169,6 +170,10 @@ TERMS = {
         lambda net, x: net(x),
         lambda net, x: net(x + along(net, x)),
     ],
+    "the same, checkpointed": [
+        lambda net, x: net(x),
+        lambda net, x: checkpoint(lambda x: net(x + along(net, x)), x, use_reentrant=False),
+    ],
     "a part without a gradient": [lambda net, x: net(x) + without_gradient(net, x)],
     "reads .grad": [
         lambda net, x: net(x),
@@ -264,7 +269,7 @@ def data_parallel(module, *_, **__):
 
 
 class Penalized(TrainingLoss):
-    """TVM, and a penalty on the weights as a term of its own."""
+    """TVM, and a penalty on the weights as a term of its own, early or not."""
 
     early = True
 
@@ -310,9 +315,8 @@ def test_a_late_stream_in_a_step(kind, micro_batches, alone, late, monkeypatch, 
     for a, b in zip(found, wanted, strict=True):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
     if kind is Penalized and alone:
-        monkeypatch.setattr(
-            Penalized, "early", False
-        )  # then it goes backward together with the last term of TVM
+        # Now it goes backward together with the last term of TVM.
+        monkeypatch.setattr(Penalized, "early", False)
         with pytest.raises(RuntimeError, match="yield a penalty as an early term of its own"):
             gradients(True)
 

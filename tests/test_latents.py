@@ -503,7 +503,7 @@ def test_check_draws_any_number_of_channels(folder, channels, shown):
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int16])
 def test_other_numbers_are_refused(folder, dtype):
-    """Sampling would give back none of them: it has uint8 and float32."""
+    """Samples are uint8 or float32, which holds float16, too."""
     with pytest.raises(header.DataError, match=f"dtype '{np.dtype(dtype).name}'"):
         dataset.Writer("data/a", (3, 6, 9), {"train": 8, "test": 0}, dtype)
     assert not os.path.exists("data/a.partial")

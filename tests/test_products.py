@@ -359,6 +359,9 @@ def test_where_copies_are_used():
             assert linear(layer, x).any()
             layer.weight = weight
             assert not linear(layer, x).any()
+            bias, layer.bias = layer.bias, nn.Parameter(torch.ones(8))
+            assert linear(layer, x).any()
+            layer.bias = bias
     with autocast:
         assert linear(layer, x).any()
 
@@ -378,16 +381,22 @@ def test_a_hook_on_one_layer_of_a_group():
     assert torch.equal(found, wanted)
 
 
-def test_wrong_orders():
-    """What a graph would pair wrongly is refused: AdamW's weights in another order."""
+def test_what_graphs_refuse(monkeypatch):
+    """AdamW's weights in another order, other than two averages, and another device."""
     net, target = two_networks()
     weights = [p for p in net.parameters() if p.requires_grad]
     averages = [(target, 0.9), (copy.deepcopy(target), 0.99)]
     loss = TrainingLoss(net, target)
     options = dict(device=torch.device("cpu"), graphs=True)
     TrainingStep(loss, [torch.optim.AdamW(weights)], averages, **options)
-    with pytest.raises(ValueError, match="in their order"):
+    with pytest.raises(ValueError, match="the model's order"):
         TrainingStep(loss, [torch.optim.AdamW(weights[::-1])], averages, **options)
+    with pytest.raises(ValueError, match="two averages, not 1"):
+        TrainingStep(loss, [torch.optim.AdamW(weights)], averages[:1], **options)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    options["device"] = torch.device("cuda", 1)
+    with pytest.raises(ValueError, match=r"torch.cuda.set_device\(1\) first"):
+        TrainingStep(loss, [torch.optim.AdamW(weights)], averages, **options)
 
 
 def test_no_second_derivative():

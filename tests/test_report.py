@@ -28,7 +28,7 @@ import checkpoint as ckpt
 import fid
 import report
 import scores
-from loss import Term
+from loss import IN_THE_LOG, Term
 
 PLAIN = ("--w=1", "--patch_size=2", "--sample_every=1")
 
@@ -343,6 +343,8 @@ def test_losses_by_quarters():
     assert line["a_by_time"] == [3.0, None, None, 2.0]
     assert line["b_by_time"] == [None, 16 / 3, 8.0, None]
     assert (line["grad_norm"], line["skipped"]) == (0.5, 1)
+    others = {key for key in line if key not in ("a", "b") and not key.endswith("_by_time")}
+    assert others == set(IN_THE_LOG) - {"peak_gb"}  # that is for GPUs
     assert shown.startswith("a 2.5000 b 6.0000")
     assert shown.endswith(", 1 skipped")
     assert batches.waited == 0
