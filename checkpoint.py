@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from files import CheckpointError, written
-from loss import OBJECTIVES
+from loss import GUIDANCE, OBJECTIVES
 
 # The file begins with the length of its header, and the header with these bytes. Then comes the
 # crc32 of the whole file, as eight hexadecimal digits; it is taken with eight zeros in its place.
@@ -170,11 +170,17 @@ def check_about(config, about):
     for name in ("name", "vae", "dtype"):
         if not isinstance(data.get(name, ""), str):
             raise ValueError(f"a {name} that is no text: {data[name]!r}")
+    if data.get("dtype", "uint8") not in ("uint8", "float16", "float32"):
+        raise ValueError(f"images of dtype {data['dtype']!r}")
+    sampler = about["guidance"].get("sampler", "constant")
+    if sampler not in GUIDANCE:
+        raise ValueError(f"the guidance {sampler!r} is none of {', '.join(GUIDANCE)}")
     if not isinstance(about.get("train", {}), dict):
         raise ValueError("constants that are no dict")
     wanted = [config.in_channels, *getattr(config, "height_and_width", ())]
     sides = data.get("shape", wanted)
-    if not all(type(n) is int and n > 0 for n in sides) or math.prod(sides) > 2**31:
+    is_shape = len(sides) >= 2 and all(type(n) is int and n > 0 for n in sides)
+    if not is_shape or math.prod(sides) > 2**31:
         raise ValueError(f"images of shape {sides}")
     # A fork may have data of other dimensions, or a config without sides.
     if len(sides) == len(wanted) == 3 and list(sides) != wanted:
@@ -190,8 +196,10 @@ def check_about(config, about):
         raise ValueError("a class count, guidance weight, mean or std that is not finite")
     if not 0 < min(weights) <= max(weights) < 1e6:
         raise ValueError("a guidance weight that is not above 0 and below a million")
-    if counts and (min(counts) < 0 or sum(counts) == 0):
-        raise ValueError("class counts that are negative, or all 0")
+    if min(data["std"]) <= 0:
+        raise ValueError("a std that is not above 0")
+    if counts and (min(counts) < 0 or sum(counts) == 0 or sum(counts) >= 2**63):
+        raise ValueError("class counts that are negative, all 0, or too large")
 
 
 def load_checkpoint(path, device="cpu", needs_about=True):

@@ -19,6 +19,7 @@ name ends the conversion.
 import io
 import math
 import os
+from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from tqdm import tqdm
@@ -188,6 +189,8 @@ class Reader(RestrictedUnpickler):
     def load_storage(self, content):
         """A storage, which is a file of torch.save in itself -> a flat tensor of all of it."""
         self.progress.update(len(content))
+        if is_compressed(content):  # torch.save never does that: a small file could fill the memory
+            raise CheckpointError("a tensor in it is compressed")
         try:
             storage = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             flat = torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage)
@@ -195,6 +198,15 @@ class Reader(RestrictedUnpickler):
             reason = in_one_line(error, 120)
             raise CheckpointError(f"a tensor in it is no plain storage: {reason}") from None
         return stub_of_tensor(flat)
+
+
+def is_compressed(content):
+    """Whether bytes are a zip archive with a compressed member."""
+    try:
+        with ZipFile(io.BytesIO(content)) as archive:
+            return any(member.compress_type != ZIP_STORED for member in archive.infolist())
+    except Exception:  # no zip: torch reads other formats, or says what is wrong
+        return False
 
 
 def in_one_line(error, longest):

@@ -374,6 +374,8 @@ class TrainingLoss(nn.Module):
         for term in self.terms(x0, y, *drawn):
             if not isinstance(term, Term):
                 raise ValueError(f"an objective yields Terms, not a {type(term).__name__}")
+            if not isinstance(term.name, str) or term.name.endswith("_by_time"):
+                raise ValueError(f"a term cannot have the name {term.name!r} in the log")
             if term.name in terms or term.name in IN_THE_LOG:
                 raise ValueError(f"a second {term.name!r} in the log: each term has its own name")
             if any(t.shape != x0.shape[:1] for t in (term.loss, term.error, term.time)):

@@ -94,7 +94,14 @@ class Parts:
     def load(self):
         """The arrays of all batches, in their order, one at a time."""
         for batch in tqdm(self.batches, desc="collecting", unit="batch"):
-            yield np.load(self.path(batch), allow_pickle=False)
+            path = self.path(batch)
+            try:
+                array = np.load(path, allow_pickle=False)
+            except (ValueError, EOFError) as error:
+                raise UserError(
+                    f"{path} is damaged: delete it and give the same command again ({error})"
+                ) from None
+            yield array
 
     def remove(self):
         """Remove the batches and the lock. The folder stays where others have put files there."""

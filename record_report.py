@@ -254,8 +254,8 @@ def report(log, ideas, methods, prefix, page=None):
     name = os.path.splitext(os.path.basename(log))[0]
     if name == "log":
         name = "record"
-    with open(os.path.join(folder, f"{name}-tables.md"), "w") as f:
-        f.write(text)
+    with written(os.path.join(folder, f"{name}-tables.md")) as f:
+        f.write(text.encode())
     if page:
         put_into_page(text, page)
     seconds = max(of_round)

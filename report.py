@@ -68,7 +68,7 @@ class Losses:
     def add(self, terms):
         """Add the terms of a micro-batch, {name: loss.Term}."""
         for term in terms.values():
-            quarter = (term.time * 4).long().clamp(max=3)
+            quarter = (term.time * 4).long().clamp(0, 3)
             pairs = torch.stack([term.error, torch.ones_like(term.error)], dim=1)
             if term.name not in self.step_sums:
                 self.step_sums[term.name] = torch.zeros(4, 2, device=self.device)

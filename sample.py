@@ -66,6 +66,7 @@ from pictures import (
 )
 
 SHOWN = 10  # class names that are printed
+MOST_BATCHES = 10**7  # of which a list is kept
 
 
 # ---- the sampler ---------------------------------------------------------------------------------
@@ -192,6 +193,11 @@ def check_numbers(args):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}")
+    if (args.n or 0) // args.batch > MOST_BATCHES:
+        raise UserError(f"--n {args.n} in batches of {args.batch} are too many: raise --batch")
+    for name in ("fid", "out"):
+        if getattr(args, name) == "":
+            raise UserError(f"--{name} is given without a name")
     if not 0 <= args.seed < 2**63:
         raise UserError(f"--seed must be at least 0 and below 2**63, not {args.seed}")
     if args.inception and not args.fid:

@@ -17,7 +17,7 @@ import sys
 import numpy as np
 from PIL import Image
 
-from files import UserError
+from files import UserError, written
 from pictures import new_figure
 
 SCORES = {
@@ -41,12 +41,16 @@ SAMPLES = (  # the rows of samples.png: title, method, which of the step counts
 
 def is_number(value):
     """Whether a value of a log is a number above 0, as all are that a report computes with."""
-    return type(value) in (int, float) and 0 < value < math.inf
+    return type(value) in (int, float) and 0 < value < 1e300
+
+
+def is_share(value):
+    return type(value) in (int, float) and 0 <= value <= 1
 
 
 # What a report needs of a log: values of these types, or for which a function is true, and dicts
-# with at least these keys. (A share of samples may be 0.)
-FORM_OF_SCORES = {**dict.fromkeys(SCORES, (int, float)), "features": is_number}
+# with at least these keys.
+FORM_OF_SCORES = {**dict.fromkeys(SCORES, is_share), "features": is_number, "pixels": is_number}
 FORM_OF_FIRST = dict(
     settings=dict(nfes=list, images=int),
     real=FORM_OF_SCORES,
@@ -60,8 +64,10 @@ def read_log(path):
     """(the first line, which has the settings; {run: its line}). Raises UserError."""
     try:
         with open(path) as f:
-            # A kill may have cut off the last line.
-            lines = [json.loads(text) for text in f if text.endswith("}\n")]
+            texts = f.readlines()
+        if texts and not texts[-1].endswith("}\n"):
+            texts.pop()  # a kill may have cut it off
+        lines = [json.loads(text) for text in texts]
         first = lines[0]
         first["settings"]  # or this is the log of something else
         runs = {line["run"]: line for line in lines[1:]}
@@ -70,7 +76,7 @@ def read_log(path):
         if not all(is_number(ms) for ms in first.get("step_ms", {}).values()):
             raise ValueError("a step's time that is not above 0")
         return first, runs
-    except (OSError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = str(error) or "no line in it"
         raise UserError(f"{path} is not the log of a study: {reason}") from None
 
@@ -96,7 +102,7 @@ def check_log(path, script, first, runs, form_of_first, form_of_run, form_of_sco
     wrong = None
     if not fits(first, {**FORM_OF_FIRST, **form_of_first}):
         wrong = "its first line"
-    elif not all(isinstance(nfe, int) for nfe in first["settings"]["nfes"]):
+    elif not first["settings"]["nfes"] or not all(map(is_number, first["settings"]["nfes"])):
         wrong = "the nfes of its first line"
     else:
         scores = {str(nfe): FORM_OF_SCORES for nfe in first["settings"]["nfes"]}
@@ -298,7 +304,8 @@ def draw_scores(runs_of, first, title, path):
         axis.grid(alpha=0.3)
     axes[2].legend(loc="lower right")  # where no curve is
     figure.suptitle(f"{title} on {first['device']}; mean and range of seeds", fontsize=10)
-    figure.savefig(path, dpi=120)
+    with written(path) as f:
+        figure.savefig(f, format="png", dpi=120)
 
 
 def draw_samples(rows, nfes, path):
@@ -315,7 +322,8 @@ def draw_samples(rows, nfes, path):
         axis.set_ylabel(title, rotation=0, ha="right", va="center")
         for spine in axis.spines.values():
             spine.set_visible(False)
-    figure.savefig(path, dpi=120)
+    with written(path) as f:
+        figure.savefig(f, format="png", dpi=120)
 
 
 # ---- all of it -----------------------------------------------------------------------------------
@@ -330,8 +338,8 @@ def report(log, methods, prefix):
     folder = os.path.dirname(log) or "."
     text = "\n".join(tables(results))
     print(text)
-    with open(os.path.join(folder, "study-tables.md"), "w") as f:
-        f.write(text + "\n")
+    with written(os.path.join(folder, "study-tables.md")) as f:
+        f.write(f"{text}\n".encode())
     runs_of = {method: results.all_seeds(method) for method in results.best}
     title = f"Equal training time, {results.settings['seconds']:g} s a run"
     draw_scores(runs_of, results.first, title, os.path.join(folder, "study.png"))

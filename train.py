@@ -40,6 +40,7 @@ from tqdm import tqdm
 import fused
 from batches import Batches, why_not_train
 from checkpoint import (
+    check_about,
     check_run,
     initialize_from,
     load_newest,
@@ -405,6 +406,10 @@ about = dict(
     data=header,
     commit=git_commit(),
 )
+try:
+    check_about(model_config, about)  # or sample.py would refuse what is trained here
+except ValueError as error:
+    fail(f"these constants and {data_path} make a checkpoint with {error}")
 
 
 def save(step):

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -175,6 +176,16 @@ def saved(thing):
     return file.getvalue()
 
 
+def compressed(content):
+    """The same zip archive, with compressed members."""
+    file = io.BytesIO()
+    whole = zipfile.ZipFile(io.BytesIO(content))
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in whole.namelist():
+            archive.writestr(name, whole.read(name))
+    return file.getvalue()
+
+
 RAN = "open('ran', 'w').close()"
 load_storage = torch.storage._load_from_bytes
 rebuild_tensor = torch._utils._rebuild_tensor_v2
@@ -204,6 +215,7 @@ EVIL = {
     "open, which": lambda: Calling(open, "ran", "w"),
     "builtins.getattr, of": lambda: Calling(getattr, "a string", "upper"),
     "no plain storage: 'dict'": lambda: Calling(load_storage, saved({"a": torch.ones(2)})),
+    "is compressed": lambda: Calling(load_storage, compressed(saved(torch.zeros(9).storage()))),
     "out of bounds": lambda: tensor_of_two(1, (2,), (1,)),
     "in a storage of 2": lambda: tensor_of_two(0, (10**6,), (0,)),
     "TVMWrapper": globals_of_a_method,

@@ -426,6 +426,10 @@ def test_batches_of_another_run_stay(folder, capsys, monkeypatch):
             assert "a.png.parts holds 3 finished batches of another checkpoint, seed" in complaint
             assert "delete the folder, or name another --out" in complaint
             assert glob.glob("a.png.parts/*.npy") == batches
+    os.rename(batches[0], "kept.npy")
+    open(batches[0], "w").close()
+    assert f"{batches[0]} is damaged: delete it" in run("c.safetensors", *six)
+    os.replace("kept.npy", batches[0])
     capsys.readouterr()
     assert run("c.safetensors", *six) is None
     assert "going on from 3 of 3" in capsys.readouterr().err
@@ -669,6 +673,9 @@ def test_sample_refuses(folder):
     make_checkpoint("u.safetensors", num_classes=0)
     assert "without classes" in run("u.safetensors", "--classes", "1")
     assert "--fid only" in run("c.safetensors", "--inception", "w.pth")
+    assert "--fid is given without a name" in run("c.safetensors", "--fid", "")
+    assert "--out is given without a name" in run("c.safetensors", "--out", "")
+    assert "raise --batch" in run("c.safetensors", "--n", 10**9, "--batch", 1, "--out", "b.npz")
     assert "at least 2 images" in run("c.safetensors", "--fid", "ref.npz", "--n", 1)
     script = os.path.join(HERE, "sample.py")
     done = subprocess.run([sys.executable, script, "gone"], capture_output=True, text=True)

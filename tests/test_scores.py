@@ -39,6 +39,8 @@ def test_two_sample_accuracy(points):
     assert abs(scores.two_sample_accuracy(a, b) - 0.5) < 4 * 0.5 / math.sqrt(1200)
     far = randn(600, 4, seed=2, dtype=torch.float32) + 100
     assert scores.two_sample_accuracy(a, far) == 1
+    few = randn(10, 4)[torch.arange(600) % 10]  # each of ten images, many times
+    assert scores.two_sample_accuracies(few, few.flip(0)) == [0.5, 0.5]
     clean = randn(100, 500)  # noise: the nearest image of anything is a clean one
     noisy = randn(100, 500, seed=1) + 3 * randn(100, 500, seed=2)
     assert scores.two_sample_accuracies(noisy, clean) == [0, 1]

@@ -357,6 +357,11 @@ def test_damaged_files_of_the_record(folder):
         shutil.copy(os.path.join(HERE, "assets", log), log)
         said = run_script(script, "--report", f"--log={log}")
         assert f"{log} is not a log of {script}" in said
+    lines = text_of("study.jsonl").splitlines(keepends=True)
+    lines[3] = lines[3][:200] + "\n"  # no kill leaves that
+    with open("study.jsonl", "w") as f:
+        f.writelines(lines)
+    assert "is not the log of a study" in run_script("study.py", "--report", "--log=study.jsonl")
 
 
 @pytest.mark.parametrize("script", ["study.py", "record.py"])
@@ -367,6 +372,7 @@ def test_logs_that_lack_something(folder, script):
     scored = next(i for i, line in enumerate(lines) if "scores" in line)
     changes = [(0, "settings", {}), (0, "settings", 3), (0, "real", {}), (0, "date", 5)]
     changes += [(scored, "scores", {}), (scored, "steps", "9")]
+    changes += [(0, "settings", {**lines[0]["settings"], "nfes": []})]
     no_distance = {nfe: dict(s, features=0.0) for nfe, s in lines[scored]["scores"].items()}
     changes += [(scored, "scores", no_distance), (scored, "run", 5), (0, "step_ms", {"tvm": 0})]
     if script == "record.py":
