@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 import attention_jvp as A
 from files import UserError
-from pictures import new_figure
+from pictures import new_figure, save_figure
 
 SHAPES = [  # B, H, S, D
     (32, 18, 256, 64),
@@ -409,7 +409,7 @@ def draw_plot(path, quick, H=24, D=128):
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)
 
 
 def sanitize(hopper=False):

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from files import CheckpointError, written
+from header import IMAGE_DTYPES
 from loss import GUIDANCE, OBJECTIVES
 
 # The file begins with the length of its header, and the header with these bytes. Then comes the
@@ -170,7 +171,7 @@ def check_about(config, about):
     for name in ("name", "vae", "dtype"):
         if not isinstance(data.get(name, ""), str):
             raise ValueError(f"a {name} that is no text: {data[name]!r}")
-    if data.get("dtype", "uint8") not in ("uint8", "float16", "float32"):
+    if data.get("dtype", "uint8") not in IMAGE_DTYPES:
         raise ValueError(f"images of dtype {data['dtype']!r}")
     sampler = about["guidance"].get("sampler", "constant")
     if sampler not in GUIDANCE:

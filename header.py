@@ -14,6 +14,7 @@ from images import printable
 
 FORMAT = "tvm-data-1"
 SPLITS = ("train", "test")
+IMAGE_DTYPES = ("uint8", "float16", "float32")  # of stored images; samples are uint8 or float32
 
 
 class DataError(UserError):
@@ -33,10 +34,6 @@ def is_numbers(value, length, least=-math.inf, kinds=(int, float)):
     return True
 
 
-def right_name(header):
-    return isinstance(header["name"], str)
-
-
 def right_shape(header):
     shape = header["shape"]
     if not isinstance(shape, list) or len(shape) < 2:
@@ -45,7 +42,7 @@ def right_shape(header):
 
 
 def right_dtype(header):
-    return header["dtype"] in ("uint8", "float16", "float32")
+    return header["dtype"] in IMAGE_DTYPES
 
 
 def right_count(header):
@@ -86,17 +83,14 @@ def right_skipped(header):
     return is_numbers([header["skipped"]], 1, least=0, kinds=(int,))
 
 
-def right_vae(header):
-    return isinstance(header["vae"], str)
-
-
-def right_train_crc32(header):
-    return isinstance(header["train_crc32"], str)
+def right_text(key):
+    """A check that the value of a key is text."""
+    return lambda header: isinstance(header[key], str)
 
 
 # What a header holds at least, and how each value is checked, in this order.
 CHECKS = {
-    "name": right_name,
+    "name": right_text("name"),
     "shape": right_shape,  # [C, H, W]; of other data [C, ...]
     "dtype": right_dtype,
     "count": right_count,  # {"train": N, "test": M}
@@ -109,10 +103,10 @@ CHECKS = {
 # What it may hold besides, and is checked where it does.
 OPTIONAL_CHECKS = {
     "kind": right_kind,  # "images" or "latents"; a word for what the data are
-    "vae": right_vae,  # of latents: the VAE's name
+    "vae": right_text("vae"),  # of latents: the VAE's name
     "class_names": right_class_names,  # one a class, or none
     "skipped": right_skipped,  # how many images could not be read
-    "train_crc32": right_train_crc32,  # of train_images.npy and then train_labels.npy
+    "train_crc32": right_text("train_crc32"),  # of train_images.npy and then train_labels.npy
 }
 
 
@@ -140,7 +134,7 @@ def load_header(path):
 def refuse_wrong_values(where, header):
     """Raise DataError for the first value that cannot be. Keys that are missing are passed over."""
     for key, is_right in {**CHECKS, **OPTIONAL_CHECKS}.items():
-        if is_right and key in header and not is_right(header):
+        if key in header and not is_right(header):
             raise DataError(f"{where}: {key} {header[key]!r} does not belong to {FORMAT} data")
 
 

@@ -163,10 +163,6 @@ def check_guidance(sampler="constant", w=1.0, w_min=1.0, w_max=1.0):
 # ---- objectives ----------------------------------------------------------------------------------
 
 
-# What a line of the log has beside the terms.
-IN_THE_LOG = ("step", "loss", "grad_norm", "images_per_second", "data_wait", "skipped", "peak_gb")
-
-
 class Term(NamedTuple):
     """A part of a loss, of each sample."""
 
@@ -178,6 +174,22 @@ class Term(NamedTuple):
     # terms that are not early go backward last, together. There is at least one, and together they
     # must reach all weights: in this backward DDP takes the mean over the ranks.
     early: bool = False
+
+
+# What a line of the log has beside the terms.
+IN_THE_LOG = ("step", "loss", "grad_norm", "images_per_second", "data_wait", "skipped", "peak_gb")
+
+
+def check_term(term, earlier, B):
+    """Raises ValueError for what an objective must not yield. earlier: the names before it."""
+    if not isinstance(term, Term):
+        raise ValueError(f"an objective yields Terms, not a {type(term).__name__}")
+    if not isinstance(term.name, str) or term.name.endswith("_by_time"):
+        raise ValueError(f"a term cannot have the name {term.name!r} in the log")
+    if term.name in earlier or term.name in IN_THE_LOG:
+        raise ValueError(f"a second {term.name!r} in the log: each term has its own name")
+    if any(t.shape != (B,) for t in (term.loss, term.error, term.time)):
+        raise ValueError(f"term {term.name!r}: loss, error and time must each be (B,)")
 
 
 def tvm_loss(model, target, x0, y, x1, t, s, s_fm, w, detach_jvp=False):
@@ -372,14 +384,7 @@ class TrainingLoss(nn.Module):
         loss = 0
         terms = {}
         for term in self.terms(x0, y, *drawn):
-            if not isinstance(term, Term):
-                raise ValueError(f"an objective yields Terms, not a {type(term).__name__}")
-            if not isinstance(term.name, str) or term.name.endswith("_by_time"):
-                raise ValueError(f"a term cannot have the name {term.name!r} in the log")
-            if term.name in terms or term.name in IN_THE_LOG:
-                raise ValueError(f"a second {term.name!r} in the log: each term has its own name")
-            if any(t.shape != x0.shape[:1] for t in (term.loss, term.error, term.time)):
-                raise ValueError(f"term {term.name!r}: loss, error and time must each be (B,)")
+            check_term(term, terms, len(x0))
             part = term.loss.mean()
             if backward_part and term.early:
                 backward_part(part)

@@ -284,3 +284,9 @@ def new_figure(**options):
     from matplotlib.figure import Figure
 
     return Figure(**options)
+
+
+def save_figure(figure, path, dpi=120):
+    """Write a figure as a PNG, which appears whole or not at all."""
+    with written(path) as f:
+        figure.savefig(f, format="png", dpi=dpi)

@@ -37,6 +37,7 @@ from pictures import (
     form_of_images,
     grid,
     new_figure,
+    save_figure,
     to_images,
     unlike_pictures,
 )
@@ -242,8 +243,7 @@ class Report:
         if terms:
             axes.legend()
         axes.grid(alpha=0.3)
-        with written(os.path.join(self.out, "curve.png")) as f:
-            figure.savefig(f, format="png", dpi=120)
+        save_figure(figure, os.path.join(self.out, "curve.png"))
 
     def logged_losses(self):
         """{step: line}; of a step that was done again after a restart, the later line.

@@ -180,7 +180,7 @@ def parse(argv=None):
     )
     add("--device", help="default: a GPU where there is one")
     args = parser.parse_args(argv)
-    check_numbers(args)
+    check_values(args)
     if args.fid:
         prepare_fid(args)
     else:
@@ -188,7 +188,7 @@ def parse(argv=None):
     return args
 
 
-def check_numbers(args):
+def check_values(args):
     for name in ("nfe", "n", "batch"):
         value = getattr(args, name)
         if value is not None and value < 1:

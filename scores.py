@@ -89,7 +89,7 @@ def two_sample_accuracies(a, b, device="cpu"):
     n = len(a)
     if n != len(b):
         raise ValueError(
-            f"two_sample_accuracy: {n} images against {len(b)}; the sets must be of one size"
+            f"two_sample_accuracies: {n} images against {len(b)}; the sets must be of one size"
         )
     itself = torch.arange(n)
     accuracies = []
@@ -99,11 +99,6 @@ def two_sample_accuracies(a, b, device="cpu"):
         right = (to_own < to_other).double() + (to_own == to_other).double() / 2
         accuracies.append(right.mean().item())
     return accuracies
-
-
-def two_sample_accuracy(a, b, device="cpu"):
-    """The mean of two_sample_accuracies."""
-    return sum(two_sample_accuracies(a, b, device)) / 2
 
 
 def label_accuracy(samples, y, images, labels, leave_out=None, device="cpu"):

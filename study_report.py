@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from files import UserError, written
-from pictures import new_figure
+from pictures import new_figure, save_figure
 
 SCORES = {
     "features": "Fréchet, features",
@@ -304,8 +304,7 @@ def draw_scores(runs_of, first, title, path):
         axis.grid(alpha=0.3)
     axes[2].legend(loc="lower right")  # where no curve is
     figure.suptitle(f"{title} on {first['device']}; mean and range of seeds", fontsize=10)
-    with written(path) as f:
-        figure.savefig(f, format="png", dpi=120)
+    save_figure(figure, path)
 
 
 def draw_samples(rows, nfes, path):
@@ -322,8 +321,7 @@ def draw_samples(rows, nfes, path):
         axis.set_ylabel(title, rotation=0, ha="right", va="center")
         for spine in axis.spines.values():
             spine.set_visible(False)
-    with written(path) as f:
-        figure.savefig(f, format="png", dpi=120)
+    save_figure(figure, path)
 
 
 # ---- all of it -----------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from files import UserError, written
 from loss import TrainingLoss
 from model import DiTConfig
 from options import Parser, run
-from pictures import new_figure
+from pictures import new_figure, save_figure
 
 F64 = torch.float64
 
@@ -420,7 +420,7 @@ def draw_plot(about, rows, path):
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=9)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)
 
 
 def main():
