@@ -18,7 +18,6 @@ with PYTORCH_NO_CUDA_MEMORY_CACHING=1 in the environment. --hopper: with the ker
 attention_hopper.py.
 """
 
-import copy
 import functools
 import gc
 import json
@@ -37,6 +36,7 @@ import torch.distributed as dist
 from torch.nn import functional
 
 import bench_attention
+import cublas
 import inception
 from dataset import Writer
 from device import find_device, from_all_ranks, from_rank_0, join_ranks, ranks_of_torchrun
@@ -52,6 +52,7 @@ WARM_UP_SECONDS = 10  # before a step is timed: a GPU that has worked for a whil
 MODES = {  # of a step: what RandomStep is given, and passes that its products are worth
     "graph": ({}, 11),  # as train.py has it: fused.py's kernels in a CUDA graph
     "one_stream": (dict(two_streams=False), 11),  # gradients of weights on the same stream
+    "untuned": ({}, 11),  # products by the kernels that PyTorch takes, instead of cublas.py's
     "eager": (dict(graphs=False), 11),
     "compiled": (dict(compiled=True), 11),  # kernels of torch.compile instead of fused.py's
     "checkpointed": (dict(checkpoint=True), 11),
@@ -146,8 +147,10 @@ def step_table(size, input_size, batch, modes):
         f"{'mode':>20} | {'ms':>6} {'img/s':>6} {'TF/s':>4} {'of it':>5} {'peak GB':>7} "
         f"{'start s':>7} | GPU ms: {', '.join([*KERNELS, OTHER])}"
     )
+    tuned = cublas.TUNED
     for mode in modes:
         options, passes = MODES[mode]
+        cublas.TUNED = tuned and mode != "untuned"
         if options.keys() & OPTIONS_OF_RANKS and not dist.is_initialized():
             show(f"{mode:>20} | needs torchrun")
             continue
@@ -326,7 +329,7 @@ def sample_table(size, input_size, batch):
     )
     for name, half in (("bfloat16", True), ("float32", False)):
         for nfe in (1, 4):
-            sampler = make_sampler(copy.deepcopy(model), nfe, bfloat16=half)  # it rounds weights
+            sampler = make_sampler(model, nfe, bfloat16=half)
             sampler = functools.partial(sampler, x1, y, w)
             ms = do_bench(sampler, warmup=300, rep=500, return_mode="median")
             tflops = nfe * forward_tflop(config, batch) / ms * 1e3

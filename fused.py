@@ -9,7 +9,6 @@ torch.compile. The kernels' backward cannot be differentiated again; for that, s
     )
     out, dout = gelu(u, du)
     q, k, v, dq, dk, dv = qk_norm(qkv, dqkv, q_weight, k_weight, heads)
-    out = linear_gelu(x, weight, bias)    # where nothing is differentiated
     sums = column_sums(x)
 
 A d before a name is its tangent. Without tangents they are None, and the results' are None too. x
@@ -918,23 +917,6 @@ def gelu(u, du, bias=None):
     _check_shape("gelu", "du", du, u.shape)
     _check_shape("gelu", "bias", bias, u.shape[-1:])
     return _Gelu.apply(u, du, bias)
-
-
-def linear_gelu(x, weight, bias):
-    """GELU in its tanh form of x W^T + b: (..., N), in one kernel of cuBLASLt. No derivative.
-
-    x (..., D), weight (N, D), bias (N,): CUDA tensors in bfloat16. The product is not rounded
-    before its GELU. (In float32 cuBLASLt's GELU is wrong by 2e-6, so dual.py does not take it.)
-    Raises ValueError for other shapes and dtypes.
-    """
-    _check_dtypes("linear_gelu", (torch.bfloat16,), x=x, weight=weight, bias=bias)
-    if weight.dim() != 2:
-        raise ValueError(f"linear_gelu wants a matrix as weight, got {tuple(weight.shape)}")
-    _check_shape("linear_gelu", "x", x, (*x.shape[:-1], weight.size(1)))
-    _check_shape("linear_gelu", "bias", bias, (weight.size(0),))
-    rows = x.reshape(-1, x.size(-1))
-    out = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
-    return out.view(*x.shape[:-1], -1)
 
 
 # ---- norms of queries and keys -------------------------------------------------------------------

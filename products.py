@@ -15,8 +15,8 @@ import contextlib
 
 import torch
 from torch import nn
-from torch.nn import functional
 
+import cublas
 import fused
 
 # The gradient of a weight is the sum of two products: of the value's gradient and of the tangent's.
@@ -326,8 +326,8 @@ class _Product(torch.autograd.Function):
         # through the nodes of its first run; through these goes only an autograd.grad inside it.
         ctx.writer = None if writer and writer.is_writing else writer
         ctx.set_materialize_grads(False)
-        y = functional.linear(x, weight, bias)
-        return y, None if dx is None else functional.linear(dx, weight)
+        y = cublas.linear(x, weight, bias)
+        return y, None if dx is None else cublas.linear(dx, weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # the copies have no gradient
@@ -337,8 +337,8 @@ class _Product(torch.autograd.Function):
         needs_x, needs_dx, _, _, _, _, *needs_parameters = ctx.needs_input_grad
         # These come first, and the gradients of weights wait for them also on a second stream: two
         # large products at a time are slower than one after the other.
-        gx = gy @ weight if needs_x and gy is not None else None
-        gdx = gdy @ weight if needs_dx and gdy is not None else None
+        gx = cublas.matmul(gy, weight) if needs_x and gy is not None else None
+        gdx = cublas.matmul(gdy, weight) if needs_dx and gdy is not None else None
         gweights = [None] * count
         gbiases = [None] * (len(needs_parameters) - count)
         # Without both there is nothing to write. Autograd calls this all the same.

@@ -33,7 +33,6 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 from tqdm import tqdm
 
 import fid
@@ -64,6 +63,7 @@ from pictures import (
     unlike_pictures,
     write_images,
 )
+from products import RoundedCopies
 
 SHOWN = 10  # class names that are printed
 MOST_BATCHES = 10**7  # of which a list is kept
@@ -101,19 +101,16 @@ def sample(model, x1, y, w, nfe, euler=False):
 def make_sampler(model, nfe, euler=False, bfloat16=True):
     """`sample` as a function of (x1, y, w), in bfloat16 where the device has it.
 
-    The weights of the model's linear layers are then rounded in place, once, instead of at every
-    call: give it a copy of a model that you train or save.
+    The weights of the model's linear layers are then rounded once, instead of at every call.
     """
     device = next(model.parameters()).device
     bfloat16 = bfloat16 and abilities(device)[0]
-    if bfloat16:
-        for layer in model.modules():
-            if isinstance(layer, nn.Linear):
-                layer.to(torch.bfloat16)
+    copies = RoundedCopies([model] if bfloat16 else [])
 
     @torch.no_grad()
     def sampler(x1, y, w):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        copies.refresh_if_changed()
+        with copies.in_use(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             return sample(model, x1, y, w, nfe, euler)
 
     return sampler
