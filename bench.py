@@ -49,11 +49,12 @@ from timing import RandomStep, milliseconds
 from vae import SD_VAE
 
 WARM_UP_SECONDS = 10  # before a step is timed: a GPU that has worked for a while is slower
-MODES = {  # of a step: what RandomStep is given, and passes that its products are worth
+# Of a step: what RandomStep is given (but `tuned`), and passes that its products are worth.
+MODES = {
     "graph": ({}, 11),  # as train.py has it: fused.py's kernels in a CUDA graph
     "one_stream": (dict(two_streams=False), 11),  # gradients of weights on the same stream
-    "untuned": ({}, 11),  # products by the kernels that PyTorch takes, instead of cublas.py's
     "eager": (dict(graphs=False), 11),
+    "untuned": (dict(tuned=False), 11),  # products by torch, instead of cublas.py
     "compiled": (dict(compiled=True), 11),  # kernels of torch.compile instead of fused.py's
     "checkpointed": (dict(checkpoint=True), 11),
     "detach_jvp": (dict(detach_jvp=True), 9),
@@ -147,10 +148,8 @@ def step_table(size, input_size, batch, modes):
         f"{'mode':>20} | {'ms':>6} {'img/s':>6} {'TF/s':>4} {'of it':>5} {'peak GB':>7} "
         f"{'start s':>7} | GPU ms: {', '.join([*KERNELS, OTHER])}"
     )
-    tuned = cublas.TUNED
     for mode in modes:
         options, passes = MODES[mode]
-        cublas.TUNED = tuned and mode != "untuned"
         if options.keys() & OPTIONS_OF_RANKS and not dist.is_initialized():
             show(f"{mode:>20} | needs torchrun")
             continue
@@ -194,6 +193,9 @@ def measure_step(config, batch, options):
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    options = dict(options)
+    tuned = cublas.TUNED
+    cublas.TUNED = options.pop("tuned", tuned)
     step = RandomStep(config, batch, **options)
     began = time.perf_counter()
     for n in range(5):
@@ -206,6 +208,7 @@ def measure_step(config, batch, options):
     ms = statistics.median(milliseconds(step, 20))
     peak = torch.cuda.max_memory_reserved()
     kinds = kernel_times(step)
+    cublas.TUNED = tuned
     step.step.recorded.clear()  # the process group cannot be left while graphs hold its links
     return ms, peak, start, kinds
 

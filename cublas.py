@@ -1,22 +1,27 @@
 """
-Matrix products in bfloat16 by cuBLAS, each with the fastest of its kernels.
+Matrix products in bfloat16 by cuBLAS, each with the fastest of its algorithms.
 
-    y = linear(x, weight, bias)             # x W^T + b
-    y = linear(x, weight, bias, gelu=True)  # GELU of that
-    gx = matmul(gy, weight)                 # gy W
+    y = linear(x, weight, bias)       # x W^T + b
+    y = linear_gelu(x, weight, bias)  # GELU of that
+    gx = matmul(gy, weight)           # gy W
 
-cuBLAS has many kernels for one product. PyTorch runs the one that cuBLAS suggests first, which is
-not always the fastest: on an H200 at its limit of power, others make the products of XL/2 up to 30%
-faster. Here the first product of a size is a race between suggested kernels and variants of them.
-Later products of that size are made by the winner. Only kernels that give the same bits as the
-first suggestion may win, so results do not depend on who does.
+cuBLAS has many kernels for one product, with settings: it calls them algorithms. PyTorch leaves the
+choice to cuBLAS, whose choice is not always the fastest. On an H200 at its limit of power others
+take 12% less time for most products of XL/2 in which 1,152 numbers are summed. So when a product
+occurs for the first time, there is a race: between torch's, the algorithms that cuBLAS suggests,
+and variants of these. The winner computes the product from then on.
 
-Small products, other dtypes and other devices are left to torch. Nothing here is differentiable:
-products.py calls it, forward and backward.
+An algorithm may win only if it gives the bits that torch gives, for random numbers. It also
+computes products with fewer rows, and these are not compared again.
+
+Small products, other dtypes and other devices are left to torch, and so is what autograd must
+differentiate. products.py calls this, forward and backward.
 """
 
 import ctypes
 import functools
+import itertools
+import threading
 from ctypes import c_float, c_int, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 
 import torch
@@ -24,75 +29,94 @@ from torch import nn
 from torch.nn import functional
 
 TUNED = True  # False: all products are torch's
-MIN_FLOPS = 5e9  # of a product that is worth a race
+MIN_FLOPS = 1e10  # smaller products are torch's: to start one takes almost as long
+ALIGNMENT = 256  # bytes: what cuBLAS assumes of an address, unless it is told otherwise
 
-# Who races: the first suggestions, and the very first one with these tiles of the result and these
-# options. cuBLAS does not say what its options are (the order of the tiles is among them).
+# Who races, beside torch: the first suggestions, and the very first one with other tiles and
+# options. cuBLAS does not document the options. Of the values that they may have, these are tried.
 SUGGESTIONS = 8
-TILES = (20, 29)  # CUBLASLT_MATMUL_TILE_128x128 and _128x160
+TILES = (20, 29)  # CUBLASLT_MATMUL_TILE_128x128 and _128x160, numbers of the result
 OPTIONS = range(4)
-# Rounds of a race: for how many ms each kernel runs, and how many kernels go on.
+# Rounds of a race: (ms for which each algorithm runs, how many algorithms go on).
 ROUNDS = ((4, 6), (10, 3), (20, 1))
-ROW_STEP = 61  # the results of two kernels are compared in every so many rows
+COMPARED = 2**22  # numbers of a result, in rows that are spread over it
+TORCH = "torch"  # in place of an algorithm: torch's product
 
 
-def linear(x, weight, bias=None, gelu=False):
-    """x (..., K) W^T + b, for weight (N, K) and bias (N,) or None -> (..., N), in x's dtype.
+def linear(x, weight, bias=None):
+    """x (..., K) W^T + b, for weight (N, K) and bias (N,) or None -> (..., N), in x's dtype."""
+    y = tuned_product(x, weight.t(), bias)
+    return functional.linear(x, weight, bias) if y is None else y
 
-    gelu: GELU in its tanh form of that, with a bias. On a CUDA device, in bfloat16, the product is
-    not rounded before its GELU.
+
+def linear_gelu(x, weight, bias):
+    """GELU in its tanh form of x (..., K) W^T + b, for weight (N, K) and bias (N,) -> (..., N).
+
+    In bfloat16, on a CUDA device, the product is not rounded before its GELU.
     """
-    columns, depth = weight.shape
-    product = find_product(x, weight, bias, columns, depth, True, gelu)
-    if product is not None:
-        return product(x, weight, bias)
-    if not gelu:
-        return functional.linear(x, weight, bias)
-    if not x.is_cuda:
+    y = tuned_product(x, weight.t(), bias, gelu=True)
+    if y is not None:
+        return y
+    if not x.is_cuda or x.dtype != torch.bfloat16:  # cuBLAS's GELU is wrong by 2e-6 in float32
         return functional.gelu(functional.linear(x, weight, bias), approximate="tanh")
-    out = torch._addmm_activation(bias, x.reshape(-1, depth), weight.t(), use_gelu=True)
-    return out.view(*x.shape[:-1], columns)
+    rows = x.reshape(-1, x.size(-1))
+    y = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
+    return y.view(*x.shape[:-1], -1)
 
 
-def matmul(x, weight):
-    """x (..., N) W, for weight (N, K) -> (..., K), in x's dtype."""
-    depth, columns = weight.shape
-    product = find_product(x, weight, None, columns, depth, False, False)
-    return x @ weight if product is None else product(x, weight, None)
+def matmul(x, matrix):
+    """x (..., K) times a matrix (K, N) -> (..., N), in x's dtype."""
+    y = tuned_product(x, matrix)
+    return x @ matrix if y is None else y
 
 
-def find_product(x, weight, bias, columns, depth, transposed, gelu):
-    """A Product for tensors like these; None where it is left to torch."""
-    if why_not(x, weight, bias) is not None:
+def tuned_product(x, matrix, bias=None, gelu=False):
+    """x times a matrix, plus a bias, through GELU, by the fastest algorithm.
+
+    None where the product is left to torch.
+    """
+    if why_not(x, matrix, bias) is not None:
         return None
+    depth, columns = matrix.shape
     rows = x.numel() // depth
-    return make_product(rows, columns, depth, transposed, bias is not None, gelu, x.device)
+    by_columns = not matrix.is_contiguous()
+    product = make_product(rows, columns, depth, by_columns, bias is not None, gelu, x.device)
+    return product(x, matrix, bias)
 
 
-def why_not(x, weight, bias=None):
-    """Why a product is left to torch, in words; None if it is not."""
+def why_not(x, matrix, bias=None):
+    """Why x times a matrix, plus a bias, is left to torch, in words; None if it is not."""
     if not TUNED:
         return "TUNED is False"
     if torch.compiler.is_compiling():
-        return "torch.compile does not see into it"
-    tensors = [x, weight] if bias is None else [x, weight, bias]
+        return "torch.compile cannot trace it"
+    tensors = [x, matrix] if bias is None else [x, matrix, bias]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "it has no derivative"
     for t in tensors:
         if type(t) not in (torch.Tensor, nn.Parameter):
-            return f"a {type(t).__name__} is no plain tensor"
+            return f"{type(t).__name__} is a subclass of Tensor"
         if not t.is_cuda or t.dtype != torch.bfloat16 or t.device != x.device:
-            return "it takes bfloat16 on one CUDA device"
-        if not t.is_contiguous() or t.data_ptr() % 16 != 0:
-            return "a tensor is not contiguous, or does not begin at 16 bytes"
-    if weight.size(0) % 8 != 0 or weight.size(1) % 8 != 0:
-        return "sizes are no multiples of 8"
-    if 2 * x.numel() * weight.numel() < MIN_FLOPS * x.size(-1):
-        return "it is small"
+            return "not all tensors are bfloat16 on one CUDA device"
+        if not (t.is_contiguous() or t is matrix and t.t().is_contiguous()):
+            return "a tensor is not contiguous"
+        if t.data_ptr() % ALIGNMENT != 0:
+            return f"a tensor is not aligned to {ALIGNMENT} bytes"
+    if matrix.dim() != 2 or x.size(-1) != matrix.size(0):
+        return "the shapes do not fit"  # torch says how
+    depth, columns = matrix.shape
+    if bias is not None and bias.shape != (columns,):
+        return "the bias does not fit"
+    if depth % 8 != 0 or columns % 8 != 0:
+        return "the matrix's sizes are not multiples of 8"
+    if 2 * x.numel() * columns < MIN_FLOPS:
+        return "the product is small"
     return why_no_library()
 
 
 @functools.cache
 def why_no_library():
-    """Why cuBLAS cannot be called, in words; None if it can."""
+    """Why cuBLASLt cannot be called, in words; None if it can."""
     if torch.version.cuda is None:
         return "PyTorch has no CUDA"
     try:
@@ -102,60 +126,202 @@ def why_no_library():
     return None
 
 
+# ---- a product -----------------------------------------------------------------------------------
+
+
+@functools.cache
+def make_product(*arguments):
+    return TunedProduct(*arguments)
+
+
+# The winners of races, by the key of a product. It has the number of rows, rounded up to a power of
+# two, so that there are few races where that number varies.
+winners = {}
+lock = threading.RLock()  # one race at a time; and a product's description holds one bias
+
+
+class TunedProduct:
+    """x (rows, depth) times a matrix (depth, columns), perhaps plus a bias, perhaps through GELU.
+
+    torch stores a matrix row by row, and cuBLAS column by column. So cuBLAS sees each of torch's
+    matrices transposed, and is asked for out^T = matrix^T x^T: the matrix is its A, x its B.
+    """
+
+    def __init__(self, rows, columns, depth, by_columns, has_bias, gelu, device):
+        """by_columns: how the matrix is stored, as the transpose of a weight is; else by rows."""
+        self.columns = columns
+        self.gelu = gelu
+        self.device = device
+        about_rows = 1 << (rows - 1).bit_length()
+        self.key = about_rows, columns, depth, by_columns, has_bias, gelu, device
+        self.description = create("cublasLtMatmulDescCreate", COMPUTE_FLOAT32, FLOAT32)
+        self.describe(DESC_TRANSA, c_int(by_columns))
+        self.describe(DESC_EPILOGUE, c_uint32(EPILOGUES[has_bias, gelu]))
+        # Rows and columns as cuBLAS sees them.
+        self.a = make_layout(depth, columns) if by_columns else make_layout(columns, depth)
+        self.b = make_layout(depth, rows)
+        self.out = make_layout(columns, rows)
+
+    def describe(self, attribute, value):
+        where, size = ctypes.byref(value), ctypes.sizeof(value)
+        call("cublasLtMatmulDescSetAttribute", self.description, attribute, where, size)
+
+    def __call__(self, x, matrix, bias=None):
+        """The product, a new tensor; None where it is left to torch."""
+        out = x.new_empty(*x.shape[:-1], self.columns)
+        with lock, torch.cuda.device(self.device):
+            if self.key not in winners:
+                if torch.cuda.is_current_stream_capturing():
+                    return None  # nothing can be timed while a graph is recorded
+                winners[self.key] = self.race(x, matrix, bias, out)
+            winner = winners[self.key]
+            # One that has won with another number of rows may not take this one.
+            if winner is TORCH or not self.run(winner, x, matrix, bias, out):
+                return None
+        return out
+
+    def race(self, x, matrix, bias, out):
+        """The fastest algorithm, or TORCH, for tensors like these. out is overwritten.
+
+        They race on random numbers: zeros, as tangents are when a training begins, take less power,
+        and are the same however they are rounded.
+        """
+        generator = torch.Generator(self.device).manual_seed(0)
+        try:
+            x, matrix = torch.empty_like(x), torch.empty_like(matrix)
+        except torch.OutOfMemoryError:
+            return TORCH
+        x.normal_(generator=generator)
+        matrix.normal_(0, len(matrix) ** -0.5, generator=generator)
+        if bias is not None:
+            bias = torch.empty_like(bias).normal_(generator=generator)
+        suggestions = self.suggestions(SUGGESTIONS)
+        variants = []
+        for first, tile, option in itertools.product(suggestions[:1], TILES, OPTIONS):
+            variants.append(variant(first, tile, option))
+
+        def run(algorithm):
+            return self.run(algorithm, x, matrix, bias, out)
+
+        return fastest([TORCH, *suggestions, *variants], run, out)
+
+    def suggestions(self, count):
+        """Up to `count` algorithms, the fastest first as cuBLAS estimates."""
+        found = (Suggestion * count)()
+        returned = c_int()
+        library().cublasLtMatmulAlgoGetHeuristic(
+            handle(self.device),
+            self.description,
+            self.a,
+            self.b,
+            self.out,
+            self.out,
+            preference(),
+            count,
+            found,
+            ctypes.byref(returned),
+        )  # where it fails, it has returned none
+        return [s.algorithm for s in found[: returned.value] if s.status == 0]
+
+    def run(self, algorithm, x, matrix, bias, out):
+        """Write the product into out. Returns whether the algorithm can compute it."""
+        if algorithm is TORCH:
+            torch_product(x, matrix, bias, self.gelu, out)
+            return True
+        if bias is not None:
+            self.describe(DESC_BIAS_POINTER, c_void_p(bias.data_ptr()))
+        status = library().cublasLtMatmul(
+            handle(self.device),
+            self.description,
+            ctypes.byref(c_float(1)),  # out = 1 a b + 0 c, and c is out
+            matrix.data_ptr(),
+            self.a,
+            x.data_ptr(),
+            self.b,
+            ctypes.byref(c_float(0)),
+            out.data_ptr(),
+            self.out,
+            out.data_ptr(),
+            self.out,
+            ctypes.byref(algorithm),
+            None,  # no workspace
+            0,
+            torch.cuda.current_stream().cuda_stream,
+        )
+        return status == 0
+
+
+def torch_product(x, matrix, bias, gelu, out):
+    """What linear, linear_gelu and matmul leave to torch, written into out."""
+    x = x.view(-1, x.size(-1))
+    out = out.view(-1, out.size(-1))
+    if gelu:
+        torch._addmm_activation(bias, x, matrix, use_gelu=True, out=out)
+    elif bias is not None:
+        torch.addmm(bias, x, matrix, out=out)
+    else:
+        torch.mm(x, matrix, out=out)
+
+
 # ---- the race ------------------------------------------------------------------------------------
 
 
-def fastest(kernels, run, out):
-    """The kernel that takes the least time, of those that give the first one's bits.
+def fastest(algorithms, run, out):
+    """The algorithm that takes the least time, of those that give the first one's bits.
 
-    run(kernel) writes its product into out (..., N), and returns whether it could.
+    run(algorithm) writes a product into out (..., N), and returns whether it could.
     """
-    sample = out.view(-1, out.size(-1))[::ROW_STEP].view(torch.int16)
-    run(kernels[0])
-    first = sample.clone()
+    step = max(1, out.numel() // COMPARED)
+    bits = out.view(-1, out.size(-1))[::step].view(torch.int16)  # of what is in out
+    run(algorithms[0])
+    wanted = bits.clone()
     alike = []
-    for kernel in kernels:
-        out.zero_()
-        if run(kernel) and torch.equal(sample, first):
-            alike.append(kernel)
-    if not alike:  # not even the first one gives the same twice
-        return kernels[0]
+    for algorithm in algorithms:
+        out.zero_()  # so that one that writes nothing is found
+        if run(algorithm) and torch.equal(bits, wanted):
+            alike.append(algorithm)
+    if not alike:  # the first one ran again, and gave other bits
+        return algorithms[0]
     for ms, survivors in ROUNDS:
-        times = [time_of(run, kernel, ms) for kernel in alike]
+        times = [time_of(run, algorithm, ms) for algorithm in alike]
         order = sorted(range(len(alike)), key=times.__getitem__)
         alike = [alike[i] for i in order[:survivors]]
     return alike[0]
 
 
-def time_of(run, kernel, ms):
-    """Milliseconds of a kernel, which is repeated for about `ms` milliseconds."""
-    start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-    start.record()
-    run(kernel)
+def time_of(run, algorithm, ms):
+    """Milliseconds of an algorithm, which is repeated for about `ms` milliseconds.
+
+    What it reads may stay in the L2 cache, which is less often so in a training.
+    """
+    begin, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+    begin.record()
+    run(algorithm)
     middle.record()
     middle.synchronize()
-    repeats = max(3, round(ms / start.elapsed_time(middle)))
-    middle.record()
+    repeats = max(3, round(ms / begin.elapsed_time(middle)))
+    begin.record()
     for _ in range(repeats):
-        run(kernel)
+        run(algorithm)
     end.record()
     end.synchronize()
-    return middle.elapsed_time(end) / repeats
+    return begin.elapsed_time(end) / repeats
 
 
-# ---- the library ---------------------------------------------------------------------------------
-# cuBLASLt, called through ctypes, since torch has no function that takes a kernel. Its reference is
-# https://docs.nvidia.com/cuda/cublas/#using-the-cublaslt-api, and the numbers are of its header,
-# cublasLt.h. cuBLAS calls a kernel with its settings an algorithm.
+# ---- cuBLASLt, through ctypes --------------------------------------------------------------------
+# torch has no function that takes an algorithm. (nvmath-python has, but everyone would have to
+# install it.) The numbers are those of cublasLt.h. The reference is at
+# https://docs.nvidia.com/cuda/cublas/#using-the-cublaslt-api
 
 FLOAT32, BFLOAT16 = 0, 14  # CUDA_R_32F, CUDA_R_16BF
 COMPUTE_FLOAT32 = 68  # CUBLAS_COMPUTE_32F
-TRANSPOSE_A, EPILOGUE, BIAS_POINTER = 3, 7, 8  # CUBLASLT_MATMUL_DESC_...
-NOTHING, ADD_BIAS, GELU_OF_SUM = 1, 4, 36  # CUBLASLT_EPILOGUE_DEFAULT, _BIAS, _GELU_BIAS
-TILE, OPTION = 1, 5  # CUBLASLT_ALGO_CONFIG_TILE_ID, _CUSTOM_OPTION
+DESC_TRANSA, DESC_EPILOGUE, DESC_BIAS_POINTER = 3, 7, 8  # CUBLASLT_MATMUL_DESC_...
+# CUBLASLT_EPILOGUE_..., by (has a bias, GELU): DEFAULT, BIAS, GELU_BIAS
+EPILOGUES = {(False, False): 1, (True, False): 4, (True, True): 36}
+CONFIG_TILE_ID, CONFIG_CUSTOM_OPTION = 1, 5  # CUBLASLT_ALGO_CONFIG_...
 
 
-class Kernel(ctypes.Structure):
+class Algorithm(ctypes.Structure):
     """cublasLtMatmulAlgo_t"""
 
     _fields_ = [("data", c_uint64 * 8)]
@@ -165,7 +331,7 @@ class Suggestion(ctypes.Structure):
     """cublasLtMatmulHeuristicResult_t"""
 
     _fields_ = [
-        ("kernel", Kernel),
+        ("algorithm", Algorithm),
         ("workspace", c_size_t),
         ("status", c_int),
         ("waves", c_float),
@@ -173,7 +339,7 @@ class Suggestion(ctypes.Structure):
     ]
 
 
-SIGNATURES = {  # each returns a status, which is 0 if it succeeded
+ARGUMENTS = {  # of functions that return a status: 0 if they succeeded
     "cublasLtCreate": [c_void_p],
     "cublasLtMatrixLayoutCreate": [c_void_p, c_int, c_uint64, c_uint64, c_int64],
     "cublasLtMatmulDescCreate": [c_void_p, c_int, c_int],
@@ -193,166 +359,50 @@ def library():
     """The cuBLASLt that PyTorch has loaded. Raises OSError or AttributeError if it has none."""
     major = torch.version.cuda.split(".")[0]
     found = ctypes.CDLL(f"libcublasLt.so.{major}")
-    for name, types in SIGNATURES.items():
+    for name, types in ARGUMENTS.items():
         getattr(found, name).argtypes = types
     return found
 
 
-def check(status):
-    """Raise RuntimeError unless a function of cuBLAS has succeeded."""
+def call(name, *arguments):
+    """Call a function. Raises RuntimeError if it fails."""
+    status = getattr(library(), name)(*arguments)
     if status != 0:
-        raise RuntimeError(f"cuBLAS failed with status {status}")
+        raise RuntimeError(f"{name} failed with status {status}")
 
 
-def make(function, *arguments):
-    """The object that one of cuBLAS's functions makes."""
-    made = c_void_p()
-    check(function(ctypes.byref(made), *arguments))
-    return made
-
-
-def set_attribute(function, of, attribute, value):
-    check(function(of, attribute, ctypes.byref(value), ctypes.sizeof(value)))
+def create(name, *arguments):
+    """The object that a function creates. It lives as long as the process."""
+    created = c_void_p()
+    call(name, ctypes.byref(created), *arguments)
+    return created
 
 
 @functools.cache
 def handle(device):
     with torch.cuda.device(device):
-        return make(library().cublasLtCreate)
+        return create("cublasLtCreate")
 
 
 @functools.cache
 def preference():
-    """Which kernels are suggested: by default those that need no memory of their own."""
-    return make(library().cublasLtMatmulPreferenceCreate)
+    """Which algorithms are suggested. By default: those without a workspace, which products on two
+    streams could not share."""
+    return create("cublasLtMatmulPreferenceCreate")
 
 
 def make_layout(rows, columns):
-    """A matrix in bfloat16 that is stored by columns."""
-    return make(library().cublasLtMatrixLayoutCreate, BFLOAT16, rows, columns, rows)
+    """A matrix in bfloat16 that is stored column by column."""
+    return create("cublasLtMatrixLayoutCreate", BFLOAT16, rows, columns, rows)
 
 
-def variant(kernel, tile, option):
-    """A kernel with another tile and option. Where there is none, it fails to run."""
-    changed = Kernel.from_buffer_copy(kernel)
-    configure = library().cublasLtMatmulAlgoConfigSetAttribute
-    for attribute, number in ((TILE, tile), (OPTION, option)):
-        set_attribute(configure, ctypes.byref(changed), attribute, c_uint32(number))
+def variant(algorithm, tile, option):
+    """An algorithm with another tile and option. Where cuBLAS has none, it fails to run."""
+    changed = Algorithm.from_buffer_copy(algorithm)
+    for attribute, number in ((CONFIG_TILE_ID, tile), (CONFIG_CUSTOM_OPTION, option)):
+        value = c_uint32(number)
+        # If this fails, it is still the algorithm that it was.
+        library().cublasLtMatmulAlgoConfigSetAttribute(
+            ctypes.byref(changed), attribute, ctypes.byref(value), ctypes.sizeof(value)
+        )
     return changed
-
-
-# Winners of races, by the size of a product, with its rows rounded up to a power of two. So there
-# are few races where the number of rows varies.
-winners = {}
-
-
-@functools.cache
-def make_product(*arguments):
-    """A Product; None where cuBLAS has no kernel for it."""
-    product = Product(*arguments)
-    return product if product.suggestions(1) else None
-
-
-class Product:
-    """x (rows, depth) times a weight, plus a bias, through GELU: (rows, columns).
-
-    A matrix that is stored by rows, as torch's are, is to cuBLAS its transpose, stored by columns.
-    So what it computes is out^T = W x^T.
-    """
-
-    def __init__(self, rows, columns, depth, transposed, has_bias, gelu, device):
-        """transposed: the weight is (columns, depth); else it is (depth, columns)."""
-        self.device = device
-        self.columns = columns
-        about_rows = 1 << (rows - 1).bit_length()
-        self.size = about_rows, columns, depth, transposed, has_bias, gelu, device
-        self.kernel = None
-        lib = library()
-        self.description = make(lib.cublasLtMatmulDescCreate, COMPUTE_FLOAT32, FLOAT32)
-        epilogue = NOTHING
-        if has_bias:
-            epilogue = GELU_OF_SUM if gelu else ADD_BIAS
-        self.describe(TRANSPOSE_A, c_int(transposed))
-        self.describe(EPILOGUE, c_uint32(epilogue))
-        self.weight_layout = make_layout(*((depth, columns) if transposed else (columns, depth)))
-        self.x_layout = make_layout(depth, rows)
-        self.out_layout = make_layout(columns, rows)
-
-    def describe(self, attribute, value):
-        set_attribute(library().cublasLtMatmulDescSetAttribute, self.description, attribute, value)
-
-    def __call__(self, x, weight, bias):
-        out = x.new_empty(*x.shape[:-1], self.columns)
-        with torch.cuda.device(self.device):
-            if bias is not None:
-                self.describe(BIAS_POINTER, c_void_p(bias.data_ptr()))
-            kernel = self.find_kernel(x, weight, out)
-            if not self.run(x, weight, out, kernel):
-                raise RuntimeError(f"cuBLAS could not compute a product of size {self.size}")
-        return out
-
-    def find_kernel(self, x, weight, out):
-        """The kernel for this product. out is overwritten."""
-        if self.kernel is None:
-            first = self.suggestions(1)[0]
-            if torch.cuda.is_current_stream_capturing():  # nothing can be tried now
-                return first
-            if self.size not in winners:
-                winners[self.size] = self.race(x, weight, out)
-            winner = winners[self.size]  # perhaps with other rows, and it may not take these
-            self.kernel = winner if self.run(x, weight, out, winner) else first
-        return self.kernel
-
-    def run(self, x, weight, out, kernel):
-        """Launch a kernel, which writes into out. Returns whether it takes this product."""
-        status = library().cublasLtMatmul(
-            handle(self.device),
-            self.description,
-            ctypes.byref(c_float(1)),
-            weight.data_ptr(),
-            self.weight_layout,
-            x.data_ptr(),
-            self.x_layout,
-            ctypes.byref(c_float(0)),
-            out.data_ptr(),
-            self.out_layout,
-            out.data_ptr(),
-            self.out_layout,
-            ctypes.byref(kernel),
-            None,
-            0,
-            torch.cuda.current_stream().cuda_stream,
-        )
-        return status == 0
-
-    def suggestions(self, count):
-        """Up to `count` kernels, the fastest first as cuBLAS estimates."""
-        found = (Suggestion * count)()
-        returned = c_int()
-        layouts = self.weight_layout, self.x_layout, self.out_layout, self.out_layout
-        library().cublasLtMatmulAlgoGetHeuristic(
-            handle(self.device),
-            self.description,
-            *layouts,
-            preference(),
-            count,
-            found,
-            ctypes.byref(returned),
-        )
-        return [s.kernel for s in found[: returned.value] if s.status == 0]
-
-    def race(self, x, weight, out):
-        """The fastest kernel for tensors like these. out is overwritten.
-
-        It races on random numbers: zeros, as tangents are when a training begins, take less power,
-        and are the same however they are rounded.
-        """
-        generator = torch.Generator(self.device).manual_seed(0)
-        like = dict(generator=generator, device=self.device, dtype=torch.bfloat16)
-        x = torch.randn(x.shape, **like)
-        weight = torch.randn(weight.shape, **like)
-        kernels = self.suggestions(SUGGESTIONS)
-        for tile in TILES:
-            for option in OPTIONS:
-                kernels.append(variant(kernels[0], tile, option))
-        return fastest(kernels, functools.partial(self.run, x, weight, out), out)

@@ -125,7 +125,7 @@ def linear(layer, x):
     if isinstance(x, Dual):
         if type(layer) is not nn.Linear:
             raise TypeError(f"there is no rule for the tangent of a {type(layer).__name__}")
-        if layer._forward_pre_hooks or layer._forward_hooks:
+        if layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer):
             if layer._backward_pre_hooks or layer._backward_hooks:  # these have no forward mode
                 raise TypeError("no tangent of a layer that has both forward and backward hooks")
             return call_with_tangent(layer, x)
@@ -342,7 +342,7 @@ def linear_gelu(layer, x):
     dtype = product_dtype(x)
     if not isinstance(x, Dual) and dtype == torch.bfloat16 and not torch.is_grad_enabled():
         weight, bias = copies_of(layer) or (layer.weight, layer.bias)
-        return cublas.linear(x.to(dtype), weight.to(dtype), bias.to(dtype), gelu=True)
+        return cublas.linear_gelu(x.to(dtype), weight.to(dtype), bias.to(dtype))
     u = linear_detached_bias(layer, x)
     return pair(*fused.gelu(value_of(u), tangent_of(u), layer.bias))
 

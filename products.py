@@ -8,7 +8,8 @@ Linear layers in bfloat16 whose weights are rounded once a step, with gradients 
 
 Autocast rounds a float32 weight in each pass that uses it, and it rounds the gradient of a weight
 as well, of which it then makes float32 again. Here each weight has a copy in bfloat16, which is
-written when the weight is updated, and the product that makes its gradient writes float32.
+written when the weight is updated, and the product that makes its gradient writes float32. Products
+are made by cublas.py.
 """
 
 import contextlib
@@ -47,8 +48,9 @@ class RoundedCopies:
                         self.add(layers, seen)
                 self.add([module], seen)
         self.copy_of = {id(p): copy for p, copy in zip(self.weights, self.copies, strict=True)}
-        self.versions = None  # of the weights when their copies were made
+        self.are_fresh()
 
+    @torch.inference_mode(False)  # else nobody could write to the copies later
     @torch.no_grad()
     def add(self, layers, seen):
         """Copies of one layer, or of several whose weights are rows of one matrix."""
@@ -82,7 +84,7 @@ class RoundedCopies:
         another tensor (by load_state_dict with assign=True, or by torch.func.functional_call) is
         left to autocast as long as it has that.
         """
-        if self.versions != [p._version for p in self.weights]:
+        if self.versions != versions_of(self.weights):
             self.refresh()
 
     @torch.no_grad()
@@ -93,7 +95,7 @@ class RoundedCopies:
 
     def are_fresh(self):
         """Call this after writing to the weights and to their copies."""
-        self.versions = [p._version for p in self.weights]
+        self.versions = versions_of(self.weights)
 
     @contextlib.contextmanager
     def in_use(self, writer=None):
@@ -111,6 +113,11 @@ class RoundedCopies:
         finally:
             for layer, name, _ in attributes:
                 vars(layer).pop(name, None)
+
+
+def versions_of(tensors):
+    """How often PyTorch has written to each. (It does not count for tensors of inference mode.)"""
+    return [None if t.is_inference() else t._version for t in tensors]
 
 
 class GradientWriter:
@@ -265,7 +272,7 @@ def is_plain(layer):
 
 
 def copies_of(layer):
-    """A layer's weight and bias in bfloat16, where a training step has made them.
+    """A layer's weight and bias in bfloat16, where RoundedCopies are in use.
 
     None where there are none, in torch.compile, where autocast would not compute this layer, and
     where the layer has another weight or bias now.
@@ -282,7 +289,9 @@ def copies_of(layer):
 
 
 def has_hooks(layer):
-    """Whether a layer must be called, because it has hooks."""
+    """Whether a layer must be called, because it has hooks, or a forward of its own."""
+    if "forward" in vars(layer):  # as libraries set that move weights between devices
+        return True
     hooks = len(layer._forward_pre_hooks) + len(layer._forward_hooks)
     hooks += len(layer._backward_pre_hooks) + len(layer._backward_hooks)
     return hooks > 0
@@ -322,8 +331,9 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x, dx, weight)
         ctx.count = count
         ctx.weights = parameters[:count]
-        # Within writer.backward() this is a checkpointed forward that runs again. The backward goes
-        # through the nodes of its first run; through these goes only an autograd.grad inside it.
+        # Within writer.backward() this is a checkpointed block that runs again. The backward uses
+        # the nodes of its first run. Only an autograd.grad inside the block uses these, so they get
+        # no writer.
         ctx.writer = None if writer and writer.is_writing else writer
         ctx.set_materialize_grads(False)
         y = cublas.linear(x, weight, bias)
@@ -335,13 +345,13 @@ class _Product(torch.autograd.Function):
         x, dx, weight = ctx.saved_tensors
         count = ctx.count
         needs_x, needs_dx, _, _, _, _, *needs_parameters = ctx.needs_input_grad
-        # These come first, and the gradients of weights wait for them also on a second stream: two
-        # large products at a time are slower than one after the other.
+        # The gradients of inputs are launched first. Those of weights start after them also on a
+        # second stream: two large products at a time are slower than one after the other.
         gx = cublas.matmul(gy, weight) if needs_x and gy is not None else None
         gdx = cublas.matmul(gdy, weight) if needs_dx and gdy is not None else None
         gweights = [None] * count
         gbiases = [None] * (len(needs_parameters) - count)
-        # Without both there is nothing to write. Autograd calls this all the same.
+        # Autograd calls this also where neither result has a gradient.
         if any(needs_parameters[:count]) and not (gy is None and gdy is None):
             factors = [(rows_of(g), rows_of(a)) for g, a in ((gy, x), (gdy, dx)) if g is not None]
             if len(factors) == 2:
@@ -408,8 +418,11 @@ def rows_of(x):
 
 
 def float32_product(a, b, out=None, adds=False):
-    """a b of bfloat16 matrices in float32. It is written into out, or added to it."""
-    if not a.is_cuda:  # only there a product has a dtype of its own
+    """a b of bfloat16 matrices in float32. It is written into out, or added to it.
+
+    By torch: no algorithm was found that is faster (docs/performance.md).
+    """
+    if not a.is_cuda:  # out_dtype is for CUDA alone
         product = a.float() @ b.float()
         if out is None:
             return product

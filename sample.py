@@ -101,7 +101,8 @@ def sample(model, x1, y, w, nfe, euler=False):
 def make_sampler(model, nfe, euler=False, bfloat16=True):
     """`sample` as a function of (x1, y, w), in bfloat16 where the device has it.
 
-    The weights of the model's linear layers are then rounded once, instead of at every call.
+    Its linear layers then have copies of their weights in bfloat16, beside those in float32. They
+    are rounded again when the weights change.
     """
     device = next(model.parameters()).device
     bfloat16 = bfloat16 and abilities(device)[0]

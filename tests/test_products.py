@@ -8,7 +8,7 @@ from helpers import gpu, random_model, rel
 from torch import nn
 
 import products
-from dual import linear, linear_side_by_side
+from dual import Dual, linear, linear_side_by_side
 from loss import TrainingLoss
 from model import Block, block_vectors
 from products import GradientWriter, RoundedCopies, product, stack_of
@@ -364,6 +364,34 @@ def test_where_copies_are_used():
             layer.bias = bias
     with autocast:
         assert linear(layer, x).any()
+
+
+def test_copies_and_inference_mode():
+    """Copies that are made in inference mode can be refreshed outside of it. A network that is made
+    in it has copies, too."""
+    with torch.inference_mode():
+        inner = nn.Linear(8, 4)
+    outer = nn.Linear(8, 4)
+    for layer in (inner, outer):
+        with torch.inference_mode():
+            copies = RoundedCopies([layer])
+            assert torch.equal(copies.copies[0], layer.weight.bfloat16())
+    with torch.no_grad():
+        outer.weight.fill_(3)
+    copies.refresh_if_changed()
+    assert (copies.copies[0] == 3).all()
+    RoundedCopies([inner]).refresh_if_changed()
+
+
+def test_a_forward_of_the_layers_own():
+    """A layer whose forward was replaced is called."""
+    layer = nn.Linear(8, 8)
+    layer.forward = lambda x: 7 * x
+    x, dx = torch.randn(2, 3, 8)
+    with RoundedCopies([layer]).in_use(), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(linear(layer, x), 7 * x)
+        found = linear(layer, Dual(x, dx))
+    assert torch.equal(found.value, 7 * x) and torch.equal(found.tangent, 7 * dx)
 
 
 def test_a_hook_on_one_layer_of_a_group():
