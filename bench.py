@@ -148,12 +148,14 @@ def step_table(size, input_size, batch, modes):
         f"{'mode':>20} | {'ms':>6} {'img/s':>6} {'TF/s':>4} {'of it':>5} {'peak GB':>7} "
         f"{'start s':>7} | GPU ms: {', '.join([*KERNELS, OTHER])}"
     )
+    tuned = cublas.TUNED
     for mode in modes:
         options, passes = MODES[mode]
         if options.keys() & OPTIONS_OF_RANKS and not dist.is_initialized():
             show(f"{mode:>20} | needs torchrun")
             continue
         try:
+            cublas.TUNED = tuned and options.get("tuned", True)
             ms, peak, start, kinds = measure_step(config, batch, options)
         except torch.OutOfMemoryError:
             if ranks > 1:  # the others would wait for this one
@@ -193,9 +195,7 @@ def measure_step(config, batch, options):
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    options = dict(options)
-    tuned = cublas.TUNED
-    cublas.TUNED = options.pop("tuned", tuned)
+    options = {name: value for name, value in options.items() if name != "tuned"}
     step = RandomStep(config, batch, **options)
     began = time.perf_counter()
     for n in range(5):
@@ -208,7 +208,6 @@ def measure_step(config, batch, options):
     ms = statistics.median(milliseconds(step, 20))
     peak = torch.cuda.max_memory_reserved()
     kinds = kernel_times(step)
-    cublas.TUNED = tuned
     step.step.recorded.clear()  # the process group cannot be left while graphs hold its links
     return ms, peak, start, kinds
 

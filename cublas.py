@@ -5,14 +5,15 @@ Matrix products in bfloat16 by cuBLAS, each with the fastest of its algorithms.
     y = linear_gelu(x, weight, bias)  # GELU of that
     gx = matmul(gy, weight)           # gy W
 
-cuBLAS has many kernels for one product, with settings: it calls them algorithms. PyTorch leaves the
-choice to cuBLAS, which does not always take the fastest. On an H200 at its limit of power others
-take 8 to 32% less time for products of XL/2 in which 1,152 numbers are summed. So when a product
-occurs for the first time, there is a race: between torch's, the algorithms that cuBLAS suggests,
-and variants of these. The winner computes the product from then on.
+cuBLAS has many kernels for one product, and settings for each: a kernel with its settings is called
+an algorithm. PyTorch leaves the choice to cuBLAS, which does not always take the fastest. On an
+H200 at its limit of power others take 8 to 35% less time for those products of XL/2 that sum 1,152
+numbers. So when a product first occurs, algorithms race: torch's, those that cuBLAS suggests, and
+variants of its first suggestion. The winner computes that product from then on.
 
-An algorithm may win only if it gives the bits that torch gives, for random numbers. It also
-computes products with fewer rows, and these are not compared again.
+Only algorithms that give torch's bits, for random numbers, may win. The winner also computes the
+product with other numbers of rows, up to the same power of two. Neither its time nor its bits are
+compared there.
 
 Small products, other dtypes and other devices are left to torch, and so is what autograd must
 differentiate. products.py calls this, forward and backward.
@@ -26,21 +27,23 @@ from ctypes import c_float, c_int, c_int64, c_size_t, c_uint32, c_uint64, c_void
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 TUNED = True  # False: all products are torch's
-MIN_FLOPS = 1e10  # smaller products are torch's: to start one takes almost as long
+MIN_FLOPS = 1e10  # smaller products are torch's: launching one takes almost as long
 ALIGNMENT = 256  # bytes: what cuBLAS assumes of an address, unless it is told otherwise
 
-# Who races, beside torch: the first suggestions, and the very first one with other tiles and
-# options. cuBLAS does not document the options. Of the values that they may have, these are tried.
+# Beside torch's product these race: cuBLAS's first suggestions, and its very first one with each of
+# these tiles and each of these values of its custom option. What that means is not documented. A
+# value that an algorithm cannot have makes it fail.
 SUGGESTIONS = 8
-TILES = (20, 29)  # CUBLASLT_MATMUL_TILE_128x128 and _128x160, numbers of the result
+TILES = (20, 29)  # CUBLASLT_MATMUL_TILE_128x128 and _128x160: of the result, for a thread block
 OPTIONS = range(4)
 WARM_UP = 30  # ms before a race: a GPU that has worked for a while is slower
 # Rounds of a race: (ms for which each algorithm runs, how many algorithms go on).
 ROUNDS = ((4, 6), (10, 3), (20, 1))
-COMPARED = 2**22  # numbers of a result, in rows that are spread over it
+COMPARED = 2**22  # about so many numbers of a result are compared, in rows spread over it
 TORCH = "torch"  # in place of an algorithm: torch's product
 
 
@@ -53,12 +56,13 @@ def linear(x, weight, bias=None):
 def linear_gelu(x, weight, bias):
     """GELU in its tanh form of x (..., K) W^T + b, for weight (N, K) and bias (N,) -> (..., N).
 
-    In bfloat16, on a CUDA device, the product is not rounded before its GELU.
+    In bfloat16, on a CUDA device, under no_grad, the product is not rounded before its GELU.
     """
     y = tuned_product(x, weight.t(), bias, gelu=True)
     if y is not None:
         return y
-    if not x.is_cuda or x.dtype != torch.bfloat16:  # cuBLAS's GELU is wrong by 2e-6 in float32
+    # cuBLAS's GELU has no derivative, and in float32 it is wrong by 2e-6.
+    if torch.is_grad_enabled() or not x.is_cuda or x.dtype != torch.bfloat16:
         return functional.gelu(functional.linear(x, weight, bias), approximate="tanh")
     rows = x.reshape(-1, x.size(-1))
     y = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
@@ -72,10 +76,7 @@ def matmul(x, matrix):
 
 
 def tuned_product(x, matrix, bias=None, gelu=False):
-    """x times a matrix, plus a bias, through GELU, by the fastest algorithm.
-
-    None where the product is left to torch.
-    """
+    """x times a matrix, plus a bias, through GELU, by the fastest algorithm; None: see why_not."""
     if why_not(x, matrix, bias) is not None:
         return None
     depth, columns = matrix.shape
@@ -91,12 +92,16 @@ def why_not(x, matrix, bias=None):
         return "TUNED is False"
     if torch.compiler.is_compiling():
         return "torch.compile cannot trace it"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "a transform of torch.func, or forward AD, is at work"
     tensors = [x, matrix] if bias is None else [x, matrix, bias]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return "it has no derivative"
+        return "autograd needs its derivative"
     for t in tensors:
         if type(t) not in (torch.Tensor, nn.Parameter):
             return f"{type(t).__name__} is a subclass of Tensor"
+        if torch._C._functorch.is_legacy_batchedtensor(t):
+            return "a tensor is batched, as by is_grads_batched"
         if not t.is_cuda or t.dtype != torch.bfloat16 or t.device != x.device:
             return "not all tensors are bfloat16 on one CUDA device"
         if not (t.is_contiguous() or t is matrix and t.t().is_contiguous()):
@@ -135,10 +140,10 @@ def make_product(*arguments):
     return TunedProduct(*arguments)
 
 
-# The winners of races, by the key of a product. It has the number of rows, rounded up to a power of
-# two, so that there are few races where that number varies.
+# {key of a product: the algorithm that has won, or TORCH}. In a key the number of rows is rounded
+# up to a power of two, so that there are few races where it varies.
 winners = {}
-lock = threading.RLock()  # one race at a time; and a product's description holds one bias
+lock = threading.Lock()  # held for a race, and while a product's description has a bias's address
 
 
 class TunedProduct:
@@ -153,8 +158,8 @@ class TunedProduct:
         self.columns = columns
         self.gelu = gelu
         self.device = device
-        about_rows = 1 << (rows - 1).bit_length()
-        self.key = about_rows, columns, depth, by_columns, has_bias, gelu, device
+        rounded_rows = 1 << (rows - 1).bit_length()
+        self.key = rounded_rows, columns, depth, by_columns, has_bias, gelu, device
         self.description = create("cublasLtMatmulDescCreate", COMPUTE_FLOAT32, FLOAT32)
         self.describe(DESC_TRANSA, c_int(by_columns))
         self.describe(DESC_EPILOGUE, c_uint32(EPILOGUES[has_bias, gelu]))
@@ -168,17 +173,17 @@ class TunedProduct:
         call("cublasLtMatmulDescSetAttribute", self.description, attribute, where, size)
 
     def __call__(self, x, matrix, bias=None):
-        """The product, a new tensor; None where it is left to torch."""
         out = x.new_empty(*x.shape[:-1], self.columns)
         with lock, torch.cuda.device(self.device):
-            if self.key not in winners:
-                if torch.cuda.is_current_stream_capturing():
-                    return None  # nothing can be timed while a graph is recorded
-                winners[self.key] = self.race(x, matrix, bias, out)
-            winner = winners[self.key]
-            # One that has won with another number of rows may not take this one.
-            if winner is TORCH or not self.run(winner, x, matrix, bias, out):
-                return None
+            # While a graph is recorded nothing can be timed.
+            if self.key not in winners and not torch.cuda.is_current_stream_capturing():
+                try:
+                    winners[self.key] = self.race(x, matrix, bias, out)
+                except torch.OutOfMemoryError:
+                    winners[self.key] = TORCH
+            winner = winners.get(self.key, TORCH)
+            if not self.run(winner, x, matrix, bias, out):  # it has won with other rows
+                self.run(TORCH, x, matrix, bias, out)
         return out
 
     def race(self, x, matrix, bias, out):
@@ -188,18 +193,15 @@ class TunedProduct:
         and are the same however they are rounded.
         """
         generator = torch.Generator(self.device).manual_seed(0)
-        try:
-            x, matrix = torch.empty_like(x), torch.empty_like(matrix)
-        except torch.OutOfMemoryError:
-            return TORCH
-        x.normal_(generator=generator)
-        matrix.normal_(0, len(matrix) ** -0.5, generator=generator)
+        x = torch.empty_like(x).normal_(generator=generator)
+        matrix = torch.empty_like(matrix).normal_(0, len(matrix) ** -0.5, generator=generator)
         if bias is not None:
             bias = torch.empty_like(bias).normal_(generator=generator)
         suggestions = self.suggestions(SUGGESTIONS)
         variants = []
-        for first, tile, option in itertools.product(suggestions[:1], TILES, OPTIONS):
-            variants.append(variant(first, tile, option))
+        if suggestions:
+            for tile, option in itertools.product(TILES, OPTIONS):
+                variants.append(variant(suggestions[0], tile, option))
 
         def run(algorithm):
             return self.run(algorithm, x, matrix, bias, out)
@@ -245,7 +247,7 @@ class TunedProduct:
             out.data_ptr(),
             self.out,
             ctypes.byref(algorithm),
-            None,  # no workspace
+            None,
             0,
             torch.cuda.current_stream().cuda_stream,
         )
@@ -272,22 +274,22 @@ def fastest(algorithms, run, out):
 
     run(algorithm) writes a product into out (..., N), and returns whether it could.
     """
-    step = max(1, out.numel() // COMPARED)
+    step = out.numel() // COMPARED | 1  # odd, so that it meets all rows of a tile
     bits = out.view(-1, out.size(-1))[::step].view(torch.int16)  # of what is in out
     run(algorithms[0])
     wanted = bits.clone()
-    alike = []
-    for algorithm in algorithms:
+    alike = algorithms[:1]
+    for algorithm in algorithms[1:]:
         out.zero_()  # so that one that writes nothing is found
         if run(algorithm) and torch.equal(bits, wanted):
             alike.append(algorithm)
-    if not alike:  # the first one ran again, and gave other bits
-        return algorithms[0]
+    if len(alike) == 1:
+        return alike[0]
     time_of(run, alike[0], WARM_UP)
     for ms, survivors in ROUNDS:
         numbers = list(range(len(alike)))
         times = [0.0] * len(alike)
-        # There and back, so that a GPU that becomes slower does not favour the first.
+        # Forward and backward through the list, so that a GPU that slows down favours none.
         for i in numbers + numbers[::-1]:
             times[i] += time_of(run, alike[i], ms / 2)
         numbers.sort(key=times.__getitem__)
@@ -298,7 +300,8 @@ def fastest(algorithms, run, out):
 def time_of(run, algorithm, ms):
     """Milliseconds of an algorithm, which is repeated for about `ms` milliseconds.
 
-    What it reads may stay in the L2 cache, which is less often so in a training.
+    What it reads may stay in the L2 cache, which is less often so in a training. For a product near
+    MIN_FLOPS this may be the time that the host takes to launch it.
     """
     begin, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
     begin.record()
@@ -378,7 +381,10 @@ def call(name, *arguments):
 
 
 def create(name, *arguments):
-    """The object that a function creates. It lives as long as the process."""
+    """The object that a function creates. It lives as long as the process.
+
+    Raises RuntimeError if it fails, as where there is no memory left.
+    """
     created = c_void_p()
     call(name, ctypes.byref(created), *arguments)
     return created
@@ -392,8 +398,8 @@ def handle(device):
 
 @functools.cache
 def preference():
-    """Which algorithms are suggested. By default: those without a workspace, which products on two
-    streams could not share."""
+    """Which algorithms are suggested: as is the default, those that need no workspace. (Products on
+    two streams could not share one.)"""
     return create("cublasLtMatmulPreferenceCreate")
 
 
@@ -407,7 +413,7 @@ def variant(algorithm, tile, option):
     changed = Algorithm.from_buffer_copy(algorithm)
     for attribute, number in ((CONFIG_TILE_ID, tile), (CONFIG_CUSTOM_OPTION, option)):
         value = c_uint32(number)
-        # If this fails, it is still the algorithm that it was.
+        # Where cuBLAS refuses the value, the attribute stays as it was.
         library().cublasLtMatmulAlgoConfigSetAttribute(
             ctypes.byref(changed), attribute, ctypes.byref(value), ctypes.sizeof(value)
         )

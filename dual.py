@@ -24,7 +24,7 @@ from torch.nn import functional
 import cublas
 import fused
 from attention_jvp import attention, attention_jvp
-from products import copies_of, has_hooks, is_plain, product
+from products import copies_of, is_plain, must_be_called, product
 
 EPS = fused.EPS  # of every norm
 
@@ -127,7 +127,10 @@ def linear(layer, x):
             raise TypeError(f"there is no rule for the tangent of a {type(layer).__name__}")
         if layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer):
             if layer._backward_pre_hooks or layer._backward_hooks:  # these have no forward mode
-                raise TypeError("no tangent of a layer that has both forward and backward hooks")
+                raise TypeError(
+                    "no tangent of a layer that has backward hooks, and forward hooks or a forward "
+                    "of its own"
+                )
             return call_with_tangent(layer, x)
         return Dual(layer(x.value), functional.linear(x.tangent, layer.weight))
     return layer(x)
@@ -136,7 +139,10 @@ def linear(layer, x):
 def call_with_tangent(layer, x):
     """layer(x), by PyTorch's forward mode, which torch.inference_mode() does not have."""
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("a layer with hooks needs torch.no_grad() instead of inference_mode()")
+        raise RuntimeError(
+            "a layer with hooks, or a forward of its own, needs torch.no_grad() instead of "
+            "inference_mode()"
+        )
     with forward_ad.dual_level():
         y = layer(forward_ad.make_dual(x.value, x.tangent))
         value, tangent = forward_ad.unpack_dual(y)
@@ -292,7 +298,7 @@ def has_kernels(x, *vectors, layer=None):
     if product_dtype(x) == torch.float16:  # the residual stream would overflow in it
         return False
     # The kernels take the layer's weight and bias and do not call it. Others must be called.
-    if layer is not None and (not is_plain(layer) or has_hooks(layer)):
+    if layer is not None and (not is_plain(layer) or must_be_called(layer)):
         return False
     if vectors and x.ndim != 3:
         return False

@@ -278,7 +278,7 @@ def copies_of(layer):
     where the layer has another weight or bias now.
     """
     copies = getattr(layer, "copies", None)
-    if copies is None or has_hooks(layer) or torch.compiler.is_compiling():
+    if copies is None or must_be_called(layer) or torch.compiler.is_compiling():
         return None
     weight, bias = layer.copied
     if layer.weight is not weight or layer.bias is not bias:
@@ -288,8 +288,8 @@ def copies_of(layer):
     return None if fused.transformed() else copies
 
 
-def has_hooks(layer):
-    """Whether a layer must be called, because it has hooks, or a forward of its own."""
+def must_be_called(layer):
+    """Whether a layer must be called: it has hooks, or a forward of its own."""
     if "forward" in vars(layer):  # as libraries set that move weights between devices
         return True
     hooks = len(layer._forward_pre_hooks) + len(layer._forward_hooks)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import gpu
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 import cublas
@@ -37,7 +38,7 @@ def test_other_products_are_torchs():
     assert cublas.why_not(x, weight.t(), bias) == "not all tensors are bfloat16 on one CUDA device"
 
 
-def test_structures_have_cublass_sizes():
+def test_sizes_of_structures():
     """As cublasLt.h declares them."""
     assert ctypes.sizeof(cublas.Algorithm) == 64
     assert ctypes.sizeof(cublas.Suggestion) == 96
@@ -73,7 +74,7 @@ def test_the_fastest_with_the_same_bits_wins(monkeypatch):
     assert cublas.fastest(list(algorithms), run, out) == "not a number"
 
 
-class LibraryOnPaper:
+class FakeLibrary:
     """The functions of cuBLASLt that cublas.py calls, for memory of the CPU, by their reference.
 
     Algorithm i is suggested as number i. Number 3 fails, and so do variants with an odd option.
@@ -141,28 +142,28 @@ class LibraryOnPaper:
 
 
 @pytest.fixture
-def on_paper(monkeypatch):
-    library = LibraryOnPaper()
+def fake_library(monkeypatch):
+    library = FakeLibrary()
     monkeypatch.setattr(cublas, "library", lambda: library)
     monkeypatch.setattr(cublas, "handle", lambda device: ctypes.c_void_p(0))
     monkeypatch.setattr(cublas, "preference", lambda: ctypes.c_void_p(0))
     monkeypatch.setattr(cublas, "winners", {})
-    monkeypatch.setattr(cublas, "torch_product", product_on_paper)
-    monkeypatch.setattr(cublas, "time_of", time_on_paper)
+    monkeypatch.setattr(cublas, "torch_product", reference_product)
+    monkeypatch.setattr(cublas, "time_of", fake_time)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return library
 
 
-def product_on_paper(x, matrix, bias, gelu, out):
+def reference_product(x, matrix, bias, gelu, out):
     wanted = x.view(-1, x.size(-1)).double() @ matrix.double()
     wanted = wanted if bias is None else wanted + bias.double()
     wanted = functional.gelu(wanted, approximate="tanh") if gelu else wanted
     out.view(-1, out.size(-1)).copy_(wanted)
 
 
-def time_on_paper(run, algorithm, ms):
+def fake_time(run, algorithm, ms):
     """Variants with option 2 are the fastest, with tile 29 above all. The slowest is torch."""
     if algorithm is cublas.TORCH:
         return 100
@@ -172,7 +173,7 @@ def time_on_paper(run, algorithm, ms):
 
 @pytest.mark.parametrize("kind", ["", "bias", "bias and GELU"])
 @pytest.mark.parametrize("by_columns", [False, True])
-def test_products_on_paper(on_paper, by_columns, kind):
+def test_products_of_a_fake_library(fake_library, by_columns, kind):
     has_bias, gelu = "bias" in kind, "GELU" in kind
     torch.manual_seed(0)
     x = torch.randn(5, 2, 16).bfloat16()
@@ -183,40 +184,49 @@ def test_products_on_paper(on_paper, by_columns, kind):
         bias = torch.randn(24).bfloat16() if has_bias else None
         found = product(x, matrix, bias)
         wanted = torch.empty_like(found)
-        product_on_paper(x, matrix, bias, gelu, wanted)
+        reference_product(x, matrix, bias, gelu, wanted)
         assert found.shape == (5, 2, 24) and torch.equal(found, wanted)
-        assert on_paper.ran[-1] == (1, 29, 2)
+        assert fake_library.ran[-1] == (1, 29, 2)
     assert list(cublas.winners) == [product.key] and product.key[0] == 16
     if not has_bias:
         assert torch.equal(torch.get_rng_state(), state)  # the race has numbers of its own
 
 
-def test_who_computes_on_paper(on_paper, monkeypatch):
+def test_who_computes(fake_library, monkeypatch):
     """No race while a graph is recorded; one for several numbers of rows; a winner that fails."""
     matrix = torch.randn(16, 24).bfloat16()
 
     def run(rows):
-        on_paper.ran.clear()
+        fake_library.ran.clear()
         product = cublas.TunedProduct(rows, 24, 16, False, False, False, torch.device("cpu"))
         x = torch.randn(rows, 16).bfloat16()
-        found = product(x, matrix)
-        if found is not None:
-            wanted = torch.empty_like(found)
-            product_on_paper(x, matrix, None, False, wanted)
-            assert torch.equal(found, wanted)
-        return found is not None
+        wanted = torch.empty(rows, 24, dtype=torch.bfloat16)
+        reference_product(x, matrix, None, False, wanted)
+        assert torch.equal(product(x, matrix), wanted)
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not run(32) and on_paper.ran == [] and cublas.winners == {}
+    run(32)
+    assert fake_library.ran == [] and cublas.winners == {}
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert run(32) and len(on_paper.ran) > 16 and len(cublas.winners) == 1
-    assert run(17) and on_paper.ran == [(1, 29, 2)] and len(cublas.winners) == 1
+    run(32)
+    assert len(fake_library.ran) > 16 and len(cublas.winners) == 1
+    run(17)
+    assert fake_library.ran == [(1, 29, 2)] and len(cublas.winners) == 1
     cublas.winners[next(iter(cublas.winners))].data[2] = 1  # now it fails
-    assert not run(20) and on_paper.ran == [(1, 29, 1)]
-    assert run(16) and len(cublas.winners) == 2
-    monkeypatch.setattr(LibraryOnPaper, "cublasLtMatmulAlgoGetHeuristic", lambda *_: 15)
-    assert not run(1000) and on_paper.ran == []
-    assert list(cublas.winners.values())[2] is cublas.TORCH
+    run(20)
+    assert fake_library.ran == [(1, 29, 1)]
+    run(16)
+    assert len(cublas.winners) == 2
+    monkeypatch.setattr(FakeLibrary, "cublasLtMatmulAlgoGetHeuristic", lambda *_: 15)
+    run(1000)
+    assert fake_library.ran == [] and list(cublas.winners.values())[2] is cublas.TORCH
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(cublas, "fastest", no_memory)
+    run(2000)
+    assert fake_library.ran == [] and list(cublas.winners.values())[3] is cublas.TORCH
 
 
 def test_who_calls_it(monkeypatch):
@@ -226,7 +236,8 @@ def test_who_calls_it(monkeypatch):
         plain = getattr(cublas, name)
         monkeypatch.setattr(cublas, name, lambda *a, n=name, f=plain: called.append(n) or f(*a))
     layer = torch.nn.Linear(8, 16)
-    x, dx = torch.randn(2, 3, 8).requires_grad_()
+    x = torch.randn(3, 8, requires_grad=True)
+    dx = torch.randn(3, 8, requires_grad=True)
     with RoundedCopies([layer]).in_use(), torch.autocast("cpu", torch.bfloat16):
         y = linear(layer, Dual(x, dx))
         (y.value.sum() + y.tangent.sum()).backward()
@@ -244,15 +255,16 @@ def test_gpu_products_have_torchs_bits(case, monkeypatch):
         "gelu": functools.partial(cublas.linear_gelu, weight=weight, bias=bias),
         "matmul": functools.partial(cublas.matmul, matrix=weight.t().contiguous()),
     }[case]
+    rows = x.view(ROWS, DEPTH)
     # The last two are computed by the algorithm that won with all rows, if it takes so many.
-    for rows in (x, x, x[:3], x.view(ROWS, DEPTH)[:-8], x.view(ROWS, DEPTH)[:-3]):
+    for some in (x, x, rows[:-8], rows[:-3]):
+        assert cublas.why_not(some, weight.t(), bias) is None
         monkeypatch.setattr(cublas, "TUNED", True)
-        given = None if case in ("no bias", "matmul") else bias
-        reason = cublas.why_not(rows, weight.t(), given)
-        assert reason == ("the product is small" if rows is not x and rows.ndim == 3 else None)
-        found = run(rows)
-        monkeypatch.setattr(cublas, "TUNED", False)
-        assert torch.equal(found, run(rows))
+        with torch.no_grad():
+            found = run(some)
+            monkeypatch.setattr(cublas, "TUNED", False)
+            assert torch.equal(found, run(some))
+        monkeypatch.undo()
 
 
 @gpu
@@ -275,6 +287,27 @@ def test_gpu_what_is_left_to_torch():
             cublas.linear(**{**dict(x=x, weight=weight), **wrong})
     with pytest.raises(RuntimeError, match="size|shape"):
         cublas.matmul(x, weight)
+
+
+@gpu
+def test_gpu_derivatives():
+    """What autograd and forward AD must see is torch's, also in a backward of many gradients."""
+    x, weight, bias = tensors("cuda")
+    x.requires_grad_()
+    for y in (cublas.linear(x, weight, bias), cublas.linear_gelu(x, weight, bias)):
+        assert y.requires_grad
+    with forward_ad.dual_level(), torch.no_grad():
+        dual_x = forward_ad.make_dual(x.detach(), torch.ones_like(x))
+        found = forward_ad.unpack_dual(cublas.linear(dual_x, weight, bias)).tangent
+    assert torch.equal(found, functional.linear(torch.ones_like(x), weight))
+    layer = torch.nn.Linear(DEPTH, COLUMNS, device="cuda").requires_grad_(False)
+    gradients = torch.randn(2, 4, ROWS // 4, COLUMNS, device="cuda").bfloat16()
+    with RoundedCopies([layer]).in_use(), torch.autocast("cuda", torch.bfloat16):
+        y = linear(layer, x)
+        (both,) = torch.autograd.grad(y, x, gradients, is_grads_batched=True, retain_graph=True)
+        for found, g in zip(both, gradients, strict=True):
+            (wanted,) = torch.autograd.grad(y, x, g, retain_graph=True)
+            torch.testing.assert_close(found, wanted, atol=2e-2, rtol=2e-2)
 
 
 @gpu
