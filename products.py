@@ -48,7 +48,7 @@ class RoundedCopies:
                         self.add(layers, seen)
                 self.add([module], seen)
         self.copy_of = {id(p): copy for p, copy in zip(self.weights, self.copies, strict=True)}
-        self.are_fresh()
+        self.versions = None  # of the weights when their copies were made; None: refresh them first
 
     @torch.inference_mode(False)  # else nobody could write to the copies later
     @torch.no_grad()
