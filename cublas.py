@@ -27,8 +27,9 @@ from ctypes import c_float, c_int, c_int64, c_size_t, c_uint32, c_uint64, c_void
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 from torch.nn import functional
+
+import fused
 
 TUNED = True  # False: all products are torch's
 MIN_FLOPS = 1e10  # smaller products are torch's: launching one takes almost as long
@@ -92,7 +93,7 @@ def why_not(x, matrix, bias=None):
         return "TUNED is False"
     if torch.compiler.is_compiling():
         return "torch.compile cannot trace it"
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if fused.transformed():
         return "a transform of torch.func, or forward AD, is at work"
     tensors = [x, matrix] if bias is None else [x, matrix, bias]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):

@@ -119,7 +119,7 @@ def linear(layer, x):
     Forward hooks may change a layer's input and result: the tangent is the derivative of that.
     """
     x = total(x)
-    copies = copies_of(layer)  # its weights in bfloat16, in a training step on a GPU; else None
+    copies = copies_of(layer)  # its weights in bfloat16, where products.RoundedCopies are in use
     if copies is not None:
         return pair(*product(value_of(x), tangent_of(x), [layer], copies))
     if isinstance(x, Dual):

@@ -101,9 +101,9 @@ def sample(model, x1, y, w, nfe, euler=False):
 def make_sampler(model, nfe, euler=False, bfloat16=True):
     """`sample` as a function of (x1, y, w), in bfloat16 where the device has it.
 
-    Its linear layers then have copies of their weights in bfloat16, beside those in float32. They
-    are made again when PyTorch has written to a weight, which it does not notice of writes through
-    .data and of weights that were made in inference mode.
+    Its linear layers then have copies of their weights in bfloat16, beside those in float32. The
+    copies are made again when PyTorch has counted a write to a weight. It does not count writes
+    through .data, nor any to weights that were made in inference mode.
     """
     device = next(model.parameters()).device
     bfloat16 = bfloat16 and abilities(device)[0]
