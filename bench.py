@@ -4,6 +4,7 @@ Every speed, measured, on a CUDA GPU.
     python bench.py attention [--quick] [--hopper] [--plot=attention.png]
     python bench.py step [--size=XL/2] [--input_size=32] [--batch=32] [--modes=graph,...]
     torchrun --nproc_per_node=4 bench.py step --modes=alone,graph    # --batch on each GPU
+    torchrun --nproc_per_node=4 bench.py step --modes=alone,graph --micro_batches=8    # of --batch
     torchrun --nproc_per_node=2 bench.py step --modes=sharded --size=G/2 --batch=8    # weights too
     python bench.py trainer [--preset=im256_w2] [--input_size=32] [--batch=64]
     python bench.py sample [--size=XL/2] [--input_size=32] [--batch=250]
@@ -113,20 +114,23 @@ def forward_tflop(config, batch):
     return 2 * batch * config.depth * (products + attention) * 1e-12
 
 
-def bytes_of_step(config, batch):
+def bytes_of_step(config, batch, micro_batches=1):
     """{kind of kernel: bytes that it must move} in a step, of those that move most."""
     tokens = config.grid[0] * config.grid[1]
     tensor_bytes = 2 * batch * tokens * config.hidden_size
     tensors = TENSORS_OF_ADD_NORM + TENSORS_OF_GELU + TENSORS_OF_QK_NORM + TENSORS_OF_COLUMN_SUMS
     with torch.device("meta"):
         weights = sum(p.numel() for p in DiT(config).parameters() if p.requires_grad)
-    return {"fused": config.depth * tensors * tensor_bytes, "AdamW": BYTES_OF_UPDATE * weights}
+    return {
+        "fused": micro_batches * config.depth * tensors * tensor_bytes,
+        "AdamW": BYTES_OF_UPDATE * weights,
+    }
 
 
 # ---- a training step -----------------------------------------------------------------------------
 
 
-def step_table(size, input_size, batch, modes):
+def step_table(size, input_size, batch, micro_batches, modes):
     rank, ranks, _ = ranks_of_torchrun()
     device = find_device("cuda")
     torch.cuda.set_device(device)
@@ -141,7 +145,7 @@ def step_table(size, input_size, batch, modes):
     under = " under torchrun" if dist.is_initialized() else ""
     show(
         f"{ranks} x {torch.cuda.get_device_name()}{under}, torch {torch.__version__}, "
-        f"{describe_network(size, input_size)}, batch {batch} a GPU; "
+        f"{describe_network(size, input_size)}, {micro_batches} x {batch} images a GPU; "
         f"8192^3 bfloat16 product {rate:.0f} TFLOP/s"
     )
     show(
@@ -156,7 +160,7 @@ def step_table(size, input_size, batch, modes):
             continue
         try:
             cublas.TUNED = tuned and options.get("tuned", True)
-            ms, peak, start, kinds = measure_step(config, batch, options)
+            ms, peak, start, kinds = measure_step(config, batch, micro_batches, options)
         except torch.OutOfMemoryError:
             if ranks > 1:  # the others would wait for this one
                 raise
@@ -164,39 +168,41 @@ def step_table(size, input_size, batch, modes):
             continue
         each_ms = from_all_ranks(ms)
         ms = max(each_ms)  # of the slowest rank; memory and kernels are rank 0's
-        tflops = passes * forward_tflop(config, batch) / ms * 1e3
+        images = micro_batches * batch
+        tflops = passes * forward_tflop(config, images) / ms * 1e3
         each = ", ".join(f"{part:.1f}" for part in kinds.values())
         show(
-            f"{mode:>20} | {ms:6.1f} {ranks * batch / ms * 1e3:6.0f} {tflops:4.0f} "
+            f"{mode:>20} | {ms:6.1f} {ranks * images / ms * 1e3:6.0f} {tflops:4.0f} "
             f"{tflops / rate:5.0%} {peak / 1e9:7.1f} {start:7.1f} | {each}"
         )
         if ranks > 1:
             show(f"{'':>20} | ms of each rank: {', '.join(f'{ms:.1f}' for ms in each_ms)}")
         if mode == "one_stream":  # else kernels that run at the same time share the memory's rate
-            show_bytes(config, batch, kinds, show)
+            show_bytes(bytes_of_step(config, batch, micro_batches), kinds, show)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def show_bytes(config, batch, kinds, show):
+def show_bytes(sizes, kinds, show):
     memory = memory_rate()
     show(f"a copy reads and writes {memory / 1e12:.2f} TB/s; what must be moved:")
-    for kind, size in bytes_of_step(config, batch).items():
+    for kind, size in sizes.items():
         if kinds[kind] == 0:  # its kernels are switched off
             continue
         ms = size / memory * 1e3
         show(f"{kind:>13} | {size / 1e9:.1f} GB, {ms:.1f} ms: {ms / kinds[kind]:.0%} of that rate")
 
 
-def measure_step(config, batch, options):
-    """Median milliseconds of 20 steps on a warm GPU, peak bytes that PyTorch took from the device,
-    seconds of the first five steps, and GPU milliseconds by kind of kernel."""
+def measure_step(config, batch, micro_batches, options):
+    """Median milliseconds of 20 steps on a warm GPU (of fewer that have micro-batches), peak bytes that
+    PyTorch took from the device, seconds of the first five steps, and GPU milliseconds by kind of
+    kernel."""
     gc.unfreeze()
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     options = {name: value for name, value in options.items() if name != "tuned"}
-    step = RandomStep(config, batch, **options)
+    step = RandomStep(config, batch, micro_batches, **options)
     began = time.perf_counter()
     for n in range(5):
         step(n)
@@ -205,7 +211,7 @@ def measure_step(config, batch, options):
     gc.collect()
     gc.freeze()  # as train.py does: the collector need not walk what stays
     warm_up(step)
-    ms = statistics.median(milliseconds(step, 20))
+    ms = statistics.median(milliseconds(step, max(5, 20 // micro_batches)))
     peak = torch.cuda.max_memory_reserved()
     kinds = kernel_times(step)
     step.step.recorded.clear()  # the process group cannot be left while graphs hold its links
@@ -287,7 +293,7 @@ def trainer_table(preset, input_size, batch):
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, train.py --preset={preset}, "
         f"{input_size}x{input_size}x4, batch {batch}: {rate:.0f} images/s, "
-        f"{batch / rate * 1e3:.0f} ms a step, data wait {wait:.2%}"
+        f"{batch / rate * 1e3:.1f} ms a step, data wait {wait:.2%}"
     )
 
 
@@ -413,6 +419,7 @@ def parse():
     attention.add_argument("--hopper", action="store_true")
     step = command("step", batch=32, network=True)
     step.add_argument("--size", default="XL/2", choices=SIZES)
+    step.add_argument("--micro_batches", type=int, default=1)
     step.add_argument("--modes", type=lambda text: text.split(","), default=list(MODES))
     trainer = command("trainer", batch=64, network=True)
     trainer.add_argument("--preset", default="im256_w2")
@@ -428,8 +435,9 @@ def parse():
 def check(args):
     """Raises UserError for values that nothing can be measured with."""
     given = vars(args)
-    if given.get("batch", 1) < 1:
-        raise UserError(f"--batch must be at least 1, not {args.batch}")
+    for name in ("batch", "micro_batches"):
+        if given.get(name, 1) < 1:
+            raise UserError(f"--{name} must be at least 1, not {given[name]}")
     for mode in given.get("modes", []):
         if mode not in MODES:
             raise UserError(f"there is no mode {mode!r}: there are {', '.join(MODES)}")
@@ -448,7 +456,7 @@ def main():
     if args.what == "attention":
         bench_attention.table(args.quick, args.plot, args.hopper)
     elif args.what == "step":
-        step_table(args.size, args.input_size, args.batch, args.modes)
+        step_table(args.size, args.input_size, args.batch, args.micro_batches, args.modes)
     elif args.what == "trainer":
         trainer_table(args.preset, args.input_size, args.batch)
     elif args.what == "sample":

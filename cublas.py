@@ -11,6 +11,10 @@ H200 at its limit of power others take 8 to 35% less time for those products of 
 numbers. So when a product first occurs, algorithms race: torch's, those that cuBLAS suggests, and
 variants of its first suggestion. The winner computes that product from then on.
 
+A narrow win does not count (LEAD). In a race all algorithms run at the same clock. In a training at
+the limit of power the clock falls the more, the more power a product takes. So one that was a
+little faster in the race, since it kept more of the GPU busy, can take longer there.
+
 Only algorithms that give torch's bits, for random numbers, may win. The winner also computes the
 product with other numbers of rows, up to the same power of two. Neither its time nor its bits are
 compared there.
@@ -44,6 +48,9 @@ OPTIONS = range(4)
 WARM_UP = 30  # ms before a race: a GPU that has worked for a while is slower
 # Rounds of a race: (ms for which each algorithm runs, how many algorithms go on).
 ROUNDS = ((4, 6), (10, 3), (20, 1))
+# The usual algorithms are torch's and cuBLAS's first suggestion. Another wins only if it takes less
+# than this share of their time.
+LEAD = 0.95
 COMPARED = 2**22  # about so many numbers of a result are compared, in rows spread over it
 TORCH = "torch"  # in place of an algorithm: torch's product
 
@@ -95,6 +102,8 @@ def why_not(x, matrix, bias=None):
         return "torch.compile cannot trace it"
     if fused.transformed():
         return "a transform of torch.func, or forward AD, is at work"
+    if matrix.dim() != 2 or x.dim() == 0 or x.size(-1) != matrix.size(0):
+        return "the shapes do not fit"  # torch says how
     tensors = [x, matrix] if bias is None else [x, matrix, bias]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return "autograd needs its derivative"
@@ -109,8 +118,6 @@ def why_not(x, matrix, bias=None):
             return "a tensor is not contiguous"
         if t.data_ptr() % ALIGNMENT != 0:
             return f"a tensor is not aligned to {ALIGNMENT} bytes"
-    if matrix.dim() != 2 or x.size(-1) != matrix.size(0):
-        return "the shapes do not fit"  # torch says how
     depth, columns = matrix.shape
     if bias is not None and bias.shape != (columns,):
         return "the bias does not fit"
@@ -273,7 +280,8 @@ def torch_product(x, matrix, bias, gelu, out):
 def fastest(algorithms, run, out):
     """The algorithm that takes the least time, of those that give the first one's bits.
 
-    run(algorithm) writes a product into out (..., N), and returns whether it could.
+    The first two of these are the usual ones: see LEAD. run(algorithm) writes a product into out
+    (..., N), and returns whether it could.
     """
     step = out.numel() // COMPARED | 1  # odd, so that it meets all rows of a tile
     bits = out.view(-1, out.size(-1))[::step].view(torch.int16)  # of what is in out
@@ -287,15 +295,18 @@ def fastest(algorithms, run, out):
     if len(alike) == 1:
         return alike[0]
     time_of(run, alike[0], WARM_UP)
+    numbers = list(range(len(alike)))
+    usual = numbers[:2]
     for ms, survivors in ROUNDS:
-        numbers = list(range(len(alike)))
-        times = [0.0] * len(alike)
+        times = dict.fromkeys(numbers, 0.0)
         # Forward and backward through the list, so that a GPU that slows down favours none.
         for i in numbers + numbers[::-1]:
             times[i] += time_of(run, alike[i], ms / 2)
-        numbers.sort(key=times.__getitem__)
-        alike = [alike[i] for i in numbers[:survivors]]
-    return alike[0]
+        numbers.sort(key=times.get)
+        numbers = numbers[:survivors] + [i for i in numbers[survivors:] if i in usual]
+    best = numbers[0]
+    best_usual = min(usual, key=times.get)
+    return alike[best] if times[best] < LEAD * times[best_usual] else alike[best_usual]
 
 
 def time_of(run, algorithm, ms):

@@ -68,10 +68,27 @@ def test_the_fastest_with_the_same_bits_wins(monkeypatch):
 
     monkeypatch.setattr(cublas, "time_of", lambda run, name, ms: algorithms[name][2])
     assert cublas.fastest(list(algorithms), run, out) == "fast"
+    assert cublas.fastest(["slow", "first", "other bits in one row"], run, out) == "first"
     monkeypatch.setattr(cublas, "COMPARED", 8)  # of 24 numbers: every third row
     assert cublas.fastest(list(algorithms), run, out) == "other bits in one row"
     algorithms["first"] = ones * torch.nan, True, 5.0  # bits are compared, not numbers
     assert cublas.fastest(list(algorithms), run, out) == "not a number"
+
+
+def test_a_narrow_win_does_not_count(monkeypatch):
+    """Beside the faster one of the first two, the usual ones."""
+    out = torch.zeros(6, 4, dtype=torch.bfloat16)
+    others = {f"other {i}": 1.0 + i for i in range(8)}  # as many as to drop the usual ones
+
+    def winner(**ms):
+        times = {**ms, **others}
+        monkeypatch.setattr(cublas, "time_of", lambda run, name, _: times[name])
+        return cublas.fastest(list(times), lambda name: out.zero_() is out, out)
+
+    assert winner(torch=20.0, suggestion=1.04) == "suggestion"
+    assert winner(torch=1.04, suggestion=20.0) == "torch"
+    assert winner(torch=1.07, suggestion=1.06) == "other 0"
+    assert winner(torch=20.0, suggestion=30.0) == "other 0"
 
 
 class FakeLibrary:

@@ -241,7 +241,7 @@ class Bucket:
 for hook in (mean.hook, lambda bucket: here.nccl_mean(None, bucket)):
     gradient = torch.full((1000,), float(rank), device=device)
     assert (hook(Bucket()).wait() == (ranks - 1) / 2).all()
-print("averaged on", ranks)
+print(f"averaged on {ranks}")  # in one piece, also where Python does not buffer
 dist.destroy_process_group()
 """
 
