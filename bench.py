@@ -194,9 +194,9 @@ def show_bytes(sizes, kinds, show):
 
 
 def measure_step(config, batch, micro_batches, options):
-    """Median milliseconds of 20 steps on a warm GPU (of fewer that have micro-batches), peak bytes that
-    PyTorch took from the device, seconds of the first five steps, and GPU milliseconds by kind of
-    kernel."""
+    """Median milliseconds of 20 steps on a warm GPU (fewer, of several micro-batches), peak bytes
+    that PyTorch took from the device, seconds of the first five steps, and GPU milliseconds by kind
+    of kernel."""
     gc.unfreeze()
     gc.collect()
     torch.cuda.empty_cache()
