@@ -4,8 +4,8 @@ A look at a folder of data, for `prepare.py check`: what it holds, what is wrong
     python prepare.py check digits            # draws data/digits/check.png
     python prepare.py check im256 --src SRC   # of latents: each original above its decoded image
 
-In this file: check_dataset; the counts of images and classes; the moments of the numbers; the
-picture.
+In this file: check_dataset; the counts of images and classes; the checksum; the moments of the
+numbers; the picture.
 """
 
 import os
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dataset import load_dataset
+from dataset import load_dataset, train_crc32
 from files import UserError, written
 from header import DataError, describe_classes, describe_gaps, kind_of_data, names_of_classes
 from images import ImageError, files_at, read_square
@@ -35,6 +35,7 @@ def check_dataset(path, src=None, vae_files=None, seed=0):
     if not len(stored):
         raise DataError(f"{path} holds no training images")
     wrong = check_counts(path, header, data["train_labels"])
+    wrong += check_bytes(path, header)
     rows = np.random.default_rng(seed).permutation(len(stored))
     rows = rows[: max(8, 2**27 // stored[0].size)]
     wrong += check_values(header, np.float32(stored[np.sort(rows)]))
@@ -64,6 +65,16 @@ def check_counts(path, header, labels):
         print(gaps)
     if counts.tolist() != header["class_counts"]:
         return ["the header's class_counts are not those of the labels"]
+    return []
+
+
+def check_bytes(path, header):
+    """Compare the training data with their checksum. Returns what is wrong, as a list of text."""
+    if "train_crc32" not in header:  # older data
+        print("header.json has no checksum of the training data")
+        return []
+    if train_crc32(path) != header["train_crc32"]:
+        return ["the training data are not those that were written: their checksum is another"]
     return []
 
 

@@ -24,6 +24,7 @@ import zlib
 
 import numpy as np
 from numpy.lib.format import open_memmap
+from tqdm import tqdm
 
 from claims import LEFT_OUT, claim, clean_up_after, take_name, unfinished
 from files import written
@@ -129,13 +130,20 @@ def write_left_out(folder, left_out):
             f.write(f"{printable(name)}\t{printable(reason)}\n")
 
 
-def crc32_of(*files):
-    """The crc32 of the bytes of these files, one after the other: eight hexadecimal digits."""
+def train_crc32(folder):
+    """The crc32 of train_images.npy and then train_labels.npy: eight hexadecimal digits.
+
+    A progress bar appears after two seconds.
+    """
+    files = [os.path.join(folder, name) for name in ("train_images.npy", "train_labels.npy")]
+    total = sum(map(os.path.getsize, files))
     crc = 0
-    for file in files:
-        with open(file, "rb") as f:
-            while part := f.read(1 << 24):
-                crc = zlib.crc32(part, crc)
+    with tqdm(total=total, desc="checksum", unit="B", unit_scale=True, delay=2) as bar:
+        for file in files:
+            with open(file, "rb") as f:
+                while part := f.read(1 << 24):
+                    crc = zlib.crc32(part, crc)
+                    bar.update(len(part))
     return f"{crc:08x}"
 
 
@@ -275,10 +283,7 @@ class Writer:
             class_counts=class_counts.tolist(),
             mean=[127.5] * channels,
             std=[127.5] * channels,
-            train_crc32=crc32_of(
-                os.path.join(self.partial, "train_images.npy"),
-                os.path.join(self.partial, "train_labels.npy"),
-            ),
+            train_crc32=train_crc32(self.partial),
         )
         header.update(about)
         try:

@@ -468,7 +468,7 @@ def test_check_of_latents(folder, source, capsys):
     stored = np.load("data/a/train_images.npy")
     np.save("data/a/train_images.npy", np.concatenate([stored[:190], 0 * stored[190:]]))
     capsys.readouterr()
-    check("a")
+    assert "their checksum is another" in check("a")
     assert "9 of 199 images have one value" in capsys.readouterr().out
     np.save("data/a/train_images.npy", 0 * stored)
     assert "all images have one value" in check("a")
@@ -476,11 +476,21 @@ def test_check_of_latents(folder, source, capsys):
     assert "its header says float16 (200, 8, 8, 8)" in check("a")
 
 
-def test_check_of_pixels(folder):
+def test_check_of_pixels(folder, capsys):
     assert complain("digits") is None and complain("check", "digits") is None
     os.rename("data/digits", "moved")
     assert complain("check", "moved") is None
     assert "no data in data/digits" in complain("check", "digits")
+    labels = np.load("moved/train_labels.npy")
+    np.save("moved/train_labels.npy", labels[::-1])  # as many of each class
+    assert "their checksum is another" in complain("check", "moved")
+    with open("moved/header.json") as f:
+        older = json.load(f)
+    del older["train_crc32"]
+    with open("moved/header.json", "w") as f:
+        json.dump(older, f)
+    assert complain("check", "moved") is None
+    assert "has no checksum" in capsys.readouterr().out
     dataset.Writer("data/none", (1, 8, 8), {"train": 0, "test": 0}).finish("none", [])
     assert "no training images" in complain("check", "none")
 
