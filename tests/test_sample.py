@@ -653,6 +653,10 @@ def test_any_name_of_an_output(folder):
     for out in ("x.jpg", "x.NPY"):
         assert out in run("c.safetensors", "--out", out)
     assert "name a new folder" in run("c.safetensors", "--out", "..")
+    before = set(os.listdir())
+    for out in (247 * "a" + ".png", 247 * "a"):  # of 255 letters with what is added at first
+        assert "File name too long" in run("c.safetensors", "--n", 1, "--out", out)
+    assert set(os.listdir()) == before
 
 
 def test_sample_refuses(folder):
