@@ -4,7 +4,7 @@ Every speed, measured, on a CUDA GPU.
     python bench.py attention [--quick] [--hopper] [--plot=attention.png]
     python bench.py step [--size=XL/2] [--input_size=32] [--batch=32] [--modes=graph,...]
     torchrun --nproc_per_node=4 bench.py step --modes=alone,graph    # --batch on each GPU
-    torchrun --nproc_per_node=4 bench.py step --modes=alone,graph --micro_batches=8    # of --batch
+    torchrun --nproc_per_node=4 bench.py step --modes=alone,graph --micro_batches=8    # in a step
     torchrun --nproc_per_node=2 bench.py step --modes=sharded --size=G/2 --batch=8    # weights too
     python bench.py trainer [--preset=im256_w2] [--input_size=32] [--batch=64]
     python bench.py sample [--size=XL/2] [--input_size=32] [--batch=250]
@@ -82,7 +82,7 @@ KERNELS = {  # kinds of GPU kernels by what their names hold; the first kind tha
     "products": ("nvjet", "gemm", "cutlass", "cublas", "xmma", "splitK"),
 }
 OTHER = "other"
-# Tensors (B, T, D) in bfloat16 that fused.py must read or write in a block, in a step:
+# Tensors (B, T, D) in bfloat16 that fused.py must read or write in a block, in a micro-batch:
 # value and tangent forward and backward, the target network at both points, and the value alone
 # forward and backward. docs/performance.md has the table. (The target's GELU is in its product.)
 # add_norm, twice a block, reads x, low, dx, y, dy and writes as many. Its backward reads 8 and
@@ -143,9 +143,10 @@ def step_table(size, input_size, batch, micro_batches, modes):
 
     rate = product_rate()
     under = " under torchrun" if dist.is_initialized() else ""
+    times = f", {micro_batches} times a step" if micro_batches > 1 else ""
     show(
         f"{ranks} x {torch.cuda.get_device_name()}{under}, torch {torch.__version__}, "
-        f"{describe_network(size, input_size)}, {micro_batches} x {batch} images a GPU; "
+        f"{describe_network(size, input_size)}, batch {batch} a GPU{times}; "
         f"8192^3 bfloat16 product {rate:.0f} TFLOP/s"
     )
     show(
@@ -194,7 +195,7 @@ def show_bytes(sizes, kinds, show):
 
 
 def measure_step(config, batch, micro_batches, options):
-    """Median milliseconds of 20 steps on a warm GPU (fewer, of several micro-batches), peak bytes
+    """Median milliseconds of 20 steps on a warm GPU (with micro-batches of 5 or more), peak bytes
     that PyTorch took from the device, seconds of the first five steps, and GPU milliseconds by kind
     of kernel."""
     gc.unfreeze()

@@ -4,7 +4,7 @@ A training step on random data, to be timed by bench.py and study.py.
     step = RandomStep(DiTConfig.named("XL/2"), batch=32)
     times = milliseconds(step, 20)
 
-Under torchrun, with the process group joined, `batch` is that of each rank.
+Under torchrun, with the process group joined, `batch` is that of each rank's micro-batch.
 """
 
 import copy
@@ -24,7 +24,7 @@ from muon import Muon, matrices_of_blocks
 from shard import shard_weights
 from step import TrainingStep
 
-BATCHES = 64  # of random data, taken in turn
+BATCHES = 64  # micro-batches of random data, taken in turn
 
 
 class FlowMatching(nn.Module):
@@ -74,7 +74,7 @@ class RandomStep:
         two_streams=None,
         device="cuda",
     ):
-        """config: a DiTConfig. batch: images of a rank's micro-batch. micro_batches: in a step.
+        """config: a DiTConfig. batch: images in a rank's micro-batch. micro_batches: of one step.
 
         graphs: on a GPU, the step as CUDA graphs. compiled: the blocks, by torch.compile. shard:
         weights divided over the ranks of torchrun, without graphs. checkpoint: all blocks are
@@ -139,8 +139,9 @@ class RandomStep:
         )
 
         shape = (config.in_channels, *config.height_and_width)
-        # As large as the latents of `bench.py trainer`. From noise of deviation 1 a network learns
-        # less, and a step of XL/2 takes 2 to 3% less energy and time.
+        # The standard deviation of the latents of `bench.py trainer`. From noise of deviation 1,
+        # like the loss's own, a network learns less. Then the same kernels take less energy, and a
+        # step of XL/2, at the limit of power, 2 to 3% less time.
         self.images = 2**0.5 * torch.randn(BATCHES, batch, *shape)
         names = dict(class_names=[str(label) for label in range(config.num_classes)])
         labels = torch.randint(config.num_classes, (BATCHES * batch,))

@@ -36,6 +36,9 @@ def test_other_products_are_torchs():
     found = cublas.linear_gelu(x, weight, bias)
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
     assert cublas.why_not(x, weight.t(), bias) == "not all tensors are bfloat16 on one CUDA device"
+    for wrong in (weight, weight.t()[..., None], torch.randn(16)):
+        assert cublas.why_not(x, wrong) == "the shapes do not fit"
+    assert cublas.why_not(torch.tensor(1.0), weight) == "the shapes do not fit"
 
 
 def test_sizes_of_structures():
@@ -67,28 +70,46 @@ def test_the_fastest_with_the_same_bits_wins(monkeypatch):
         return succeeds
 
     monkeypatch.setattr(cublas, "time_of", lambda run, name, ms: algorithms[name][2])
-    assert cublas.fastest(list(algorithms), run, out) == "fast"
-    assert cublas.fastest(["slow", "first", "other bits in one row"], run, out) == "first"
+    assert cublas.winner_of(list(algorithms), run, out) == "fast"
+    assert cublas.winner_of(["slow", "first", "other bits in one row"], run, out) == "first"
     monkeypatch.setattr(cublas, "COMPARED", 8)  # of 24 numbers: every third row
-    assert cublas.fastest(list(algorithms), run, out) == "other bits in one row"
+    assert cublas.winner_of(list(algorithms), run, out) == "other bits in one row"
     algorithms["first"] = ones * torch.nan, True, 5.0  # bits are compared, not numbers
-    assert cublas.fastest(list(algorithms), run, out) == "not a number"
+    assert cublas.winner_of(list(algorithms), run, out) == "not a number"
 
 
 def test_a_narrow_win_does_not_count(monkeypatch):
-    """Beside the faster one of the first two, the usual ones."""
+    """A winner must be 5% faster than the faster one of the first two, if that has the bits."""
     out = torch.zeros(6, 4, dtype=torch.bfloat16)
-    others = {f"other {i}": 1.0 + i for i in range(8)}  # as many as to drop the usual ones
+    others = {f"other {i}": 1.0 + i for i in range(8)}  # enough to drop the usual ones
+    asked = []
 
-    def winner(**ms):
-        times = {**ms, **others}
-        monkeypatch.setattr(cublas, "time_of", lambda run, name, _: times[name])
-        return cublas.fastest(list(times), lambda name: out.zero_() is out, out)
+    def winner(torch, suggestion, has_bits=True):
+        times = {"torch": torch, "suggestion": suggestion, **others}
+        asked.clear()
 
-    assert winner(torch=20.0, suggestion=1.04) == "suggestion"
-    assert winner(torch=1.04, suggestion=20.0) == "torch"
-    assert winner(torch=1.07, suggestion=1.06) == "other 0"
+        def run(name):
+            out.fill_(0 if has_bits or name != "suggestion" else 1)
+            return True
+
+        def time_of(run, name, ms):
+            asked.append(name)
+            return times[name]
+
+        monkeypatch.setattr(cublas, "time_of", time_of)
+        return cublas.winner_of(list(times), run, out)
+
+    assert winner(torch=20.0, suggestion=1.05) == "suggestion"
+    assert winner(torch=1.05, suggestion=20.0) == "torch"
+    assert winner(torch=1.055, suggestion=1.056) == "other 0"
     assert winner(torch=20.0, suggestion=30.0) == "other 0"
+    # 30 ms to warm up; then two times in each round, in which 10, 6 and 3 take part, and both usual
+    assert asked.count("other 0") == asked.count("suggestion") == asked.count("torch") - 1 == 6
+    assert (asked.count("other 2"), asked.count("other 5"), asked.count("other 7")) == (6, 4, 2)
+    # The second one with these bits is not a usual one.
+    assert winner(torch=1.04, suggestion=0.9, has_bits=False) == "torch"
+    others["other 1"] = 1.03
+    assert winner(torch=1.07, suggestion=0.9, has_bits=False) == "other 0"
 
 
 class FakeLibrary:
@@ -241,7 +262,7 @@ def test_who_computes(fake_library, monkeypatch):
     def no_memory(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(cublas, "fastest", no_memory)
+    monkeypatch.setattr(cublas, "winner_of", no_memory)
     run(2000)
     assert fake_library.ran == [] and list(cublas.winners.values())[3] is cublas.TORCH
 
