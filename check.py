@@ -71,10 +71,10 @@ def check_counts(path, header, labels):
 def check_bytes(path, header):
     """Compare the training data with their checksum. Returns what is wrong, as a list of text."""
     if "train_crc32" not in header:  # older data
-        print("header.json has no checksum of the training data")
+        print("header.json has no checksum of the training data, so they are not compared with one")
         return []
     if train_crc32(path) != header["train_crc32"]:
-        return ["the training data are not those that were written: their checksum is another"]
+        return ["the training data are not those that were written: their checksum differs"]
     return []
 
 

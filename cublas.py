@@ -7,14 +7,14 @@ Matrix products in bfloat16 by cuBLAS, each with an algorithm that has won a rac
 
 cuBLAS has many kernels for one product, and settings for each: a kernel with its settings is
 called an algorithm. PyTorch leaves the choice to cuBLAS, which does not always take the fastest:
-on an H200 at its limit of power others take 3 to 5% less time for most products of XL/2 that sum
-1,152 numbers, and over 11% less with GELU. So when a product first occurs, algorithms race:
-torch's, those that cuBLAS suggests, and variants of its first suggestion. The winner computes that
-product from then on.
+on an H200 at its limit of power others take at least 3% less time for most products of XL/2 that
+sum 1,152 numbers, and at least 11% less with GELU. So when a product first occurs, algorithms
+race: torch's, those that cuBLAS suggests, and variants of its first suggestion. The winner
+computes that product from then on.
 
 A narrow win does not count (LEAD). In a training at the limit of power, the more power a product
-takes, the lower is the clock. A race is too short for the clock to follow. So an algorithm that was
-a little faster there, since it kept more of the GPU busy, can take longer in the training.
+takes, the lower the clock. A race is too short for the clock to follow. So an algorithm that was a
+little faster there, since it kept more of the GPU busy, can take longer in the training.
 
 Only algorithms that give torch's bits, for random numbers, may win. The winner also computes the
 product with other numbers of rows, up to the same power of two. Neither its time nor its bits are

@@ -120,6 +120,13 @@ def check_writable(path):
         remove_locked(open_locked(aside), aside)
 
 
+def refuse_long_name(path):
+    """Raise OSError where a name is too long for what is first written beside `path`."""
+    aside = path + PARTIAL
+    with errors_named(path, aside), contextlib.suppress(FileNotFoundError):
+        os.lstat(aside)
+
+
 def others_in(folder, is_ours):
     """The names in a folder that are not ours, sorted. is_ours(name): whether we write such one."""
     return sorted(name for name in os.listdir(folder) if not is_ours(name))

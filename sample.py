@@ -20,7 +20,6 @@ replaced with --overwrite only, but for the default samples.png. A state of a ru
 (state_STEP.safetensors) is sampled as its ckpt.safetensors is: by its evaluation network.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -48,7 +47,7 @@ from device import (
     ranks_of_torchrun,
 )
 from dual import column, widest
-from files import PARTIAL, UserError, follow_link
+from files import UserError, follow_link, refuse_long_name
 from imageset import as_size
 from loss import EULER
 from model import load_model
@@ -224,8 +223,7 @@ def prepare_out(args):
     args.out = follow_link(os.path.normpath(out))
     refuse_taken(args.out, args.kind, args.overwrite)
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        os.lstat(args.out + PARTIAL)  # OSError where the name that is written first is too long
+    refuse_long_name(args.out)
 
 
 def guidance_weight(asked, trained):

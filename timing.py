@@ -141,7 +141,7 @@ class RandomStep:
         shape = (config.in_channels, *config.height_and_width)
         # The standard deviation of the latents of `bench.py trainer`. From noise of deviation 1,
         # like the loss's own, a network learns less. Then the same kernels take less energy, and a
-        # step of XL/2, at the limit of power, 2 to 3% less time.
+        # step of XL/2, at the limit of power, 1 to 3% less time.
         self.images = 2**0.5 * torch.randn(BATCHES, batch, *shape)
         names = dict(class_names=[str(label) for label in range(config.num_classes)])
         labels = torch.randint(config.num_classes, (BATCHES * batch,))
