@@ -195,9 +195,9 @@ def show_bytes(sizes, kinds, show):
 
 
 def measure_step(config, batch, micro_batches, options):
-    """Median milliseconds of 20 steps on a warm GPU (with micro-batches of 5 or more), peak bytes
-    that PyTorch took from the device, seconds of the first five steps, and GPU milliseconds by kind
-    of kernel."""
+    """Median milliseconds of 20 steps (5 or more with micro-batches) on a warm GPU, peak bytes that
+    PyTorch took from the device, seconds of the first five steps, and GPU milliseconds by kind of
+    kernel."""
     gc.unfreeze()
     gc.collect()
     torch.cuda.empty_cache()
