@@ -266,6 +266,9 @@ def config_of(wrapper, dit, tensors):
         num_heads = dit.state["num_heads"]
     else:
         num_heads = hidden_size // len(q_norm)
+    mlp_ratio = mlp_width / hidden_size
+    if int(hidden_size * mlp_ratio) < mlp_width:  # the division has rounded down
+        mlp_ratio = math.nextafter(mlp_ratio, math.inf)
     scaled = wrapper.state["do_scale_param"]
     mod_norm = block.state.get("do_mod_norm", True)
     if not isinstance(scaled, bool) or not isinstance(mod_norm, bool):
@@ -277,7 +280,7 @@ def config_of(wrapper, dit, tensors):
         hidden_size=hidden_size,
         depth=len(block_names),
         num_heads=num_heads,
-        mlp_ratio=mlp_width / hidden_size,
+        mlp_ratio=mlp_ratio,
         num_classes=rows_of_labels - 1,
         scaled=scaled,
         mod_norm=mod_norm,

@@ -100,7 +100,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), a float.
 
     mu: (D,), sigma: (D, D), symmetric positive semi-definite, singular ones included.
-    The trace of the root is tr (A^T sigma2 A)^(1/2) with A A^T = sigma1, in float64.
+    The trace of the root is the sum of the singular values of A^T B, with A A^T = sigma1 and
+    B B^T = sigma2. (They are the roots of the eigenvalues of A^T sigma2 A. But those are lost in
+    rounding where they are small, and their roots are not.) In float64.
     Raises FidError for other shapes, values that are not finite, or a distance below 0, which
     covariances that are not semi-definite can have.
     """
@@ -115,20 +117,21 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
             f"frechet_distance: shapes {shapes} do not belong together, "
             "or a mean or covariance is not finite"
         )
-    A, singular = torch.linalg.cholesky_ex(sigma1)
-    if singular:  # the factor of the other covariance does as well
-        sigma1, sigma2 = sigma2, sigma1
-        A, singular = torch.linalg.cholesky_ex(sigma1)
-    if singular:  # both are: the eigenvectors' way, which takes longer
-        values, vectors = torch.linalg.eigh(sigma1)
-        A = vectors * roots(values)
-    M = A.T @ sigma2 @ A
-    trace_of_root = roots(torch.linalg.eigvalsh((M + M.T) / 2)).sum()
+    trace_of_root = torch.linalg.svdvals(factor(sigma1).T @ factor(sigma2)).sum()
     traces = sigma1.trace() + sigma2.trace()
     distance = ((mu1 - mu2).square().sum() + traces - 2 * trace_of_root).item()
     if distance < -1e-6 * traces:  # more than rounding
         raise FidError("frechet_distance: a covariance is not positive semi-definite")
     return max(distance, 0.0)
+
+
+def factor(sigma):
+    """A (D, D) with A A^T = sigma, which is symmetric and positive semi-definite."""
+    A, is_singular = torch.linalg.cholesky_ex(sigma)
+    if is_singular:  # the eigenvectors' way, which takes longer
+        values, vectors = torch.linalg.eigh(sigma)
+        A = vectors * roots(values)
+    return A
 
 
 def roots(eigenvalues):

@@ -84,9 +84,11 @@ def sample_times(
 
     def truncated(top):
         """LN(mu_s, sigma_s) below `top`: its distribution function, drawn uniformly, inverted."""
-        below = torch.special.ndtr((torch.logit(top) - mu_s) / sigma_s)  # P(LN <= top)
-        s = torch.sigmoid(mu_s + sigma_s * torch.special.ndtri(uniform() * below))
-        return torch.minimum(s, top)  # where rounding went above it
+        z = (torch.logit(top) - mu_s) / sigma_s
+        below = 0.5 * torch.special.erfc(-z / 2**0.5)  # P(LN <= top); ndtr loses its far tail
+        p = (uniform() * below).clamp(min=torch.finfo(torch.float64).tiny)
+        s = torch.sigmoid(mu_s + sigma_s * torch.special.ndtri(p))
+        return torch.minimum(s, top)  # where rounding, or the clamp, went above it
 
     def some_at_noise(t):
         if p_noise == 0:  # draws nothing, so that other numbers stay as they are

@@ -743,6 +743,23 @@ def are_independent(a, b):
     return abs(np.corrcoef(a, b)[0, 1]) < 4 / math.sqrt(len(a))
 
 
+@pytest.mark.parametrize("sampler", ["gap", "trunc"])
+@pytest.mark.parametrize("deviations", [(-37, -20), (-20, -8), (-8, -5), (-5, 5)])
+def test_times_truncated_in_a_tail(sampler, deviations):
+    """Also where nearly all of LN(mu_s, sigma_s) lies above: `deviations` from its median."""
+    mu_s, sigma_s = 0.4, 0.1
+    times = sample_times(
+        10**6, sampler=sampler, mu=0.0, mu_s=mu_s, sigma_s=sigma_s, generator=seeded(0)
+    )
+    t, s, _ = (a.double().numpy() for a in times)
+    top = 1 - (t - s) if sampler == "gap" else t
+    z, z_top = ((scipy.special.logit(a) - mu_s) / sigma_s for a in (s, top))
+    chosen = (deviations[0] < z_top) & (z_top < deviations[1])
+    u = np.exp(scipy.stats.norm.logcdf(z) - scipy.stats.norm.logcdf(z_top))[chosen]
+    assert len(u) > 1e4
+    assert p_value(u[:20000], "uniform") > 1e-3
+
+
 @pytest.mark.parametrize(
     "sampler, mu, sigma",
     [
