@@ -66,6 +66,7 @@ def why_not_train(header, path, config):
 def conditions(labels, header):
     """What the network is given as y, for labels (n,) int64: a tensor (n, ...).
 
+    A fixed function, the same in every process: what is trained belongs in DiT's y_embedder.
     Here the labels themselves. Training, sampling and scores all ask this function.
     """
     return labels

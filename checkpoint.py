@@ -238,18 +238,28 @@ def initialize_from(path, model, header, partly):
     tensors, was = load_checkpoint(path, device, needs_about=not partly)
     refuse_infinite(path, tensors)
     if partly:
-        return take_weights(path, model, tensors)
-    config = type(model.config)(**was["config"])
-    now = {**vars(model.config), **units(header)}
-    before = {**vars(config), **units(was["data"])}
-    now.pop("time_init", None)  # says only how weights start, and these are loaded
-    differ = [f"{key} {before[key]!r} -> {now[key]!r}" for key in now if before[key] != now[key]]
+        left_out = take_weights(path, model, tensors)
+        if not missing_parts(was):
+            with contextlib.suppress(TypeError, ValueError):  # a config of another fork
+                for key, before, now in changes(model, header, was):
+                    left_out.append(f"{key} (the file's is {before!r}, here it is {now!r})")
+        return left_out
+    differ = [f"{key} {before!r} -> {now!r}" for key, before, now in changes(model, header, was)]
     if differ:
         raise CheckpointError(
             f"{path} is of another config ({', '.join(differ)}); --init_partly=True takes what fits"
         )
     model.load_state_dict(tensors)
     return []
+
+
+def changes(model, header, was):
+    """Where a model and its data differ from what a checkpoint says: [(key, before, now)]."""
+    config = type(model.config)(**was["config"])
+    now = {**vars(model.config), **units(header)}
+    before = {**vars(config), **units(was["data"])}
+    now.pop("time_init", None)  # says only how weights start, and these are loaded
+    return [(key, before[key], now[key]) for key in now if before[key] != now[key]]
 
 
 def units(header):
@@ -263,16 +273,22 @@ def take_weights(path, model, tensors):
     Raises CheckpointError where none of them fits.
     """
     own = model.state_dict()
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     left_out = []
+    taken = 0
     for name, t in tensors.items():
         if name not in own:
             left_out.append(f"{name} (the network has no such tensor)")
         elif t.shape != own[name].shape:
             shapes = f"{tuple(t.shape)}, the network's {tuple(own[name].shape)}"
             left_out.append(f"{name} (the file's is {shapes})")
+        elif name in frozen:  # as the positions of another grid, perhaps
+            if not torch.equal(t, own[name]):
+                left_out.append(f"{name} (is not trained, stays as the network has it)")
         else:
             own[name].copy_(t)
-    if len(left_out) == len(tensors):
+            taken += 1
+    if taken == 0:
         raise CheckpointError(f"nothing in {path} fits this network: {', '.join(left_out[:3])}")
     for name in own:
         if name not in tensors:

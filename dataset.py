@@ -258,14 +258,17 @@ class Writer:
     def finish(self, name, class_names, **about):
         """Write the header, rename NAME.partial to NAME, and say what it holds.
 
-        about: more of the header. It may replace what is set here, as latents do. All that was
-        written of the train split is read once more, for its checksum. Raises DataError where an
-        image was not set, a label is of no class, or load_dataset would refuse the whole; and
-        OSError.
+        about: more of the header. It may replace what is set here, as latents do. Images that are
+        not uint8 need mean=[...] and std=[...], a number for each channel: a network's input is
+        (image - mean) / std. All that was written of the train split is read once more, for its
+        checksum. Raises DataError where these are missing, an image was not set, a label is of no
+        class, or load_dataset would refuse the whole; and OSError.
         """
         class_names = [printable(class_name) for class_name in class_names]
         num_classes = len(class_names)
         self.refuse_gaps(num_classes)
+        if self.dtype != np.uint8 and not ("mean" in about and "std" in about):
+            raise DataError(f"{self.path}: finish() needs mean and std of {self.dtype} images")
         labels = self.arrays["train_labels"][: self.count["train"]]
         class_counts = np.bincount(labels, minlength=num_classes)[:num_classes]
         del labels  # or Windows would not rename

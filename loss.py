@@ -355,6 +355,10 @@ class TrainingLoss(nn.Module):
     def terms(self, x0, y, x1, t, s, s_fm, w, drop):
         """The terms of the objective: a generator. A new objective is one branch more.
 
+        Train k F, which the sampler takes (k = w where config.scaled, else 1). What is random comes
+        from draw(), or ranks and resumed runs would draw the same numbers again. A term that is
+        early shares no graph with later ones.
+
         Nothing is computed before forward() asks for a term, and forward() goes backward through
         an early term before it asks for the next.
         """

@@ -72,7 +72,8 @@ class Parts:
         if others:
             raise UserError(
                 f"{self.folder} holds {len(others)} finished batches of another checkpoint, seed, "
-                "nfe or the like: give that command again, delete the folder, or name another --out"
+                "nfe or the like, or of other code: give that command again, delete the folder, or "
+                "name another --out"
             )
         if found:
             done = f"going on from {len(found)} of {len(self.batches)} batches"

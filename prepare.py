@@ -17,7 +17,7 @@ goes on where it was when it is given again.
 
 A folder of data holds
     header.json                             what it is and how it was made
-    train_images.npy, test_images.npy       (N, C, H, W) uint8
+    train_images.npy, test_images.npy       (N, C, H, W) uint8, float16 or float32
     train_labels.npy, test_labels.npy       (N,) int64; all 0 where there are no classes
 and a network's input is (image - mean) / std with the header's mean and std, one a channel.
 

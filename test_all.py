@@ -88,7 +88,16 @@ from loss import (
     sample_times,
     tvm_loss,
 )
-from model import Block, DiT, DiTConfig, Embedder, compile_blocks, load_model, positions
+from model import (
+    Block,
+    DiT,
+    DiTConfig,
+    Embedder,
+    LabelEmbedder,
+    compile_blocks,
+    load_model,
+    positions,
+)
 from step import TrainingStep
 
 
@@ -359,6 +368,22 @@ def test_initialization(time_init):
         elif name.endswith("weight"):
             largest = np.linalg.norm(p.detach().double().numpy(), 2)
             assert abs(largest - 1) < 1e-5, name
+
+
+def test_frozen_layers_are_not_initialized(monkeypatch):
+    """A pretrained encoder of conditions stays what it is."""
+
+    class Encoder(LabelEmbedder):
+        def __init__(self, config):
+            super().__init__(config)
+            self.encoder = nn.Linear(4, 4).requires_grad_(False)
+            nn.init.constant_(self.encoder.weight, 3)
+            nn.init.constant_(self.encoder.bias, 5)
+
+    monkeypatch.setattr("model.LabelEmbedder", Encoder)
+    encoder = DiT(DiTConfig.named("tiny")).y_embedder.encoder
+    assert (encoder.weight == 3).all()
+    assert (encoder.bias == 5).all()
 
 
 def test_positions_and_time_features():

@@ -326,8 +326,8 @@ elif init_from:
         for line in left_out:
             print(f"init_from: not taken: {line}")
 # Weights that are not to be trained: call requires_grad_(False) of them here.
-target = copy.deepcopy(model).requires_grad_(False)  # F*: an EMA of the model, in the loss
-evaluated = copy.deepcopy(model).requires_grad_(False)  # a slower EMA: sampled and kept
+target = copy.deepcopy(model).eval().requires_grad_(False)  # F*: an EMA of the model, in the loss
+evaluated = copy.deepcopy(model).eval().requires_grad_(False)  # a slower EMA: sampled and kept
 nets = {"model": model, "target": target, "eval": evaluated}
 if shard:
     shard_weights(nets.values(), device, bfloat16=has_bfloat16, bfloat16_sums=bfloat16_sums)

@@ -26,7 +26,7 @@ import checkpoint as ckpt
 import files
 import model
 from header import load_header
-from model import DiT, DiTConfig
+from model import DiT, DiTConfig, positions
 
 ABOUT = dict(
     config={},
@@ -464,7 +464,10 @@ def test_init_from_other_units(folder):
 
 
 def test_init_partly(folder, capsys):
-    """Another number of classes and blocks: what fits is taken, the rest is named, each once."""
+    """Another number of classes and blocks: what fits is taken, the rest is named, each once.
+
+    Positions are not taken, though they fit: those of 4 x 4 tokens would fit 2 x 8.
+    """
     net = make_checkpoint("x.safetensors", depth=2, num_classes=3)
     flags = ("--steps=1", "--lr=0.0", "--init_partly=True", "--init_from=x.safetensors")
     assert train(*flags) is None
@@ -473,12 +476,15 @@ def test_init_partly(folder, capsys):
     theirs = net.state_dict()
     own = weights(state("digits"), "model")
     expected = {key for key in theirs if key not in own or theirs[key].shape != own[key].shape}
-    assert set(named) == expected
-    assert len(named) == len(expected)
+    expected.add("pos_embed")  # make_checkpoint's is random
+    assert set(named) == expected | {"depth", "num_classes"}
+    assert len(named) == len(expected) + 2
     assert any(key.startswith("blocks.1.") for key in named)
-    tables = [key for key in named if not key.startswith("blocks.1.")]
-    assert len(tables) == 1
+    tables = [key for key in expected if not key.startswith("blocks.1.")]
+    assert len(tables) == 2
     assert any("the file's is (4, 32), the network's (11, 32)" in line for line in lines)
+    assert "init_from: not taken: depth (the file's is 2, here it is 1)" in lines
+    assert torch.equal(own["pos_embed"], positions(4, 4, 32))
     taken = theirs.keys() & own.keys() - expected
     assert len(taken) > 10
     assert all(torch.equal(own[key], theirs[key]) for key in taken)
@@ -498,11 +504,17 @@ def test_init_partly_from_another_maker(folder, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if "not taken" in line]
     assert lines == [
         "init_from: not taken: extra (the network has no such tensor)",
+        "init_from: not taken: pos_embed (is not trained, stays as the network has it)",
         "init_from: not taken: final_layer.linear.bias "
         "(not in the file, stays as it was initialized)",
     ]
     own = weights(state("digits"), "model")
-    assert all(torch.equal(own[key], theirs[key]) for key in theirs if key != "extra")
+    theirs = {key: t for key, t in theirs.items() if key not in ("extra", "pos_embed")}
+    assert all(torch.equal(own[key], theirs[key]) for key in theirs)
+
+    safetensors.torch.save_file({"pos_embed": own["pos_embed"]}, "x.safetensors")
+    refused = train("--name=no", "--init_partly=True", *flags)
+    assert "nothing in x.safetensors fits this network" in refused
 
     safetensors.torch.save_file({"extra": torch.zeros(3)}, "x.safetensors")
     refused = train("--name=no", "--init_partly=True", *flags)

@@ -919,6 +919,18 @@ def test_a_writer_refuses_what_is_no_dataset(folder, image, label, complaint):
     assert os.listdir("data") == []
 
 
+@pytest.mark.parametrize("given", [{}, dict(mean=[0.0]), dict(std=[1.0])])
+def test_floats_need_their_mean_and_std(folder, given):
+    """Those of uint8, 127.5, would make of floats near 0 a network's input of -1 everywhere."""
+    with (
+        pytest.raises(dataset.DataError, match="needs mean and std of float32 images"),
+        dataset.Writer("data/one", (1, 8, 8), {"train": 1, "test": 0}, np.float32) as writer,
+    ):
+        writer.set(0, np.float32(BLACK), 0)
+        writer.finish("one", ["0"], **given)
+    assert os.listdir("data") == []
+
+
 @pytest.mark.parametrize(
     "shape, count, dtype, complaint",
     [

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -446,6 +447,26 @@ def test_files_of_others_among_the_batches_stay(folder):
     open(f"a.npz.parts/0123456789abcdef-000000000.npy{files.PARTIAL}", "w").close()
     assert run("c.safetensors", "--n", 2, "--out", "a.npz") is None
     assert sorted(os.listdir("a.npz.parts")) == others
+
+
+def test_batches_of_edited_code(folder, monkeypatch):
+    """A sampler that was changed does not go on from what the former one has made."""
+    make_checkpoint("c.safetensors")
+    command = ("c.safetensors", "--n", 4, "--batch", 2, "--out", "a.npz")
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "write_images", None)  # ends at the last moment
+        with pytest.raises(TypeError):
+            run(*command)
+    for name in ("model.py", "sample.py"):
+        os.makedirs("code", exist_ok=True)
+        for other in ("model.py", "sample.py"):
+            shutil.copy(os.path.join(HERE, other), "code")
+        with open(f"code/{name}", "a") as f:
+            f.write("# edited\n")
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "HERE", "code")
+            assert "2 finished batches of another checkpoint" in run(*command)
+    assert run(*command) is None
 
 
 def test_one_run_an_output(folder, monkeypatch):

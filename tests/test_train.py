@@ -668,6 +668,20 @@ def test_one_rank_of_torchrun(folder):
     same_end("ranks", "plain")
 
 
+def test_averages_are_in_eval_mode(folder):
+    """Dropout, in a fork, is for the model alone: sample.py and pictures have none."""
+    old = 'nets = {"model": model, "target": target, "eval": evaluated}\n'
+    new = old + "assert [net.training for net in nets.values()] == [True, False, False]\n"
+    script = edited_train(folder, old, new)
+    after = "stop_request.restore()\n"
+    with open(script) as f:
+        text = f.read()
+    assert text.count(after) == 1
+    with open(script, "w") as f:
+        f.write(text.replace(after, after + new.removeprefix(old)))
+    assert run_script(script, *SMALL, "--steps=2", "--sample_every=1") is None
+
+
 @gpu
 @pytest.mark.parametrize("graph", [False, True])
 def test_gpu_ddp_one_rank(folder, graph):
