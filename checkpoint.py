@@ -231,7 +231,8 @@ def initialize_from(path, model, header, partly):
     """Take a model's first weights from a checkpoint. Returns lines about what was not taken.
 
     It must be of the same network, and of data in the same units. partly: it may be of another
-    network, or of another maker (any safetensors file): what fits by name and shape is taken.
+    network, or of another maker (any safetensors file): what is trained and fits by name and shape
+    is taken, and the lines say where configs and units differ.
     Raises CheckpointError, RuntimeError, or what the network's config raises for a wrong one.
     """
     device = next(model.parameters()).device
@@ -239,12 +240,17 @@ def initialize_from(path, model, header, partly):
     refuse_infinite(path, tensors)
     if partly:
         left_out = take_weights(path, model, tensors)
+        differ = []
         if not missing_parts(was):
-            with contextlib.suppress(TypeError, ValueError):  # a config of another fork
-                for key, before, now in changes(model, header, was):
-                    left_out.append(f"{key} (the file's is {before!r}, here it is {now!r})")
+            with contextlib.suppress(TypeError, ValueError, OverflowError):  # of another fork
+                differ += changes(config_of(was, model), vars(model.config))
+            differ += changes(units(was["data"]), units(header))
+        for key, before, now in differ:
+            left_out.append(f"{key} (the file's is {before!r}, here it is {now!r})")
         return left_out
-    differ = [f"{key} {before!r} -> {now!r}" for key, before, now in changes(model, header, was)]
+    differ = changes(config_of(was, model), vars(model.config))
+    differ += changes(units(was["data"]), units(header))
+    differ = [f"{key} {before!r} -> {now!r}" for key, before, now in differ]
     if differ:
         raise CheckpointError(
             f"{path} is of another config ({', '.join(differ)}); --init_partly=True takes what fits"
@@ -253,13 +259,15 @@ def initialize_from(path, model, header, partly):
     return []
 
 
-def changes(model, header, was):
-    """Where a model and its data differ from what a checkpoint says: [(key, before, now)]."""
-    config = type(model.config)(**was["config"])
-    now = {**vars(model.config), **units(header)}
-    before = {**vars(config), **units(was["data"])}
-    now.pop("time_init", None)  # says only how weights start, and these are loaded
-    return [(key, before[key], now[key]) for key in now if before[key] != now[key]]
+def config_of(was, model):
+    """The network's config that a checkpoint says, as a dict. Raises what its class raises."""
+    return vars(type(model.config)(**was["config"]))
+
+
+def changes(before, now):
+    """Where two dicts differ: [(key, before, now)]."""
+    keys = [key for key in now if key != "time_init"]  # which says only how weights start
+    return [(key, before[key], now[key]) for key in keys if before[key] != now[key]]
 
 
 def units(header):
@@ -270,10 +278,12 @@ def units(header):
 def take_weights(path, model, tensors):
     """Copy the tensors that fit into a model. Returns the names of those that do not, with why.
 
+    Those of frozen parameters are not copied: positions of 4 x 4 patches would fit 2 x 8.
     Raises CheckpointError where none of them fits.
     """
     own = model.state_dict()
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    named = model.named_parameters(remove_duplicate=False)
+    frozen = {name for name, p in named if not p.requires_grad}
     left_out = []
     taken = 0
     for name, t in tensors.items():
@@ -282,14 +292,15 @@ def take_weights(path, model, tensors):
         elif t.shape != own[name].shape:
             shapes = f"{tuple(t.shape)}, the network's {tuple(own[name].shape)}"
             left_out.append(f"{name} (the file's is {shapes})")
-        elif name in frozen:  # as the positions of another grid, perhaps
+        elif name in frozen:
             if not torch.equal(t, own[name]):
                 left_out.append(f"{name} (is not trained, stays as the network has it)")
         else:
             own[name].copy_(t)
             taken += 1
     if taken == 0:
-        raise CheckpointError(f"nothing in {path} fits this network: {', '.join(left_out[:3])}")
+        why = ", ".join(left_out[:3]) or "what it holds is not trained"
+        raise CheckpointError(f"nothing in {path} fits this network: {why}")
     for name in own:
         if name not in tensors:
             left_out.append(f"{name} (not in the file, stays as it was initialized)")

@@ -378,7 +378,7 @@ class DiT(nn.Module):
     def initialize(self):
         """Zero biases, and weights of spectral norm 1, but for: zeros for what modulates and for
         the output; Xavier's normal distribution for the patches; N(0, 0.02) for labels, and for the
-        MLPs of times and of w if time_init is "normal". Frozen layers stay as they are."""
+        MLPs of times and of w if time_init is "normal". Frozen Linear and Conv2d stay."""
         for name, module in self.named_modules():
             if not isinstance(module, (nn.Linear, nn.Conv2d)) or not module.weight.requires_grad:
                 continue
@@ -416,7 +416,7 @@ class DiT(nn.Module):
                     condition,
                     *more,
                     use_reentrant=False,
-                    preserve_rng_state=False,  # nothing here is random; with dropout: True
+                    preserve_rng_state=False,  # nothing here is random
                 )
             else:
                 x = self.run_block(block, x, condition, *more)

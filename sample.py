@@ -15,9 +15,10 @@ what is made (`Plan`), the score, and `main`, which has all steps in their order
 The noise and the label of image i depend on the seed and i alone: not on the batch size, the ranks
 or the other images. Finished batches wait in OUT.parts/, with --fid in CKPT-...-fid.parts/. After a
 kill the same command goes on from them, on any number of ranks, and ends with the same images;
-another command with this OUT, or edited code, is refused. OUT appears whole or not at all; what is there already is
-replaced with --overwrite only, but for the default samples.png. A state of a run
-(state_STEP.safetensors) is sampled as its ckpt.safetensors is: by its evaluation network.
+another command with this OUT is refused, and so is the same one when code was edited. OUT appears
+whole or not at all; what is there already is replaced with --overwrite only, but for the default
+samples.png. A state of a run (state_STEP.safetensors) is sampled as its ckpt.safetensors is: by its
+evaluation network.
 """
 
 import dataclasses
@@ -386,17 +387,17 @@ def noise_shape(model_config, header):
 
 
 def key_of(plan, about, model, device, vae, score):
-    """16 hexadecimal digits of all that the batches depend on, the weights and the code of the
-    network and of the sampler among it."""
+    """16 hexadecimal digits of all that the batches depend on, also weights and this code."""
     settings = [dataclasses.asdict(plan), about, device.type]
     settings.append(vae.crc32 if vae else None)
     settings.append(score.inception.digest if score else None)
     digest = hashlib.sha256(json.dumps(settings).encode())
     for t in model.state_dict().values():
         digest.update(raw_bytes(t))
-    for name in ("model.py", "sample.py"):
-        with open(os.path.join(HERE, name), "rb") as f:
-            digest.update(f.read())
+    for name in sorted(os.listdir(HERE)):
+        if name.endswith(".py"):
+            with open(os.path.join(HERE, name), "rb") as f:
+                digest.update(f.read())
     return digest.hexdigest()[:16]
 
 

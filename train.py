@@ -106,7 +106,7 @@ graph          = Option(True,       "on a GPU: a step is a CUDA graph", later=Tr
 compile        = Option(False,      "on a GPU: torch.compile the blocks", later=True)
 seed           = Option(0,          "seed of all random numbers", least=0, below=2**63)
 init_from      = Option("",         "a checkpoint to take the first weights from", later=True)
-init_partly    = Option(False,      "take the tensors that fit, print the others", later=True)
+init_partly    = Option(False,      "take trained tensors that fit, print others", later=True)
 change         = Option("",         "what a resumed run changes on purpose: lr,beta2", later=True)
 # network (its input size, channels and classes are the data's)
 hidden_size    = Option(64,         "width", least=1)

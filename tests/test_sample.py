@@ -457,10 +457,10 @@ def test_batches_of_edited_code(folder, monkeypatch):
         patch.setattr(pictures, "write_images", None)  # ends at the last moment
         with pytest.raises(TypeError):
             run(*command)
-    for name in ("model.py", "sample.py"):
+    for name in ("batches.py", "sample.py"):
         os.makedirs("code", exist_ok=True)
-        for other in ("model.py", "sample.py"):
-            shutil.copy(os.path.join(HERE, other), "code")
+        for file in glob.glob(os.path.join(HERE, "*.py")):
+            shutil.copy(file, "code")
         with open(f"code/{name}", "a") as f:
             f.write("# edited\n")
         with monkeypatch.context() as patch:
