@@ -50,7 +50,7 @@ from timing import RandomStep, milliseconds
 from vae import SD_VAE
 
 WARM_UP_SECONDS = 10  # before a step is timed: a GPU that has worked for a while is slower
-# Of a step: what RandomStep is given (but `tuned`), and passes that its products are worth.
+# Of a step: what RandomStep is given, besides `tuned`, and passes that its products are worth.
 MODES = {
     "graph": ({}, 11),  # as train.py has it: fused.py's kernels in a CUDA graph
     "one_stream": (dict(two_streams=False), 11),  # gradients of weights on the same stream
@@ -114,7 +114,7 @@ def forward_tflop(config, batch):
     return 2 * batch * config.depth * (products + attention) * 1e-12
 
 
-def bytes_of_step(config, batch, micro_batches=1):
+def bytes_of_step(config, batch, micro_batches):
     """{kind of kernel: bytes that it must move} in a step, of those that move most."""
     tokens = config.grid[0] * config.grid[1]
     tensor_bytes = 2 * batch * tokens * config.hidden_size
@@ -156,11 +156,12 @@ def step_table(size, input_size, batch, micro_batches, modes):
     tuned = cublas.TUNED
     for mode in modes:
         options, passes = MODES[mode]
+        options = dict(options)
+        cublas.TUNED = tuned and options.pop("tuned", True)
         if options.keys() & OPTIONS_OF_RANKS and not dist.is_initialized():
             show(f"{mode:>20} | needs torchrun")
             continue
         try:
-            cublas.TUNED = tuned and options.get("tuned", True)
             ms, peak, start, kinds = measure_step(config, batch, micro_batches, options)
         except torch.OutOfMemoryError:
             if ranks > 1:  # the others would wait for this one
@@ -202,7 +203,6 @@ def measure_step(config, batch, micro_batches, options):
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    options = {name: value for name, value in options.items() if name != "tuned"}
     step = RandomStep(config, batch, micro_batches, **options)
     began = time.perf_counter()
     for n in range(5):

@@ -288,26 +288,26 @@ def winner_of(algorithms, run, out):
     bits = out.view(-1, out.size(-1))[::step].view(torch.int16)  # of what is in out
     run(algorithms[0])
     wanted = bits.clone()
-    alike = algorithms[:1]
-    for algorithm in algorithms[1:]:
+    racing = [0]  # places in the list of algorithms
+    for i in range(1, len(algorithms)):
         out.zero_()  # so that one that writes nothing is found
-        if run(algorithm) and torch.equal(bits, wanted):
-            alike.append(algorithm)
-    if len(alike) == 1:
-        return alike[0]
-    time_of(run, alike[0], WARM_UP)
-    numbers = list(range(len(alike)))
-    usual = [i for i in numbers if any(alike[i] is algorithm for algorithm in algorithms[:2])]
+        if run(algorithms[i]) and torch.equal(bits, wanted):
+            racing.append(i)
+    if racing == [0]:
+        return algorithms[0]
+    time_of(run, algorithms[0], WARM_UP)
     for ms, survivors in ROUNDS:
-        times = dict.fromkeys(numbers, 0.0)
+        times = dict.fromkeys(racing, 0.0)
         # Forward and backward through the list, so that a GPU that slows down favours none.
-        for i in numbers + numbers[::-1]:
-            times[i] += time_of(run, alike[i], ms / 2)
-        numbers.sort(key=times.get)
-        numbers = numbers[:survivors] + [i for i in numbers[survivors:] if i in usual]
-    best = numbers[0]
-    best_usual = min(usual, key=times.get)
-    return alike[best] if times[best] < (1 - LEAD) * times[best_usual] else alike[best_usual]
+        for i in racing + racing[::-1]:
+            times[i] += time_of(run, algorithms[i], ms / 2)
+        racing.sort(key=times.get)
+        usual = [i for i in racing if i < 2]  # the faster one first
+        racing = racing[:survivors] + [i for i in usual if i not in racing[:survivors]]
+    best = racing[0]
+    if times[best] < (1 - LEAD) * times[usual[0]]:
+        return algorithms[best]
+    return algorithms[usual[0]]
 
 
 def time_of(run, algorithm, ms):

@@ -74,9 +74,11 @@ def test_a_step_that_is_not_finite_changes_nothing(part):
 def test_the_table_of_steps(monkeypatch, capsys):
     """Images, TFLOP and bytes are those of all micro-batches, the time is the slowest rank's."""
     given = []
+    tuned = []
 
     def measure_step(config, batch, micro_batches, options):
         given.append((batch, micro_batches))
+        tuned.append((options, bench.cublas.TUNED))
         kinds = dict.fromkeys([*bench.KERNELS, bench.OTHER], 0.0)
         return 500.0, 2e9, 1.0, {**kinds, "fused": 20.0, "AdamW": 10.0}
 
@@ -90,6 +92,7 @@ def test_the_table_of_steps(monkeypatch, capsys):
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(bench.cublas, "TUNED", True)
     lines = {}
     for micro_batches in (1, 4):
         bench.step_table("tiny", 32, 16, micro_batches, ["one_stream"])
@@ -104,3 +107,7 @@ def test_the_table_of_steps(monkeypatch, capsys):
     assert four == {"fused": 4 * one["fused"], "AdamW": one["AdamW"]}
     assert f"{four['fused'] / 1e9:.1f} GB" in lines[4]["fused"]
     assert any("batch 16 a GPU, 4 times a step; " in line for line in lines[4].values())
+    tuned.clear()
+    bench.step_table("tiny", 32, 16, 1, ["graph", "untuned", "one_stream"])
+    assert tuned == [({}, True), ({}, False), (dict(two_streams=False), True)]
+    assert bench.MODES["untuned"][0] == dict(tuned=False)
