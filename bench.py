@@ -157,7 +157,7 @@ def step_table(size, input_size, batch, micro_batches, modes):
     for mode in modes:
         options, passes = MODES[mode]
         options = dict(options)
-        cublas.TUNED = tuned and options.pop("tuned", True)
+        cublas.TUNED = options.pop("tuned", True) and tuned
         if options.keys() & OPTIONS_OF_RANKS and not dist.is_initialized():
             show(f"{mode:>20} | needs torchrun")
             continue

@@ -111,3 +111,7 @@ def test_the_table_of_steps(monkeypatch, capsys):
     bench.step_table("tiny", 32, 16, 1, ["graph", "untuned", "one_stream"])
     assert tuned == [({}, True), ({}, False), (dict(two_streams=False), True)]
     assert bench.MODES["untuned"][0] == dict(tuned=False)
+    monkeypatch.setattr(bench.cublas, "TUNED", False)  # as its line may say
+    tuned.clear()
+    bench.step_table("tiny", 32, 16, 1, ["graph", "untuned"])
+    assert tuned == [({}, False), ({}, False)]
