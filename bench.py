@@ -64,6 +64,7 @@ MODES = {
     "bfloat16_sums": (dict(bfloat16_sums=True), 11),
     "alone": (dict(alone=True), 11),  # each rank for itself
     "sharded": (dict(shard=True), 11),
+    "sharded_eager": (dict(shard=True, graphs=False), 11),
     "sharded_checkpointed": (dict(shard=True, checkpoint=True), 11),
     "sharded_compiled": (dict(shard=True, compiled=True), 11),
 }

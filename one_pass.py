@@ -28,6 +28,8 @@ try:
 except ImportError:  # without Triton nobody calls step
     triton = None
 
+from shard import local
+
 BLOCK = 1024  # weights per Triton program
 
 
@@ -48,7 +50,8 @@ def step(optimizer, averages, copy_of=None):
     optimizer: torch.optim.AdamW of one group of float32 weights; its learning rate may be a tensor.
     averages: two of (tensors, decay), each with a tensor for each weight, in the same order.
     copy_of: {id(tensor): its copy in bfloat16}, of some of the weights and averages.
-    A weight without a gradient stays as it is, and so do its averages. Hooks of optimizer.step do
+    A weight without a gradient stays as it is, and so do its averages. Of weights that are divided
+    over the ranks (shard.py), each rank updates its part. Hooks of optimizer.step do
     not run. Raises ValueError for other optimizers, options and numbers of averages; for tensors
     that are not contiguous, float32, on one device and as large as their weight; and for copies
     that are not like their tensor in bfloat16.
@@ -70,8 +73,9 @@ def step(optimizer, averages, copy_of=None):
     for p, a, b in zip(group["params"], first, second, strict=True):
         if p.grad is not None:
             state = state_of(optimizer, p)
+            tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"], a, b)
             copies = [copy_of.get(id(t)) for t in (p, a, b)]
-            rows.append((p, p.grad, state["exp_avg"], state["exp_avg_sq"], a, b, *copies))
+            rows.append((*map(local, tensors), *copies))
             counts.append(state["step"])
     check(rows)
     if not rows:
@@ -90,6 +94,8 @@ def step(optimizer, averages, copy_of=None):
     with torch.cuda.device(n.device) if n.is_cuda else contextlib.nullcontext():
         for row, own_numbers in zip(rows, numbers, strict=True):
             size = row[0].numel()
+            if size == 0:  # this rank's part of a weight of few rows
+                continue
             adamw_kernel[(triton.cdiv(size, BLOCK),)](*row, own_numbers, size, *rates, BLOCK)
 
 

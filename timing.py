@@ -77,12 +77,12 @@ class RandomStep:
         """config: a DiTConfig. batch: images in a rank's micro-batch. micro_batches: of one step.
 
         graphs: on a GPU, the step as CUDA graphs. compiled: the blocks, by torch.compile. shard:
-        weights divided over the ranks of torchrun, without graphs. checkpoint: all blocks are
-        recomputed in the backward of the pass with a derivative, and half of them in that of the
-        others. detach_jvp: no gradient through dF/ds. flow: FlowMatching above, instead of
-        `objective`, which is one of loss.OBJECTIVES. muon: the blocks' matrices are trained by
-        Muon. bfloat16_sums: the ranks of torchrun send their gradients as bfloat16. alone: they
-        send none, and each trains a network of its own. two_streams: as in TrainingStep.
+        weights divided over the ranks of torchrun. checkpoint: all blocks are recomputed in the
+        backward of the pass with a derivative, and half of them in that of the others. detach_jvp:
+        no gradient through dF/ds. flow: FlowMatching above, instead of `objective`, which is one of
+        loss.OBJECTIVES. muon: the blocks' matrices are trained by Muon. bfloat16_sums: the ranks of
+        torchrun send their gradients as bfloat16. alone: they send none, and each trains a network
+        of its own. two_streams: as in TrainingStep.
         """
         torch.manual_seed(0)
         self.batch = batch
@@ -116,7 +116,7 @@ class RandomStep:
             torch._dynamo.reset()
             compile_blocks(model, target, detach_jvp=self.loss.detaches_jvp)
 
-        graphs = graphs and on_gpu and not shard
+        graphs = graphs and on_gpu
         lr = torch.tensor(1e-4, device=self.device) if graphs else 1e-4
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         matrices = matrices_of_blocks(parameters) if muon else {}

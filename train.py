@@ -334,7 +334,7 @@ if shard:
 model.checkpoint_blocks = checkpoint_blocks
 parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
 weights = list(parameters.values())
-use_graphs = graph and has_triton and not shard  # Triton, for one_pass.py
+use_graphs = graph and has_triton  # Triton, for one_pass.py
 matrices = matrices_of_blocks(parameters) if muon_lr else {}  # Muon's; the others are AdamW's
 if muon_lr and not matrices:
     fail("Muon trains the blocks' matrices, and this network has none: give --muon_lr=0")

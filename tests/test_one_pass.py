@@ -4,10 +4,14 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import gpu, interpreted_in, rel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import one_pass
 from device import Graph
+from shard import local
 
 pytest.importorskip("triton")
 
@@ -118,6 +122,39 @@ def counts_each_weight_on_its_own():
     for p, q in zip(weights, copies, strict=True):
         assert rel(p, q) < 1e-6
         assert optimizer.state[p]["step"] == reference.state[q]["step"]
+
+
+def test_parts_of_weights():
+    interpreted_in("test_one_pass", "updates_parts_of_weights")
+
+
+def updates_parts_of_weights():
+    """Weights, gradients and averages that are DTensors, as FSDP2 has them, beside the same
+    numbers as plain tensors. One part is empty: a rank has none of a weight of few rows."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+
+        def divided(t):
+            return distribute_tensor(t, mesh, [Shard(0)])
+
+        runs = []
+        for make_part in (torch.clone, divided):
+            start = [make_part(t) for t in (*gradients(0), torch.empty(0, 5))]
+            weights = [t.clone().requires_grad_() for t in start]
+            optimizer = torch.optim.AdamW(weights, LR, BETAS, EPS, WEIGHT_DECAY)
+            averages = [([t.clone() for t in start], decay) for decay in DECAYS]
+            for n in range(3):
+                for p, g in zip(weights, (*gradients(n), torch.empty(0, 5)), strict=True):
+                    p.grad = make_part(g)
+                one_pass.step(optimizer, averages)
+            moments = [t for p in weights for t in optimizer.state[p].values()]
+            runs.append([*weights, *moments, *averages[0][0], *averages[1][0]])
+        for whole, part in zip(*runs, strict=True):
+            assert isinstance(part, DTensor) == (whole.ndim > 0)
+            assert torch.equal(local(part), whole)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_wrong_optimizer():

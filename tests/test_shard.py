@@ -272,3 +272,20 @@ def test_gpu_shard(folder, compiled):
     print(ranks, "ranks: losses", max(differences), "weights", max(errors.values()))
     assert len(differences) == 15
     assert max(differences) < 1e-2
+
+
+@gpu
+@pytest.mark.parametrize("flags", [("--micro_batch=2",), ("--grad_clip=0.5",)])
+def test_gpu_shard_in_a_graph(folder, flags):
+    """A step that is a CUDA graph learns what it learns without one."""
+    ranks = min(2, torch.cuda.device_count())
+    flags = (*flags, "--steps=15", "--shard=True")
+    torchrun("train.py", *SMALL, *flags, "--name=graph", ranks=ranks)
+    torchrun("train.py", *SMALL, *flags, "--name=eager", "--graph=False", ranks=ranks)
+    pairs = list(zip(logged_losses("graph"), logged_losses("eager"), strict=True))
+    differences = [abs(a / b - 1) for a, b in pairs]
+    one, other = weights(state("graph"), "model"), weights(state("eager"), "model")
+    errors = {name: rel(other[name], one[name]) for name in one}
+    print(ranks, "ranks: losses", max(differences), "weights", max(errors.values()))
+    assert len(differences) == 15
+    assert max(differences) < 1e-3
