@@ -21,14 +21,13 @@ Then each average a, of decay d: a = a + (1 - d) (p - a).
 import contextlib
 
 import torch
+from torch.distributed.tensor import DTensor
 
 try:
     import triton
     import triton.language as tl
 except ImportError:  # without Triton nobody calls step
     triton = None
-
-from shard import local
 
 BLOCK = 1024  # weights per Triton program
 
@@ -43,6 +42,11 @@ def state_of(optimizer, p):
     return state
 
 
+def local(t):
+    """This rank's part of a DTensor; any other tensor as it is."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
 @torch.no_grad()
 def step(optimizer, averages, copy_of=None):
     """optimizer.step(), then the averages, then the copies.
@@ -51,10 +55,10 @@ def step(optimizer, averages, copy_of=None):
     averages: two of (tensors, decay), each with a tensor for each weight, in the same order.
     copy_of: {id(tensor): its copy in bfloat16}, of some of the weights and averages.
     A weight without a gradient stays as it is, and so do its averages. Of weights that are divided
-    over the ranks (shard.py), each rank updates its part. Hooks of optimizer.step do
-    not run. Raises ValueError for other optimizers, options and numbers of averages; for tensors
-    that are not contiguous, float32, on one device and as large as their weight; and for copies
-    that are not like their tensor in bfloat16.
+    over the ranks (FSDP2), each rank updates its part. Hooks of optimizer.step do not run. Raises
+    ValueError for other optimizers, options and numbers of averages; for tensors that are not
+    contiguous, float32, on one device and as large as their weight; and for copies that are not
+    like their tensor in bfloat16.
     """
     check_options(optimizer)
     (group,) = optimizer.param_groups

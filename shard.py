@@ -77,11 +77,6 @@ def shard_loss(loss):
 # ---- whole tensors and their parts ---------------------------------------------------------------
 
 
-def local(t):
-    """This rank's part of a DTensor; any other tensor as it is."""
-    return t.to_local() if isinstance(t, DTensor) else t
-
-
 def whole(t):
     """The full tensor of a DTensor; any other tensor as it is. All ranks call this."""
     return t.full_tensor() if isinstance(t, DTensor) else t
@@ -114,8 +109,8 @@ def gather(tensors):
 
 def all_finite(tensors):
     """Whether all numbers are finite, of all ranks' tensors or parts. All ranks call this."""
-    own = all(local(t).isfinite().all().item() for t in tensors)
-    return all(from_all_ranks(own))
+    own = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
+    return all(from_all_ranks(all(t.isfinite().all().item() for t in own)))
 
 
 def whole_network(net):

@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import one_pass
 from device import Graph
-from shard import local
 
 pytest.importorskip("triton")
 
@@ -152,7 +151,7 @@ def updates_parts_of_weights():
             runs.append([*weights, *moments, *averages[0][0], *averages[1][0]])
         for whole, part in zip(*runs, strict=True):
             assert isinstance(part, DTensor) == (whole.ndim > 0)
-            assert torch.equal(local(part), whole)
+            assert torch.equal(one_pass.local(part), whole)
     finally:
         dist.destroy_process_group()
 

@@ -277,11 +277,13 @@ def test_gpu_shard(folder, compiled):
 @gpu
 @pytest.mark.parametrize("flags", [("--micro_batch=2",), ("--grad_clip=0.5",)])
 def test_gpu_shard_in_a_graph(folder, flags):
-    """A step that is a CUDA graph learns what it learns without one."""
+    """A step that is a CUDA graph learns what it learns without one, also when a run goes on."""
     ranks = min(2, torch.cuda.device_count())
-    flags = (*flags, "--steps=15", "--shard=True")
-    torchrun("train.py", *SMALL, *flags, "--name=graph", ranks=ranks)
-    torchrun("train.py", *SMALL, *flags, "--name=eager", "--graph=False", ranks=ranks)
+    flags = (*flags, "--shard=True")
+    for steps in (8, 15):
+        torchrun("train.py", *SMALL, *flags, "--name=graph", f"--steps={steps}", ranks=ranks)
+    flags = (*flags, "--steps=15", "--graph=False")
+    torchrun("train.py", *SMALL, *flags, "--name=eager", ranks=ranks)
     pairs = list(zip(logged_losses("graph"), logged_losses("eager"), strict=True))
     differences = [abs(a / b - 1) for a, b in pairs]
     one, other = weights(state("graph"), "model"), weights(state("eager"), "model")
