@@ -5,7 +5,7 @@ Every speed, measured, on a CUDA GPU.
     python bench.py step [--size=XL/2] [--input_size=32] [--batch=32] [--modes=graph,...]
     torchrun --nproc_per_node=4 bench.py step --modes=alone,graph    # --batch on each GPU
     torchrun --nproc_per_node=4 bench.py step --modes=alone,graph --micro_batches=8    # in a step
-    torchrun --nproc_per_node=2 bench.py step --modes=sharded --size=G/2 --batch=8    # weights too
+    torchrun --nproc_per_node=2 bench.py step --modes=sharded --size=G/2 --batch=8    # FSDP2
     python bench.py trainer [--preset=im256_w2] [--input_size=32] [--batch=64]
     python bench.py sample [--size=XL/2] [--input_size=32] [--batch=250]
     python bench.py fid [--batch=128]
@@ -63,7 +63,7 @@ MODES = {
     "muon": (dict(muon=True), 11),  # Muon's own products, some 7 TFLOP for XL/2, do not count
     "bfloat16_sums": (dict(bfloat16_sums=True), 11),
     "alone": (dict(alone=True), 11),  # each rank for itself
-    "sharded": (dict(shard=True), 11),
+    "sharded": (dict(shard=True), 11),  # weights divided over the ranks
     "sharded_eager": (dict(shard=True, graphs=False), 11),
     "sharded_checkpointed": (dict(shard=True, checkpoint=True), 11),
     "sharded_compiled": (dict(shard=True, compiled=True), 11),

@@ -333,7 +333,7 @@ def norm_modulate(x, shift, scale, norm=rms_norm):
         return x, modulate(norm(x), shift, scale)
     if not isinstance(x, Residual):
         x = Residual(x)
-    # value, tangent of x, branch, gate, shift, scale: what fused.add_norm begins with
+    # The first ten arguments of fused.add_norm: x, branch, gate, shift, scale and their tangents.
     parts = values_and_tangents(x.high, x.branch, x.gate, shift, scale)
     dtype = product_dtype(parts[0])
     high, low, dx, h, dh = fused.add_norm(*parts, low=x.low, dtype=dtype)
@@ -350,6 +350,7 @@ def linear_gelu(layer, x):
         weight, bias = copies_of(layer) or (layer.weight, layer.bias)
         return cublas.linear_gelu(x.to(dtype), weight.to(dtype), bias.to(dtype))
     u = linear_detached_bias(layer, x)
+    # u has the bias in it. The kernel is given the bias only to return its gradient.
     return pair(*fused.gelu(value_of(u), tangent_of(u), layer.bias))
 
 
@@ -362,6 +363,7 @@ def linear_qkv(layer, x, heads, q_weight=None, k_weight=None):
     has_norm = q_weight is not None
     if has_norm and q_weight.ndim == k_weight.ndim == 1 and has_kernels(x, layer=layer):
         qkv = linear_detached_bias(layer, x)
+        # qkv has the bias in it, as in linear_gelu.
         parts = fused.qk_norm(value_of(qkv), tangent_of(qkv), q_weight, k_weight, heads, layer.bias)
         return [pair(*part) for part in zip(parts[:3], parts[3:], strict=True)]
 

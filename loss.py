@@ -91,7 +91,7 @@ def sample_times(
         return torch.minimum(s, top)  # where rounding, or the clamp, went above it
 
     def some_at_noise(t):
-        if p_noise == 0:  # draws nothing, so that other numbers stay as they are
+        if p_noise == 0:  # draw nothing: the numbers that are drawn later then stay the same
             return t
         return torch.where(uniform() < p_noise, 1.0, t)
 
@@ -166,7 +166,7 @@ def check_guidance(sampler="constant", w=1.0, w_min=1.0, w_max=1.0):
 
 
 class Term(NamedTuple):
-    """A part of a loss, of each sample."""
+    """One term of a loss, with a value for each sample."""
 
     name: str  # in the log
     loss: Tensor  # (B,), of which the mean is minimized
@@ -178,7 +178,7 @@ class Term(NamedTuple):
     early: bool = False
 
 
-# What a line of the log has beside the terms.
+# Keys of a line of the log, which no term may have as its name.
 IN_THE_LOG = ("step", "loss", "grad_norm", "images_per_second", "data_wait", "skipped", "peak_gb")
 
 

@@ -260,21 +260,21 @@ class MLP(nn.Module):
 class Modulated(nn.Module):
     """What a block and the final layer share: a norm, and vectors made of the condition."""
 
-    def __init__(self, config, vectors):
+    def __init__(self, config, num_vectors):
         super().__init__()
         self.norm = rms_norm if config.rms_norm else layer_norm
         self.mod_norm = config.mod_norm
-        self.vectors = vectors
+        self.num_vectors = num_vectors
         # The SiLU is never called: embed() applies it once, for all blocks. It gives the weights
         # their published names.
         self.adaLN_modulation = nn.Sequential(
-            nn.SiLU(), nn.Linear(config.hidden_size, vectors * config.hidden_size)
+            nn.SiLU(), nn.Linear(config.hidden_size, num_vectors * config.hidden_size)
         )
 
     def modulation(self, c):
-        """c (B, D) -> `self.vectors` vectors (B, 1, D)."""
+        """c (B, D) -> num_vectors vectors (B, 1, D)."""
         x = linear(self.adaLN_modulation[1], c)
-        x = linear_map(lambda x: x.unflatten(1, (self.vectors, 1, -1)), x)  # (B, vectors, 1, D)
+        x = linear_map(lambda x: x.unflatten(1, (self.num_vectors, 1, -1)), x)
         return split(lambda x: x.unbind(1), self.normed(x))
 
     def normed(self, x):
@@ -286,7 +286,7 @@ class Block(Modulated):
     """Attention and an MLP, each with a modulated norm before it and a gate behind it."""
 
     def __init__(self, config):
-        super().__init__(config, vectors=6)
+        super().__init__(config, num_vectors=6)
         self.attn = Attention(config)
         self.mlp = MLP(config)
 
@@ -322,7 +322,8 @@ def block_vectors(blocks, c, stack=None):
     each, which take longer to start than to run. stack: as in dual.linear_side_by_side.
     """
     x = linear_side_by_side(modulation_layers(blocks), c, stack)
-    x = linear_map(lambda x: x.unflatten(1, (sum(block.vectors for block in blocks), 1, -1)), x)
+    num_vectors = sum(block.num_vectors for block in blocks)
+    x = linear_map(lambda x: x.unflatten(1, (num_vectors, 1, -1)), x)
     return blocks[0].normed(x)
 
 
@@ -339,7 +340,7 @@ class FinalLayer(Modulated):
     """Tokens (B, T, D) and the condition c (B, D) -> the pixels of each patch, (B, T, p p C)."""
 
     def __init__(self, config):
-        super().__init__(config, vectors=2)
+        super().__init__(config, num_vectors=2)
         self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.in_channels)
 
     def forward(self, x, c):
@@ -376,9 +377,15 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def initialize(self):
-        """Zero biases, and weights of spectral norm 1, but for: zeros for what modulates and for
-        the output; Xavier's normal distribution for the patches; N(0, 0.02) for labels, and for the
-        MLPs of times and of w if time_init is "normal". Frozen Linear and Conv2d stay."""
+        """The first weights. Biases are zero. Weights are:
+
+            zero             layers of modulation, and the output layer
+            Xavier's normal  the patches
+            N(0, 0.02)       classes; the MLPs of times and of w if time_init is "normal"
+            spectral norm 1  all other linear layers: Xavier's normal, divided by its spectral norm
+
+        Frozen Linear and Conv2d layers stay as they are.
+        """
         for name, module in self.named_modules():
             if not isinstance(module, (nn.Linear, nn.Conv2d)) or not module.weight.requires_grad:
                 continue
@@ -457,7 +464,7 @@ class DiT(nn.Module):
             return [c] * len(blocks)
         x = self.make_vectors(blocks, c, stack_of(modulation_layers(blocks)))
         vectors = iter(split(lambda x: x.unbind(1), x))
-        return [tuple(itertools.islice(vectors, block.vectors)) for block in blocks]
+        return [tuple(itertools.islice(vectors, block.num_vectors)) for block in blocks]
 
     def groups(self):
         """The blocks whose vectors are made together."""
@@ -515,7 +522,7 @@ def compile_blocks(*models, detach_jvp=False):
 def spectral_norm(weight):
     """The largest singular value, by the product with the transpose in float64.
 
-    A large matrix goes to a GPU for it, where there is one: XL/2 has 118 of them. A CPU works on
+    A large matrix goes to a GPU for it, where there is one: XL/2 has 115 of them. A CPU works on
     one thread: with more, LAPACK takes minutes while another process uses the same cores.
     """
     matrix = weight if weight.size(0) < weight.size(1) else weight.T

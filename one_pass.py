@@ -91,7 +91,7 @@ def step(optimizer, averages, copy_of=None):
     shrink = 1 - lr * group["weight_decay"]
     step_size = lr / (1 - beta1**n)
     scale = (1 - beta2**n).rsqrt()
-    # Four numbers a weight, so that Triton finds each row at a multiple of 16 bytes.
+    # Three numbers a weight. The fourth fills 16 bytes: Triton expects each row at such a multiple.
     numbers = torch.stack([shrink.expand_as(n), step_size, scale, scale], 1).float()
     rates = (1 - beta1, 1 - beta2, group["eps"], 1 - first_decay, 1 - second_decay)
     # Triton launches on the current device.

@@ -104,7 +104,7 @@ class PeerMean:
     def average(self, gradient):
         """Put the mean over the ranks into a tensor (n,), on the current stream."""
         ranks = self.peers.world_size
-        # The box of each rank has a row for each rank, at the same bytes in every dtype.
+        # The box of each rank has a row for each rank. Rows begin at the same bytes in every dtype.
         row_bytes = BOX_BYTES // ranks // 128 * 128
         row = row_bytes // gradient.element_size()
         boxes = [self.peers.get_buffer(r, (ranks, row), gradient.dtype) for r in range(ranks)]

@@ -6,10 +6,10 @@ Linear layers in bfloat16 whose weights are rounded once a step, with gradients 
     with copies.in_use():
         ...  # forward and backward: the layers are computed by product() below
 
-Autocast rounds a float32 weight in each pass that uses it, and it rounds the gradient of a weight
-as well, of which it then makes float32 again. Here each weight has a copy in bfloat16, which is
-written when the weight is updated, and the product that makes its gradient writes float32. Products
-are made by cublas.py.
+Autocast rounds a float32 weight to bfloat16 in each pass that uses it. It computes the weight's
+gradient in bfloat16, too, and then makes float32 of that. Here each weight has a copy in bfloat16,
+which is written when the weight is updated, and the product that makes its gradient writes float32.
+Products are made by cublas.py.
 """
 
 import contextlib
@@ -21,8 +21,9 @@ import cublas
 import fused
 
 # The gradient of a weight is the sum of two products: of the value's gradient and of the tangent's.
-# Where the tangent's rows lie behind the value's in memory, they are one product, which writes the
-# sum once. Up to so many rows (modulation has one an image) they are copied there.
+# Where the tangent's rows follow the value's in memory, one product over both makes the sum, and
+# writes it once. Where they do not, up to so many rows (modulation has one an image) are copied
+# together first.
 FEW_ROWS = 1024
 
 
@@ -70,12 +71,12 @@ class RoundedCopies:
         if len(layers) > 1:
             self.attributes.append((layers[0], "stack", (layers, (weight, bias))))
         weight_rows, bias_rows = weight.chunk(len(layers)), bias.chunk(len(layers))
-        for layer, *copies in zip(layers, weight_rows, bias_rows, strict=True):
-            self.attributes.append((layer, "copied", (layer.weight, layer.bias)))
-            self.attributes.append((layer, "copies", tuple(copies)))
+        for layer, weight_copy, bias_copy in zip(layers, weight_rows, bias_rows, strict=True):
+            self.attributes.append((layer, "originals", (layer.weight, layer.bias)))
+            self.attributes.append((layer, "copies", (weight_copy, bias_copy)))
             self.layers.append(layer)
             self.weights += [layer.weight, layer.bias]
-            self.copies += copies
+            self.copies += [weight_copy, bias_copy]
 
     def refresh_if_changed(self):
         """Copy all weights again, if PyTorch has written to one since (as load_state_dict does).
@@ -133,10 +134,11 @@ class GradientWriter:
     saves an addition. In a CUDA graph the products may run on a second stream, beside the rest of
     the backward.
 
-    Within backward() call loss.backward() alone: torch.autograd.grad, or backward(inputs=...),
-    would take .grad away. Outside of it they are as ever. On the second stream there is one more
-    rule. In one backward, a weight's gradient comes from its layer alone, which may run several
-    times. A penalty on weights is an early term of its own.
+    Within backward() call loss.backward() and nothing else: torch.autograd.grad, or
+    backward(inputs=...), would lose .grad. Outside of it both work as usual. The second stream has
+    one more rule: in one backward, a weight's gradient comes from its linear layer only. (The layer
+    may run several times.) So a penalty on weights is an early term, which has a backward of its
+    own.
     """
 
     def __init__(self, destinations=None, stream=None):
@@ -280,7 +282,7 @@ def copies_of(layer):
     copies = getattr(layer, "copies", None)
     if copies is None or must_be_called(layer) or torch.compiler.is_compiling():
         return None
-    weight, bias = layer.copied
+    weight, bias = layer.originals
     if layer.weight is not weight or layer.bias is not bias:
         return None
     if not torch.is_autocast_enabled(copies[0].device.type):

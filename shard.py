@@ -1,7 +1,7 @@
 """
 Networks divided over the ranks, by torch's FSDP2: for networks whose training state (weights,
-gradient, two moments, two averages: 24 bytes a weight) does not fit one GPU. Sampling still holds
-one whole network (4 bytes a weight) on each.
+gradient, two moments, two averages: 24 bytes a weight) does not fit one GPU. Sampling still holds a
+whole network on each: 4 bytes a weight for train.py's pictures, and 6 in sample.py.
 
     shard_weights(nets, device)          # each rank keeps its part of every weight
     parallel = shard_loss(loss)          # its backward takes the mean over the ranks

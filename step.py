@@ -132,7 +132,15 @@ class TrainingStep:
         """Adds this micro-batch's share of the gradient to .grad; a whole batch's replaces it.
 
         With DDP the last backward of the last micro-batch makes .grad the mean over the ranks.
-        (With shard every backward adds a mean.)
+        (With shard every backward adds a mean.) Without `old`, `writer` and `copies`, which save
+        time and memory (products.py), it would be
+
+            with sync:
+                with torch.autocast(...):
+                    rest, terms = self.wrapped_loss(*inputs, backward_part=backward)
+                backward(rest)
+
+        The loss itself goes backward through its early terms, by backward_part.
         """
         old = self.take_gradients() if self.micro_batches == 1 else {}
         writer = GradientWriter(old, self.gradient_stream)
@@ -168,8 +176,8 @@ class TrainingStep:
     def record_gradients(self, inputs):
         """Graphs of forward_and_backward: for the last micro-batch, and for those before it.
 
-        Under torchrun these differ: the earlier ones send nothing. Their graph needs no warm-up,
-        since all its kernels have run in the other.
+        With DDP these differ: the earlier ones send nothing. Their graph needs no warm-up, since
+        all its kernels have run in the other.
         """
         warm_ups = DDP_WARM_UPS if self.uses_ddp else 3
         clean = None

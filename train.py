@@ -254,7 +254,7 @@ if device.type == "cuda":
 # a machine that falls silent. All ranks wait for a save, so a save must take less.
 patience = timedelta(minutes=10)
 join_ranks("nccl" if device.type == "cuda" else "gloo", patience)
-distributed = dist.is_initialized()  # so under torchrun, also as the only rank
+distributed = dist.is_initialized()  # True under torchrun, also with one rank
 if batch_size % ranks:
     fail(f"batch_size {batch_size} is not divisible by {ranks} ranks")
 local_batch = batch_size // ranks
@@ -370,13 +370,13 @@ if objective in MEANFLOWS and unusual and rank == 0:
     usual = " ".join(f"--{name}={value}" for name, value in MEANFLOW_CONSTANTS.items())
     given = " ".join(f"--{name}={config[name]}" for name in MEANFLOW_CONSTANTS)
     print(f"warning: MeanFlow's own constants are {usual}, not {given}", file=sys.stderr)
-no_kernels = fused.why_not(torch.empty(0, 1, hidden_size, device=device))
+why_no_kernels = fused.why_not(torch.empty(0, 1, hidden_size, device=device))
 if not semi_lipschitz:
-    no_kernels = "fused.py has no kernel for LayerNorm"
+    why_no_kernels = "fused.py has no kernel for LayerNorm"
 if compiled:
     compile_blocks(model, target, detach_jvp=loss.detaches_jvp)
-elif has_triton and no_kernels and rank == 0:
-    print(f"{no_kernels}; --compile=True may be faster", file=sys.stderr)
+elif has_triton and why_no_kernels and rank == 0:
+    print(f"{why_no_kernels}; --compile=True may be faster", file=sys.stderr)
 
 
 def learning_rate(step, peak):
@@ -588,8 +588,8 @@ for step in bar:
         terms = training.gradients(x0, y, *drawn, is_first=first == 0, is_last=is_last)
         losses.add(terms)
 
-    # .grad holds the whole gradient here. (A hook of a weight is called in the backward of each
-    # term, and by a CUDA graph never.)
+    # .grad is complete here: the mean over all micro-batches and ranks. (A hook of a weight is
+    # called in the backward of each term, and never where a CUDA graph is replayed.)
     norm = training.gradient_norm()
     if grad_clip:
         torch.nn.utils.clip_grads_with_norm_(weights, grad_clip, norm)
@@ -646,9 +646,10 @@ network = None  # a whole one, of which rank 0 alone makes the scores
 if not stop and score_images > 0:
     network = report.gather_network("the scores")
 if distributed:
-    dist.barrier()  # where a rank fails torchrun ends the others: not before rank 0 has saved
-    training.recorded.clear()
-    dist.destroy_process_group()  # nobody waits while rank 0 scores
+    # Where a rank fails torchrun ends the others: none may fail before rank 0 has saved.
+    dist.barrier()
+    training.recorded.clear()  # NCCL cannot close its links while graphs hold them
+    dist.destroy_process_group()  # so that no rank waits while rank 0 makes the scores
 if saved_step < done:
     fail(f"could not save the state of step {done}; {what_is_saved(out, saved_step)}")
 if not has_ckpt:
