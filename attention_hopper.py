@@ -124,21 +124,24 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def mean_kernel(TK, SEEN, MEAN, st, Sk, D: gl.constexpr):
-    """MEAN[b, h] is the mean of the first 16 rows of TK, from the first key on that is seen."""
+def mean_kernel(TK, MEAN, st, MASK, SEEN, mask_stride, Sk, D: gl.constexpr):
+    """MEAN[b, h] is the mean of the rows of TK that are seen of 16, from the first that is on."""
     b = gl.program_id(1)
     h = gl.program_id(0)
     start = 0
     end = Sk
-    if SEEN is not None:
+    if MASK is not None:
         _, start, end = load_seen(SEEN, b)
     layout: gl.constexpr = gl.BlockedLayout([16, 1], [1, 32], [1, 4], [1, 0])
     r = start + gl.arange(0, 16, gl.SliceLayout(1, layout))
     c = gl.arange(0, D, gl.SliceLayout(0, layout))
     TK += gl.cast(b, gl.int64) * st[0] + gl.cast(h, gl.int64) * st[1]
     at = r.to(gl.int64)[:, None] * st[2] + c[None, :]
-    tk = gl.load(TK + at, mask=(r < end)[:, None], other=0.0).to(gl.float32)
-    count = gl.maximum(gl.minimum(end - start, 16), 1)  # where no key is seen, the mean is 0
+    seen = r < end
+    if MASK is not None:
+        seen = is_seen(MASK + gl.cast(b, gl.int64) * mask_stride, r, end)
+    tk = gl.load(TK + at, mask=seen[:, None], other=0.0).to(gl.float32)
+    count = gl.maximum(gl.sum(seen.to(gl.float32), 0), 1.0)  # where no key is seen, the mean is 0
     gl.store(MEAN + (b * gl.num_programs(0) + h) * D + c, gl.sum(tk, 0) / count)
 
 
@@ -617,12 +620,13 @@ def rows(q, k, v, tq, tk, tv, do, dto, lse, mu, s1, s2, dq, dtq, scale, mask=Non
     Sk = k.size(2)
     BM, BN = 64, 32
     mean = lse.new_empty((B, H, D))
-    mean_kernel[(H, B)](tk, seen, mean, tk.stride()[:3], Sk, D=D, **OPTIONS)
+    masked = arguments_of(mask, seen)
+    mean_kernel[(H, B)](tk, mean, tk.stride()[:3], *masked, Sk, D=D, **OPTIONS)
     heights = (BM, BN, BN, BM, BN, BN, BM, BM)
     tensors = [tiles_of(x, n) for x, n in zip((q, k, v, tq, tk, tv, do, dto), heights)]
     grid = (triton.cdiv(Sq, 2 * BM), H, B)
     return row_kernel[grid](
-        *tensors, lse, mu, s1, s2, mean, dq, dtq, dq.stride()[:3], *arguments_of(mask, seen),
+        *tensors, lse, mu, s1, s2, mean, dq, dtq, dq.stride()[:3], *masked,
         Sq, Sk, scale, BM=BM, BN=BN, D=D, STAGES=3, EVEN=Sk % BN == 0, **OPTIONS,
     )
 

@@ -279,8 +279,9 @@ def test_masks_beyond_the_dtype(dtype):
     q, k, v = six(1, 2, 5, 6, 8, dtype)[:3]
     plain_value = attention(q, k, v)
     for number in (-70000.0, 70000.0):  # the same for all keys, which changes nothing
-        value = attention(q, k, v, torch.full((5, 6), number))
-        assert rel(value, plain_value) < 1e-1, number
+        for mask_dtype in (torch.float32, torch.bfloat16):  # as bfloat16 65504 would be 65536
+            value = attention(q, k, v, torch.full((5, 6), number, dtype=mask_dtype))
+            assert rel(value, plain_value) < 1e-1, number
     mask = torch.zeros(5, 6)
     mask[:, 2] = 3.4e38  # all attend to this one
     assert rel(attention(q, k, v, mask), v[:, :, 2:3].expand_as(q)) < 1e-2
@@ -350,6 +351,54 @@ def test_attention_without_interpreter_takes_any_transform():
 
     ours = torch.func.hessian(functools.partial(along, A.attention))(q)
     assert rel(ours, torch.func.hessian(functools.partial(along, plain))(q)) < 1e-12
+
+    # Forward mode over a gradient, by PyTorch's older functions and by hand.
+    def value(attend, q):
+        return attend(q, k, v).square().sum()
+
+    want = torch.func.hessian(functools.partial(value, plain))(q)
+    ours = functools.partial(value, A.attention)
+    how = dict(vectorize=True, outer_jacobian_strategy="forward-mode")
+    assert rel(torch.autograd.functional.hessian(ours, q, **how), want) < 1e-12
+    q.requires_grad_()
+    with fwAD.dual_level():
+        (g,) = torch.autograd.grad(ours(fwAD.make_dual(q, tq)), q)
+        product = fwAD.unpack_dual(g).tangent
+    assert rel(product.flatten(), want.view(q.numel(), -1) @ tq.flatten()) < 1e-12
+
+
+def test_vmap_inside_jvp():
+    interpreted("vmap_inside_jvp_falls_back")
+
+
+def vmap_inside_jvp_falls_back():
+    """A mask a sample, tangents given as tensors, and the vmap of torch.autograd.functional."""
+    q, k, v, tq, tk, tv = six(3, 2, 6, 5, 8)
+    mask = torch.rand(3, 6, 5, generator=torch.Generator().manual_seed(0)) > 0.3
+
+    def with_masks(q):
+        return torch.func.vmap(lambda q, k, v, m: A.attention(q[None], k[None], v[None], m)[0])(
+            q, k, v, mask
+        )
+
+    got = torch.func.jvp(with_masks, (q,), (tq,))
+    want = A.attention_jvp_reference(q, k, v, tq, None, None, mask[:, None])
+    assert max(rel(a, b) for a, b in zip(got, want, strict=True)) < 2e-6
+
+    def tangent(q):
+        each = torch.func.vmap(lambda *x: A.attention_jvp(*(t[None] for t in x))[1][0])
+        return each(q, k, v, tq, tk, tv)
+
+    def tangent_by_formulas(q):
+        return A.attention_jvp_reference(q, k, v, tq, tk, tv)[1]
+
+    got = torch.func.jvp(tangent, (q,), (tq,))
+    want = torch.func.jvp(tangent_by_formulas, (q,), (tq,))
+    assert max(rel(a, b) for a, b in zip(got, want, strict=True)) < 2e-6
+    q, k, v = (t[:1, :1] for t in (q, k, v))
+    how = dict(vectorize=True, strategy="forward-mode")
+    got = torch.autograd.functional.jacobian(lambda q: A.attention(q, k, v), q, **how)
+    assert rel(got, torch.func.jacrev(lambda q: A.attention_reference(q, k, v))(q)) < 2e-6
 
 
 def test_attention_takes_its_scale_along():
@@ -807,6 +856,68 @@ def low_bits_are_right():
     low_bits_for_all_widths()
     offsets_of_tk_cancel()
     offsets_of_hidden_keys()
+
+
+def test_keys_that_do_not_count():
+    interpreted("keys_that_do_not_count")
+
+
+def keys_that_do_not_count():
+    hidden_keys_hold_anything()
+    keys_of_little_weight_move()
+
+
+def hidden_keys_hold_anything():
+    """Hidden keys before, between and after those that are seen, by each kind of mask."""
+    S = 40
+    places = dict(begin=torch.arange(S) < 9, middle=(torch.arange(S) - 6).abs() < 5)
+    for D in (16, 64, 72):
+        d = six(1, 1, S, S, D, seed=1)[::3]
+        for name, hidden in places.items():
+            x = six(1, 1, S, S, D)
+            for t in (x[1], x[2], x[4], x[5]):
+                t[:, :, hidden] = 1e8
+            seen = ~hidden.view(1, 1, 1, S)
+            added = torch.zeros(1, 1, 1, S).masked_fill(~seen, -1e6)
+            causal = seen & torch.ones(S, S, dtype=torch.bool).tril()
+            for mask in (seen, added, causal, causal.float().log()):
+                got = backward_of(d, x, forward_of(x, D**-0.5, mask), D**-0.5, mask)
+                want = in_float64(x, d, attn_mask=mask)[1]
+                error = max(rel(a, b) for a, b in zip(got, want, strict=True))
+                assert error < 2e-6, (D, name, mask.shape, mask.dtype)
+
+
+def keys_of_little_weight_move():
+    """Keys that nobody sees well move far: the digits of the others stay. (Of float32 there are
+    fewer to lose than of 16 bits, which the interpreter does not have. So they move farther.)"""
+    S = 64
+    for D in (16, 64):
+        d = six(1, 1, S, S, D, seed=1)[::3]
+        far = torch.ones(S, 1)
+        far[:32] = 1000
+        for bias in (-1e4, -50.0, -12.0):
+            x = six(1, 1, S, S, D)
+            x[4] *= far
+            added = torch.zeros(1, 1, 1, S)
+            added[..., :32] = bias
+            for mask in (added, added.expand(1, 1, S, S).clone()):
+                outputs = forward_of(x, D**-0.5, mask)
+                want = in_float64(x, d, attn_mask=mask)[0]
+                assert rel(outputs[1], want[1]) < 1e-6, (D, bias)
+        # The first key of a causal mask, of which the first block of queries sees little else.
+        x = six(1, 1, S, S, D)
+        x[0][..., 0] = 8
+        x[1][:, :, 0] = 0
+        x[1][:, :, 0, 0] = -4
+        x[4][:, :, 0] *= 1000
+        outputs = forward_of(x, D**-0.5, causal=True)
+        dq = backward_of(d, x, outputs, D**-0.5, causal=True)[0]
+        assert rel(dq, in_float64(x, d, is_causal=True)[1][0]) < 1e-6, D
+        # The first key of all, without a mask.
+        outputs = forward_of(x, D**-0.5)
+        got = (outputs[1], backward_of(d, x, outputs, D**-0.5)[0])
+        exact, gradients = in_float64(x, d)
+        assert max(rel(a, b) for a, b in zip(got, (exact[1], gradients[0]), strict=True)) < 1e-6, D
 
 
 def low_bits_keep_small_values():
@@ -1888,6 +1999,17 @@ def test_attention_gpu_tunes_itself(D, monkeypatch, tmp_path):
 @pytest.mark.parametrize("D", [64, 72, 128])
 def test_attention_gpu_offsets(D):
     q, k, v, tq, tk, tv = six(2, 2, 1024, 1024, D, torch.bfloat16, "cuda")
+    # Hidden keys hold anything; so may keys of next to no weight.
+    j = torch.arange(1024, device="cuda")
+    hidden = (j < 200) | ((j - 300).abs() < 5)
+    far = [torch.where(hidden[:, None], 1e4, t) for t in (k, v, tk, tv)]
+    causal = torch.ones(1024, 1024, dtype=torch.bool, device="cuda").tril()
+    for mask in (~hidden.view(1, 1, 1, 1024), ~hidden & causal):
+        assert max(errors([q, *far[:2], tq, *far[2:]], attn_mask=mask)) < 3e-3
+    added = torch.zeros(1, 1, 1, 1024, device="cuda")
+    added[..., :200] = -1e4
+    moved = torch.where(j[:, None] < 200, 100 * tk, tk)
+    assert max(errors([q, k, v, tq, moved, tv], attn_mask=added)) < 3e-3
     assert max(errors([q, k, v, tq, tk + 8, tv])) < 5e-3
     assert max(errors([q, k, v, tq, tk, tv + 8])) < 5e-3
     assert max(errors([q, k, v, tq, tk + 8, tv], is_causal=True)) < 5e-3
