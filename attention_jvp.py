@@ -372,7 +372,7 @@ if triton is not None:
 
     @triton.jit
     def plus(x, r, y):
-        """x + r y, for a factor a row."""
+        """x + r y, where the tile y may have a single row."""
         out = ()
         for n in tl.static_range(len(x)):
             out = out + (x[n] + r * y[n].to(tl.float32),)
@@ -393,6 +393,14 @@ if triton is not None:
         if len(x) == 2:
             total += tl.sum(x[1].to(tl.float32) * y[1].to(tl.float32), 1)
         return total
+
+    @triton.jit
+    def column_sums(x):
+        """The sum of a tile's rows, as a tile of one row."""
+        out = ()
+        for n in tl.static_range(len(x)):
+            out = out + (tl.sum(x[n].to(tl.float32), 0)[None, :],)
+        return out
 
     @triton.jit
     def log2(x):
@@ -632,6 +640,9 @@ if triton is not None:
         SCORES_MOVE: tl.constexpr = TQ is not None or TK is not None
         # P's own products run while PC is made: 2% faster at a head size of 64, 3% slower at 128.
         PC_FIRST: tl.constexpr = W.first >= 128
+        # With small heads a few keys often have most of P. The mean under P is then nearer to mu
+        # than the plain mean.
+        CENTRE_BY_P: tl.constexpr = W.first < 64
         # The first keys that count for a query may be in any block.
         ADDS: tl.constexpr = MASKED != NO_MASK and MASK.dtype.element_ty != tl.uint8
         RECENTRES: tl.constexpr = MASKED == DENSE_MASK or ADDS
@@ -700,24 +711,27 @@ if triton is not None:
                 # No key seen yet: any finite shift leaves P = 0.
                 shift = tl.where(m_new == float("-inf"), 0.0, m_new)
             P = tl.exp2(S * scale2 - shift[:, None])
+            if SCORES_MOVE and not RECENTRES:
+                # Centred on a mean over the first keys, PC keeps its digits where tK has a large
+                # common part. Hidden keys may lack that part, so they must not count.
+                if n0 == start:
+                    if CENTRE_BY_P or CAUSAL or MASKED == KEY_MASK:
+                        centre = tl.sum(P * tS, 1) / tl.sum(P, 1) * scale
+                    else:
+                        centre = tl.sum(tS, 1) * (scale / tl.minimum(BN, Sk))
             alpha = tl.exp2(m - shift)
             sum_P = sum_P * alpha[:, None]
             sum_PC = sum_PC * alpha[:, None]
             o = times(o, alpha[:, None])
             to = times(to, alpha[:, None])
-            if SCORES_MOVE:
-                # Centred on the mean under P of the first keys, PC keeps its digits where tK has a
-                # large common part. Keys that are hidden, or have next to no weight, may lack that
-                # part or be far from it, so they must not count.
-                if RECENTRES:
-                    # Where this block's keys have far more weight than all before, it is the first.
-                    mean = tl.sum(P * tS, 1) / tl.maximum(tl.sum(P, 1), 1e-30) * scale
-                    moved = tl.where(alpha < 2**-8, centre - mean, 0.0)
-                    centre -= moved
-                    sum_PC += moved[:, None] * sum_P
-                    to = plus(to, moved[:, None], o)
-                elif n0 == start:
-                    centre = tl.sum(P * tS, 1) / tl.sum(P, 1) * scale
+            if SCORES_MOVE and RECENTRES:
+                # Keys before may be hidden, or have next to no weight, and their tK be far from the
+                # common part. So where this block has far more weight, it gives the centre.
+                mean = tl.sum(P * tS, 1) / tl.maximum(tl.sum(P, 1), 1e-30) * scale
+                moved = tl.where(alpha < 2**-8, centre - mean, 0.0)
+                centre -= moved
+                sum_PC += moved[:, None] * sum_P
+                to = plus(to, moved[:, None], o)
             m = m_new
             if SCORES_MOVE and PC_FIRST:
                 PC, sum_P, sum_PC = centred(P, tS * scale, centre, sum_P, sum_PC)
@@ -765,7 +779,7 @@ if triton is not None:
                    TMA: tl.constexpr, SAME: tl.constexpr, FLAT: tl.constexpr, PREC: tl.constexpr):
         # fmt: on
         """S1 and S2 of a block of queries; DQ and DTQ where they are wanted. K0 and TK0 point to K
-        and TK, which may be descriptors."""
+        and TK, which may be descriptors. Without a mask K0 is None."""
         PRIMAL: tl.constexpr = DQ is not None
         TANGENT: tl.constexpr = DTQ is not None
         SCORES_MOVE: tl.constexpr = TQ is not None or TK is not None
@@ -864,28 +878,39 @@ if triton is not None:
                         dtq = dot(Gt, k, dtq, PREC)
                 if PRIMAL:  # last: it waits for the other product into dq
                     dq = dot((P * G_by_P).to(k[0].dtype), k, dq, PREC)
-            if TANGENT:
-                store(DTQ, times(dtq, scale), b, h, m0, Sq, sto, W, BM, False)
             if PRIMAL:
-                if TK is not None:
-                    # Rows of Gt sum to zero before they are rounded. What rounding leaves of the
-                    # sum, delta, was multiplied by a common part of tK, which may be large. So
-                    # delta times a mean of tK is taken off: that of the first 16 keys, as far as
-                    # the query sees them. Those of weight count by it (the others may be far from
-                    # the common part), and where none has any, all count a little.
+                # Rows of Gt sum to zero before they are rounded. What rounding leaves of the sum,
+                # delta, was multiplied by a common part of tK, which may be large. So delta times a
+                # mean of tK is taken off, of keys that the query sees.
+                if TK is not None and MASKED == NO_MASK:
+                    # The mean of the first rows, under a causal mask of those that all queries of
+                    # the block see.
+                    shared_end = end
+                    if CAUSAL:
+                        shared_end = tl.minimum(Sk, m0 + 1)
+                    first_rows = load(TK0, b, hk, seen_from, shared_end, sttk, W, 16, False, False)
+                    count = tl.minimum(shared_end - seen_from, 16)
+                    count = tl.maximum(count, 1)  # where no key is seen
+                    share = tl.sum(delta, 1)[:, None] / (-8 * count)
+                    dq = plus(dq, share, column_sums(first_rows))
+                elif TK is not None:
+                    # The mean under P of the first 16 keys, as far as the query sees them: keys of
+                    # little weight may be far from the common part. Where all have little, they
+                    # count alike.
                     k = load(K0, b, hk, seen_from, end, stk, W, 16, False, False)
                     tk = load(TK0, b, hk, seen_from, end, sttk, W, 16, False, False)
                     j = (seen_from + tl.arange(0, 16))[None, :]
                     S = dot_t(q, k, None, PREC)
-                    if HIDES:
-                        qi = i[:, None]
-                        S = hide(S, MASK, stmask, b, h, qi, j, Sq, Sk, scale, MASKED, CAUSAL)
+                    qi = i[:, None]
+                    S = hide(S, MASK, stmask, b, h, qi, j, Sq, Sk, scale, MASKED, CAUSAL)
                     P = tl.exp2(S * (scale * LOG2E) - lse[:, None])
                     P = tl.where(j < end, P, 0.0)
                     weight = P + tl.where(P > 2**-40, 2**-20, 0.0)
                     share = tl.sum(delta, 1) / (-8 * tl.maximum(tl.sum(weight, 1), 2**-20))
                     dq = dot((weight * share[:, None]).to(tk[0].dtype), tk, dq, PREC)
                 store(DQ, times(dq, scale), b, h, m0, Sq, sto, W, BM, False)
+            if TANGENT:
+                store(DTQ, times(dtq, scale), b, h, m0, Sq, sto, W, BM, False)
         if DTO is not None:
             tl.store(S1 + row, s1, mask=i < Sq)
         tl.store(S2 + row, s2, mask=i < Sq)
@@ -1759,7 +1784,8 @@ def _backward_now(
     def rows(name, dq, dtq):
         """One pass of the row kernel."""
         saved = (o, to, lo, lse, mu, kernel_mask.tensor, seen)
-        tensors = (q, k, v, tq, tk, tv, do, dto, *saved, s1, s2, dq, dtq, k, tk)
+        k0 = None if mask is None else k
+        tensors = (q, k, v, tq, tk, tv, do, dto, *saved, s1, s2, dq, dtq, k0, tk)
         row_call = call._replace(name=name, exists=tuple(x is not None for x in tensors))
         sizes = (q.size(1), q.size(2), k.size(2), scale)
         return _launch(row_kernel, row_call, tensors, OVER_KEYS, sizes)
@@ -2230,11 +2256,8 @@ def attention(
     q, k, v = checked.tensors[:3]
     if fwAD._current_level < 0:
         return _plain_attention(q, k, v, checked.mask, is_causal, checked.scale)
-    reason = why_not_fused(q, k, v)
     if _tangents_are_hidden((q, k, v)):
-        reason = why_not_nested((q, k, v))
-    if reason is not None:  # PyTorch's own forward mode, which also goes through a backward
-        _required(reason)
+        _required(why_not_nested((q, k, v)))
         return _reference(*checked.tensors, checked.mask, is_causal, checked.scale)[0]
     (q, tq), (k, tk), (v, tv) = (fwAD.unpack_dual(x) for x in (q, k, v))
     if tq is None and tk is None and tv is None:
@@ -2243,6 +2266,11 @@ def attention(
             _required(reason)
             return _reference(*checked.tensors, checked.mask, is_causal, checked.scale)[0]
         return _plain_attention(q, k, v, checked.mask, is_causal, checked.scale)
+    reason = why_not_fused(q, k, v)
+    if reason is not None and q.numel() > 0 and k.numel() > 0:
+        # PyTorch's own forward mode, which also goes through a backward
+        _required(reason)
+        return _reference(*checked.tensors, checked.mask, is_causal, checked.scale)[0]
     o, to = _attention_jvp(checked._replace(tensors=(q, k, v, tq, tk, tv)), is_causal)
     return fwAD.make_dual(o, to)
 

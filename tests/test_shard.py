@@ -287,6 +287,7 @@ def test_gpu_shard_in_a_graph(folder):
     differences = [abs(a / b - 1) for a, b in pairs]
     one, other = weights(state("graph"), "model"), weights(state("eager"), "model")
     errors = {name: rel(other[name], one[name]) for name in one}
-    print(ranks, "ranks: losses", max(differences), "weights", max(errors.values()))
+    print(ranks, "ranks: losses", differences, "weights", max(errors.values()))
     assert len(differences) == 15
-    assert max(differences) < 1e-3
+    assert max(differences[:4]) < 2e-4  # then bfloat16 amplifies the rounding of micro-batches
+    assert max(differences) < 1e-2
