@@ -125,7 +125,7 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def mean_kernel(TK, MEAN, st, MASK, SEEN, mask_stride, Sk, D: gl.constexpr):
-    """MEAN[b, h] is the mean of the rows of TK that are seen of 16, from the first that is on."""
+    """MEAN[b, h] is the mean of TK over those keys that are seen of 16, from the first seen on."""
     b = gl.program_id(1)
     h = gl.program_id(0)
     start = 0

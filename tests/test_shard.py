@@ -275,19 +275,17 @@ def test_gpu_shard(folder, compiled):
 
 
 @gpu
-def test_gpu_shard_in_a_graph(folder):
-    """A step that is a CUDA graph learns what it learns without one, with and without micro-batches
-    and when a run goes on."""
+@pytest.mark.parametrize("flags", [("--micro_batch=2",), ("--grad_clip=0.5",)])
+def test_gpu_shard_in_a_graph(folder, flags):
+    """A step that is a CUDA graph learns what it learns without one."""
     ranks = min(2, torch.cuda.device_count())
-    flags = (*SMALL, "--shard=True", "--grad_clip=0.5")
-    torchrun("train.py", *flags, "--name=graph", "--steps=8", "--micro_batch=2", ranks=ranks)
-    torchrun("train.py", *flags, "--name=graph", "--steps=15", ranks=ranks)
-    torchrun("train.py", *flags, "--name=eager", "--steps=15", "--graph=False", ranks=ranks)
+    flags = (*flags, "--steps=15", "--shard=True")
+    torchrun("train.py", *SMALL, *flags, "--name=graph", ranks=ranks)
+    torchrun("train.py", *SMALL, *flags, "--name=eager", "--graph=False", ranks=ranks)
     pairs = list(zip(logged_losses("graph"), logged_losses("eager"), strict=True))
     differences = [abs(a / b - 1) for a, b in pairs]
     one, other = weights(state("graph"), "model"), weights(state("eager"), "model")
     errors = {name: rel(other[name], one[name]) for name in one}
-    print(ranks, "ranks: losses", differences, "weights", max(errors.values()))
+    print(ranks, "ranks: losses", max(differences), "weights", max(errors.values()))
     assert len(differences) == 15
-    assert max(differences[:4]) < 2e-4  # then bfloat16 amplifies the rounding of micro-batches
-    assert max(differences) < 1e-2
+    assert max(differences) < 1e-3
