@@ -888,8 +888,8 @@ def hidden_keys_hold_anything():
 
 
 def keys_of_little_weight_move():
-    """Keys of little weight whose tangents are 1000 times the others' cost no digits. (Bfloat16 would
-    lose them at 30 times already, but the interpreter is right in float32 only.)"""
+    """Keys of little weight whose tangents are 1000 times the others' cost no digits. (Bfloat16
+    would lose them at 30 times already, but the interpreter is right in float32 only.)"""
     S = 36
     for D in (16, 64):
         d = six(1, 1, S, S, D, seed=1)[::3]
