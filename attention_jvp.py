@@ -644,7 +644,7 @@ if triton is not None:
         # than the plain mean.
         CENTRE_BY_P: tl.constexpr = W.first < 64
         # The first keys that count for a query may be in any block.
-        ADDS: tl.constexpr = MASKED != NO_MASK and MASK.dtype.element_ty != tl.uint8
+        ADDS: tl.constexpr = MASKED == KEY_MASK and MASK.dtype.element_ty != tl.uint8
         RECENTRES: tl.constexpr = MASKED == DENSE_MASK or ADDS
         SKIPS: tl.constexpr = skips(MASKED, CAUSAL, W)
         if SAME:

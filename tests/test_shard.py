@@ -257,6 +257,17 @@ def test_size_of_the_largest_network():
 # ---- GPUs ----------------------------------------------------------------------------------------
 
 
+def largest_difference(one, other):
+    """The largest relative difference of two runs' losses, of 15 steps. That of their weights is
+    printed as well."""
+    pairs = list(zip(logged_losses(one), logged_losses(other), strict=True))
+    assert len(pairs) == 15
+    largest = max(abs(a / b - 1) for a, b in pairs)
+    a, b = weights(state(one), "model"), weights(state(other), "model")
+    print("losses", largest, "weights", max(rel(b[name], a[name]) for name in a))
+    return largest
+
+
 @gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gpu_shard(folder, compiled):
@@ -265,13 +276,7 @@ def test_gpu_shard(folder, compiled):
     flags = ("--steps=15", "--micro_batch=2", f"--compile={compiled}")
     assert run_script("train.py", *SMALL, *flags, "--name=one") is None
     torchrun("train.py", *SMALL, *flags, "--name=shard", "--shard=True", ranks=ranks)
-    pairs = zip(logged_losses("one"), logged_losses("shard"), strict=True)
-    differences = [abs(a / b - 1) for a, b in pairs]
-    one, other = weights(state("one"), "model"), weights(state("shard"), "model")
-    errors = {name: rel(other[name], one[name]) for name in one}
-    print(ranks, "ranks: losses", max(differences), "weights", max(errors.values()))
-    assert len(differences) == 15
-    assert max(differences) < 1e-2
+    assert largest_difference("one", "shard") < 1e-2
 
 
 @gpu
@@ -282,10 +287,4 @@ def test_gpu_shard_in_a_graph(folder, flags):
     flags = (*flags, "--steps=15", "--shard=True")
     torchrun("train.py", *SMALL, *flags, "--name=graph", ranks=ranks)
     torchrun("train.py", *SMALL, *flags, "--name=eager", "--graph=False", ranks=ranks)
-    pairs = list(zip(logged_losses("graph"), logged_losses("eager"), strict=True))
-    differences = [abs(a / b - 1) for a, b in pairs]
-    one, other = weights(state("graph"), "model"), weights(state("eager"), "model")
-    errors = {name: rel(other[name], one[name]) for name in one}
-    print(ranks, "ranks: losses", max(differences), "weights", max(errors.values()))
-    assert len(differences) == 15
-    assert max(differences) < 1e-3
+    assert largest_difference("graph", "eager") < 1e-3
