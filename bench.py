@@ -40,7 +40,14 @@ import bench_attention
 import cublas
 import inception
 from dataset import Writer
-from device import find_device, from_all_ranks, from_rank_0, join_ranks, ranks_of_torchrun
+from device import (
+    find_device,
+    from_all_ranks,
+    from_rank_0,
+    join_ranks,
+    leave_ranks,
+    ranks_of_torchrun,
+)
 from files import HERE, UserError
 from frechet import FEATURES, Moments, frechet_distance
 from model import SIZES, DiT, DiTConfig
@@ -182,8 +189,7 @@ def step_table(size, input_size, batch, micro_batches, modes):
             show(f"{'':>20} | ms of each rank: {', '.join(f'{ms:.1f}' for ms in each_ms)}")
         if mode == "one_stream":  # else kernels that run at the same time share the memory's rate
             show_bytes(bytes_of_step(config, batch, micro_batches), kinds, show)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_ranks()
 
 
 def show_bytes(sizes, kinds, show):
@@ -216,7 +222,7 @@ def measure_step(config, batch, micro_batches, options):
     ms = statistics.median(milliseconds(step, max(5, 20 // micro_batches)))
     peak = torch.cuda.max_memory_reserved()
     kinds = kernel_times(step)
-    step.step.recorded.clear()  # the process group cannot be left while graphs hold its links
+    step.step.close()
     return ms, peak, start, kinds
 
 

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group, which this module would hold for good
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -151,14 +152,23 @@ def join_ranks(backend, patience):
         reason = str(error).splitlines()[0]
         raise UserError(f"rank {rank} cannot join the {ranks} ranks: {reason}") from None
     if backend == "gloo":
-        # A process that ends while gloo's threads run is aborted now and then: 3 of 120 were.
         atexit.register(leave_ranks)
 
 
 def leave_ranks():
-    """Leave the process group, where this process is in one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the process group, where this process is in one.
+
+    Before that, let go of what holds the group: TrainingStep.close does.
+    """
+    if not dist.is_initialized():
+        return
+    has_gloo = dist.get_backend() == "gloo"
+    dist.destroy_process_group()
+    if has_gloo:
+        # A thread of gloo frees the tensors of a sum after the sum is done. If Python ends before
+        # that, the process is aborted. The threads end with the group, but networks divided by
+        # FSDP2 hold the group to the end: for them, a moment is all that the threads get.
+        time.sleep(0.2)
 
 
 def from_rank_0(value):

@@ -100,6 +100,11 @@ class TrainingStep:
         # collected, or at exit, after all that was registered with atexit.
         weakref.finalize(self, self.recorded.clear)
 
+    def close(self):
+        """Let go of the graphs and of DDP, which hold the process group. No step can follow."""
+        self.recorded.clear()
+        self.wrapped_loss = None
+
     def check_for_graphs(self):
         if self.device.type == "cuda":
             current = torch.cuda.current_device()

@@ -58,6 +58,7 @@ from device import (
     find_device,
     from_all_ranks,
     join_ranks,
+    leave_ranks,
     on_rank_0,
     ranks_agree,
     ranks_of_torchrun,
@@ -648,8 +649,8 @@ if not stop and score_images > 0:
 if distributed:
     # Where a rank fails torchrun ends the others: none may fail before rank 0 has saved.
     dist.barrier()
-    training.recorded.clear()  # NCCL cannot close its links while graphs hold them
-    dist.destroy_process_group()  # so that no rank waits while rank 0 makes the scores
+    training.close()
+    leave_ranks()  # so that no rank waits while rank 0 makes the scores
 if saved_step < done:
     fail(f"could not save the state of step {done}; {what_is_saved(out, saved_step)}")
 if not has_ckpt:

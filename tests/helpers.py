@@ -256,6 +256,22 @@ def torchrun(script, *arguments, ranks=2):
     return done
 
 
+# For a script: at exit it says whether it is in a process group, and how many of its threads are
+# gloo's (0 where there is no /proc). What is registered first with atexit runs last.
+SAY_WHAT_IS_LEFT = """
+import atexit
+import glob
+import torch.distributed
+
+def say_what_is_left():
+    names = [open(name).read() for name in glob.glob("/proc/self/task/*/comm")]
+    threads = sum("gloo" in name for name in names)
+    print("at exit:", torch.distributed.is_initialized(), threads, flush=True)
+
+atexit.register(say_what_is_left)
+"""
+
+
 @functools.cache
 def interpreter():
     """A process with Triton's interpreter, which runs functions of files of tests."""

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-from helpers import SMALL, run_script, torchrun
+from helpers import SAY_WHAT_IS_LEFT, SMALL, run_script, torchrun
 
 import device
 from files import UserError
@@ -121,26 +121,24 @@ def test_one_rank_talks_to_itself(monkeypatch):
     assert device.from_all_ranks("a") == ["a"]
 
 
-AT_EXIT = """
-import atexit
+TWO_RANKS = """
 from datetime import timedelta
-import torch.distributed as dist
+import torch
 import device
 
-def has_left():
-    print("in the group" if dist.is_initialized() else "has left", flush=True)
-
-atexit.register(has_left)  # what is registered first runs last
 device.join_ranks("gloo", timedelta(seconds=60))
+parallel = device.data_parallel(torch.nn.Linear(2, 2))
+parallel(torch.ones(1, 2)).sum().backward()
 assert device.from_all_ranks("a") == ["a", "a"]
+del parallel
 """
 
 
 def test_ranks_leave_before_they_end(folder):
     """Else gloo's threads now and then abort a process that has done its work."""
-    (folder / "two.py").write_text(AT_EXIT)
+    (folder / "two.py").write_text(SAY_WHAT_IS_LEFT + TWO_RANKS)
     said = torchrun(folder / "two.py").stdout.decode()
-    assert said.count("has left") == 2
+    assert said.count("at exit: False 0") == 2
 
 
 class TwoParts(torch.nn.Module):

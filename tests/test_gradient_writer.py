@@ -445,7 +445,7 @@ def test_gpu_stream_and_ddp(monkeypatch):
         for _ in range(2):
             step.gradients(*inputs)
         found = [p.grad.clone() for p in step.weights]
-        step.recorded.clear()
+        step.close()
         net.zero_grad()
         return found
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import (
     HERE,
+    SAY_WHAT_IS_LEFT,
     SMALL,
     gpu,
     log_lines,
@@ -658,13 +659,17 @@ def test_signals(start):
 
 
 def test_one_rank_of_torchrun(folder):
-    """It runs what several ranks run, and learns what a process without torchrun learns."""
+    """It runs what several ranks run, and learns what a process without torchrun learns. At the end
+    it leaves the group of ranks, and gloo's threads end."""
     old = "distributed = dist.is_initialized()"
-    script = edited_train(folder, old, "print('distributed:', dist.is_initialized())\n" + old)
+    new = "print('distributed:', dist.is_initialized())\n" + SAY_WHAT_IS_LEFT + old
+    script = edited_train(folder, old, new)
     arguments = (*SMALL, "--steps=4", "--micro_batch=4", "--device=cpu")
     assert run_script("train.py", "--name=plain", *arguments) is None
     done = torchrun(script, "--name=ranks", *arguments, ranks=1)
-    assert "distributed: True" in done.stdout.decode()
+    printed = done.stdout.decode()
+    assert "distributed: True" in printed
+    assert "at exit: False 0" in printed
     same_end("ranks", "plain")
 
 
