@@ -18,7 +18,7 @@ from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before there is a group, which this module would hold for good
+import torch.distributed.nn  # imported once there is a group, it would hold that to the end
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -165,9 +165,9 @@ def leave_ranks():
     has_gloo = dist.get_backend() == "gloo"
     dist.destroy_process_group()
     if has_gloo:
-        # A thread of gloo frees the tensors of a sum after the sum is done. If Python ends before
-        # that, the process is aborted. The threads end with the group, but networks divided by
-        # FSDP2 hold the group to the end: for them, a moment is all that the threads get.
+        # gloo's threads free the tensors of a sum after it is done. A thread that does so while
+        # Python ends aborts the process. The threads end with the group. But FSDP2's networks,
+        # and a run that fails, hold the group to the end: there the threads get a moment.
         time.sleep(0.2)
 
 
