@@ -3,7 +3,7 @@ The batches of a run: which images a step trains on, and their way to the device
 
     batches = Batches(header, data, seed, batch_size, steps, device, rank, ranks)
     for step in range(first_step, steps):
-        x0, y = batches.get(step)
+        images, y = batches.get(step)    # images as they are stored: train.py makes x0 of them
 
 The order is an endless sequence of seeded permutations, one an epoch. It is a function of the seed
 and the step alone, so it does not depend on the ranks or on interruptions. To train on a stream of

@@ -7,8 +7,8 @@ Checkpoints: safetensors files with JSON in them and a checksum. Loading one exe
     save_state(folder, step, tensors, about, keep)     # then deletes older states
     path, tensors, about = load_newest(folder)         # the newest state that is whole
 
-`about` is JSON: the network's config, the guidance it was trained with, the header of its data, and
-of a state all constants of the run.
+`about` is JSON: the network's config, the guidance it was trained with and the header of its data.
+train.py adds the objective, the step, the commit and all constants of the run.
 """
 
 import contextlib
@@ -158,7 +158,7 @@ def missing_parts(about):
 
 
 def check_about(config, about):
-    """Raises ValueError where the objective, the data's header or the guidance weights cannot be.
+    """Raises ValueError where the objective, the header or the guidance does not fit the network.
 
     config: the network's. Published snapshots name no objective: theirs is "tvm".
     """
@@ -178,14 +178,14 @@ def check_about(config, about):
         raise ValueError(f"the guidance {sampler!r} is none of {', '.join(GUIDANCE)}")
     if not isinstance(about.get("train", {}), dict):
         raise ValueError("constants that are no dict")
-    wanted = [config.in_channels, *getattr(config, "height_and_width", ())]
-    sides = data.get("shape", wanted)
-    is_shape = len(sides) >= 2 and all(type(n) is int and n > 0 for n in sides)
-    if not is_shape or math.prod(sides) > 2**31:
-        raise ValueError(f"images of shape {sides}")
+    network_shape = [config.in_channels, *getattr(config, "height_and_width", ())]
+    shape = data.get("shape", network_shape)
+    is_shape = len(shape) >= 2 and all(type(n) is int and n > 0 for n in shape)
+    if not is_shape or math.prod(shape) > 2**31:
+        raise ValueError(f"images of shape {shape}")
     # A fork may have data of other dimensions, or a config without sides.
-    if len(sides) == len(wanted) == 3 and list(sides) != wanted:
-        raise ValueError(f"images of shape {sides}, and a network for {wanted}")
+    if len(shape) == len(network_shape) == 3 and list(shape) != network_shape:
+        raise ValueError(f"images of shape {shape}, and a network for {network_shape}")
     if len(counts) != config.num_classes:
         raise ValueError(f"{len(counts)} class counts for {config.num_classes} classes")
     for name in ("mean", "std"):

@@ -258,7 +258,10 @@ def peer_mean_of_all(device):
 
 
 def attempt(function, *arguments):
-    """(its value, None), or (None, why it failed). PyTorch may change symmetric memory."""
+    """(the function's value, None), or (None, why it failed).
+
+    It catches every error, because PyTorch may change symmetric memory, a part that is not public.
+    """
     try:
         return function(*arguments), None
     except Exception as error:

@@ -122,18 +122,18 @@ def linear(layer, x):
     copies = copies_of(layer)  # its weights in bfloat16, where products.RoundedCopies are in use
     if copies is not None:
         return pair(*product(value_of(x), tangent_of(x), [layer], copies))
-    if isinstance(x, Dual):
-        if type(layer) is not nn.Linear:
-            raise TypeError(f"there is no rule for the tangent of a {type(layer).__name__}")
-        if layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer):
-            if layer._backward_pre_hooks or layer._backward_hooks:  # these have no forward mode
-                raise TypeError(
-                    "no tangent of a layer that has backward hooks, and forward hooks or a forward "
-                    "of its own"
-                )
-            return call_with_tangent(layer, x)
-        return Dual(layer(x.value), functional.linear(x.tangent, layer.weight))
-    return layer(x)
+    if not isinstance(x, Dual):
+        return layer(x)
+    if type(layer) is not nn.Linear:
+        raise TypeError(f"there is no rule for the tangent of a {type(layer).__name__}")
+    if layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer):
+        if layer._backward_pre_hooks or layer._backward_hooks:  # these have no forward mode
+            raise TypeError(
+                "no tangent of a layer that has backward hooks, and forward hooks or a forward "
+                "of its own"
+            )
+        return call_with_tangent(layer, x)
+    return Dual(layer(x.value), functional.linear(x.tangent, layer.weight))
 
 
 def call_with_tangent(layer, x):

@@ -172,9 +172,9 @@ class Term(NamedTuple):
     loss: Tensor  # (B,), of which the mean is minimized
     error: Tensor  # (B,), what the log shows: the loss without adaptive_weight
     time: Tensor  # (B,) in [0, 1]; the log has the mean error of each quarter of it
-    # Backward runs on this term before the next one is computed, which frees its activations. The
-    # terms that are not early go backward last, together. There is at least one, and together they
-    # must reach all weights: in this backward DDP takes the mean over the ranks.
+    # True: backward runs on this term before the next one is computed, which frees its activations.
+    # All other terms go backward together, after the last one. There must be one of these at least,
+    # and together they must reach all weights: DDP takes the mean over the ranks in that backward.
     early: bool = False
 
 
@@ -353,14 +353,14 @@ class TrainingLoss(nn.Module):
         return [a[first : first + B].to(x0.device) for a in (x1, t, s, s_fm, w, drop)]
 
     def terms(self, x0, y, x1, t, s, s_fm, w, drop):
-        """The terms of the objective: a generator. A new objective is one branch more.
+        """The terms of the objective: returns a generator of them.
 
-        Train k F, which the sampler takes (k = w where config.scaled, else 1). What is random comes
-        from draw(), or ranks and resumed runs would draw the same numbers again. A term that is
-        early shares no graph with later ones.
-
-        Nothing is computed before forward() asks for a term, and forward() goes backward through
-        an early term before it asks for the next.
+        A new objective is one branch more, which returns a generator of its own. (No `yield` here:
+        it would make a generator of this function, whose `return`s then yield nothing.) Train k F,
+        because the sampler steps by it (k = w where config.scaled, else 1). Draw random numbers in
+        draw() only: PyTorch's global generator gives every rank, and every resumed run, the same
+        ones. An early term shares no graph with later ones, because forward() goes backward through
+        it before it asks for the next.
         """
         y = torch.where(column(drop, y), self.model.no_condition(y), y)
         w_or_1 = w.masked_fill(drop, 1.0)  # without a class there is nothing to guide
@@ -370,7 +370,8 @@ class TrainingLoss(nn.Module):
         if self.objective == "flow_matching":
             return flow_matching_loss(model, target, x0, y, x1, s_fm, w_or_1)
         if self.objective == "meanflow":
-            # MeanFlow and its relatives ask for "no class" at w itself, and train it there, too.
+            # MeanFlow and its relatives take w, not w_or_1: F without a class is trained at the
+            # sample's own w, too, and guidance asks for it there.
             return meanflow_loss(model, x0, y, x1, t, s, w, drop, self.kappa)
         if self.objective == "improved_meanflow":
             return improved_meanflow_loss(model, x0, y, x1, t, s, w, drop)
@@ -499,8 +500,9 @@ def alpha_at(progress, alpha_min):
     """alpha-Flow's alpha, a float: near 1 at first, then along a sigmoid down to alpha_min.
 
     progress: the share of the training that is over, in [0, 1].
-    The published alpha_min is 0.005. With it t and r differ by at most that, and under autocast the
-    time MLP rounds cos t to bfloat16, whose numbers lie 0.004 apart just below 1.
+    The published alpha_min is 0.005. With it t and r differ by at most 0.005. Under autocast the
+    time MLP can hardly tell them apart: it rounds cos t to bfloat16, whose numbers lie 0.004 apart
+    just below 1.
     """
     return max(alpha_min, 1 / (1 + math.exp(25 * (progress - 0.5))))
 

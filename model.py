@@ -140,7 +140,7 @@ class DiTConfig:
 class Embedder(nn.Module):
     """Numbers (B,) -> (B, D): sines and cosines, then an MLP.
 
-    It takes t itself. DiT takes 1000 t, which would multiply dF/ds by 1000.
+    It embeds t itself. The original DiT embeds 1000 t, which would multiply dF/ds by 1000.
     """
 
     def __init__(self, hidden_size):
@@ -365,9 +365,9 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
-        # compile_blocks replaces these two functions. The first is called instead of the block
-        # itself, so hooks of blocks do not fire. Where the second is None, each block makes its
-        # vectors itself.
+        # compile_blocks and shard_loss replace these two functions. The first is called instead of
+        # the block itself, so hooks of blocks fire under shard_loss only. Where the second is None,
+        # each block makes its vectors itself.
         self.run_block = Block.forward
         self.make_vectors = block_vectors
         # Activation checkpointing: this many blocks are computed twice, the second time in the
@@ -459,7 +459,8 @@ class DiT(nn.Module):
             yield from zip(blocks, self.vectors_of(blocks, c), strict=True)
 
     def vectors_of(self, blocks, c):
-        """What each of these blocks is given as its condition: a tuple of its vectors."""
+        """What each of these blocks is given as its condition: a tuple of its vectors, or c where
+        it makes them itself."""
         if self.make_vectors is None:
             return [c] * len(blocks)
         x = self.make_vectors(blocks, c, stack_of(modulation_layers(blocks)))
@@ -485,9 +486,9 @@ class DiT(nn.Module):
         A tangent that is None is zero. Returns (F, dF), both like x, both differentiable by
         backward.
         """
-        # A tangent of None becomes zeros, so that every block takes Duals and torch.compile makes
-        # one program for them. The first block's attention has a tangent in any case, which comes
-        # from the modulation. The zeros cost one product in PatchEmbed.
+        # A tangent of None becomes zeros. So every block takes Duals, and torch.compile makes one
+        # program for all. Zeros for x cost one product in PatchEmbed and nothing more: the tangents
+        # of t and s come in by the modulation, so x has a tangent from the first block on anyway.
         duals = []
         for value, tangent in ((x, dx), (t, dt), (s, ds)):
             duals.append(Dual(value, torch.zeros_like(value) if tangent is None else tangent))

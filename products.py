@@ -100,7 +100,7 @@ class RoundedCopies:
 
     @contextlib.contextmanager
     def in_use(self, writer=None):
-        """Within this context the layers are computed with their copies, where autocast would.
+        """Within this context the layers use their copies wherever autocast would round weights.
 
         Go backward inside it, too: checkpointed blocks run again there. writer: a GradientWriter,
         which makes the gradients of the layers' weights within its backward().
@@ -122,7 +122,7 @@ def versions_of(tensors):
 
 
 class GradientWriter:
-    """The product that makes a weight's gradient writes it where .grad is to be.
+    """Makes the gradients of linear layers' weights, and writes each where .grad is to be.
 
         writer = GradientWriter(destinations, stream)
         with copies.in_use(writer):
@@ -333,9 +333,9 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x, dx, weight)
         ctx.count = count
         ctx.weights = parameters[:count]
-        # Within writer.backward() this is a checkpointed block that runs again. The backward uses
-        # the nodes of its first run. Only an autograd.grad inside the block uses these, so they get
-        # no writer.
+        # Within writer.backward() a forward means that a checkpointed block is computed again. The
+        # backward takes only saved tensors from that, and goes through the nodes of the first run.
+        # So only an autograd.grad inside the block uses this node, and that must not write .grad.
         ctx.writer = None if writer and writer.is_writing else writer
         ctx.set_materialize_grads(False)
         y = cublas.linear(x, weight, bias)

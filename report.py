@@ -433,9 +433,11 @@ class Report:
             found = small_data_scores(np.moveaxis(images, -1, 1), y, **against)
             self.tell_scores(step, nfe, n, found)
         print(
-            "two-sample: how often a nearest neighbour tells samples from held-out images; each: "
-            "of samples, of held-out images. All near 0.5: cannot be told apart. label: the class "
-            "asked for is found. nearest, well under 1: memorized."
+            "two-sample: how often the nearest neighbour tells samples from held-out images (each: "
+            "of samples, of held-out images). All near 0.5: they cannot be told apart. label: the "
+            "share that shows the class asked for. nearest: the distance to the nearest training "
+            "image, over that of held-out images; well under 1: memorized. Frechet: the distance "
+            "in pixels, less is better."
         )
 
     def train_label_classifier(self, step, rows, held_out, held_out_labels):

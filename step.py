@@ -6,8 +6,8 @@ One training step: forward and backward, then the optimizers and the averages of
     norm = step.gradient_norm()
     step.update()
 
-train.py's loop calls it, and bench.py and study.py time it. On a GPU gradients() and update() are
-CUDA graphs: recorded once, and then replayed without Python.
+train.py's loop calls it, and bench.py and study.py time it. With graphs=True, on a GPU, gradients()
+and update() are CUDA graphs: recorded once, and then replayed without Python.
 """
 
 import weakref
@@ -96,8 +96,8 @@ class TrainingStep:
             for p in self.weights:
                 p.grad = torch.zeros_like(p)
         self.recorded = {}  # graphs: "last", "earlier" and "update"
-        # NCCL cannot close its links while a graph holds them. So the graphs go when this step is
-        # collected, or at exit, after all that was registered with atexit.
+        # NCCL cannot close its links while a graph holds them. Where nobody calls close(), as in a
+        # run that fails, the graphs go when this step is collected, or at exit.
         weakref.finalize(self, self.recorded.clear)
 
     def close(self):
@@ -134,16 +134,17 @@ class TrainingStep:
         return self.forward_and_backward(*inputs, is_last=is_last)
 
     def forward_and_backward(self, *inputs, is_last):
-        """Adds this micro-batch's share of the gradient to .grad; a whole batch's replaces it.
+        """Forward and backward. A single micro-batch replaces .grad; of several, each adds its
+        share to .grad.
 
         With DDP the last backward of the last micro-batch makes .grad the mean over the ranks.
-        (With shard every backward adds a mean.) Without `old`, `writer` and `copies`, which save
-        time and memory (products.py), it would be
+        (With shard every backward adds a mean.) For a single micro-batch, and without `old`,
+        `writer` and `copies`, which save time and memory (products.py), it would be
 
-            with sync:
-                with torch.autocast(...):
-                    rest, terms = self.wrapped_loss(*inputs, backward_part=backward)
-                backward(rest)
+            self.model.zero_grad()
+            with torch.autocast(...):
+                rest, terms = self.wrapped_loss(*inputs, backward_part=backward)
+            backward(rest)
 
         The loss itself goes backward through its early terms, by backward_part.
         """
@@ -204,8 +205,9 @@ class TrainingStep:
     def update(self):
         """A step of the optimizers and of the averages.
 
-        With graphs the first call is recorded, and Python's numbers stay as they were then. What
-        changes from step to step must be a tensor, like the learning rate.
+        With graphs the first call runs and is then recorded; later ones replay the recording. It
+        holds Python's numbers as constants. So what changes from step to step must be a tensor,
+        like the learning rate.
         """
         if "update" in self.recorded:
             self.recorded["update"]()
@@ -224,8 +226,8 @@ class TrainingStep:
     def update_weights(self):
         """What update() does, and records: optimizers, averages and bfloat16 copies."""
         if self.use_graphs and len(self.optimizers) == 1:
-            # One kernel does what stands below. To change the optimizer or an EMA, delete these
-            # lines.
+            # One kernel a weight does all that stands below. To change the optimizer or an EMA,
+            # delete these lines.
             one_pass.step(self.optimizers[0], self.averages, self.copies.copy_of)
             return
         for optimizer in self.optimizers:

@@ -272,7 +272,8 @@ if shard and muon_lr:
     fail("Muon takes whole matrices, and shard divides them: add --muon_lr=0, or leave shard out")
 uses_ddp = distributed and not shard
 has_bfloat16, has_triton = abilities(device)
-compiled = compile and has_triton
+if compile and not has_triton:
+    fail("compile is for GPUs that run Triton")
 
 # ---- data ----------------------------------------------------------------------------------------
 data_path = os.path.join("data", dataset)
@@ -374,7 +375,7 @@ if objective in MEANFLOWS and unusual and rank == 0:
 why_no_kernels = fused.why_not(torch.empty(0, 1, hidden_size, device=device))
 if not semi_lipschitz:
     why_no_kernels = "fused.py has no kernel for LayerNorm"
-if compiled:
+if compile:
     compile_blocks(model, target, detach_jvp=loss.detaches_jvp)
 elif has_triton and why_no_kernels and rank == 0:
     print(f"{why_no_kernels}; --compile=True may be faster", file=sys.stderr)
@@ -416,7 +417,8 @@ except ValueError as error:
 def save(step):
     """Save a state to resume from, then the evaluation network for sample.py.
 
-    All ranks call this. Returns the success of each. Exits if a value is not finite.
+    All ranks call this. Returns whether each was saved, which rank 0 alone knows. Exits if a value
+    is not finite.
     """
     state = {}
     for kind, net in nets.items():
@@ -530,7 +532,7 @@ saved_step = first_step  # of the last state that was loaded or saved; 0: there 
 
 precision = "bfloat16" if has_bfloat16 else "float32"
 how = precision
-if compiled:
+if compile:
     how += ", compiled blocks"
 if use_graphs:
     how += ", a CUDA graph"
@@ -573,13 +575,13 @@ bar = tqdm(
     mininterval=1,
 )
 for step in bar:
-    images, labels = batches.get(step)
+    images, conditions = batches.get(step)
     # Seeds all that is drawn in this step, so that a resumed run needs no generator's state.
     step_seed = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
     losses.begin_step()
     for first in range(0, local_batch, micro_batch):
         x0 = images[first : first + micro_batch].to(device, non_blocking=True)
-        y = labels[first : first + micro_batch].to(device, non_blocking=True)
+        y = conditions[first : first + micro_batch].to(device, non_blocking=True)
         x0 = (x0 - mean) / std  # (B, C, H, W)
         # draw() draws the whole global batch from this seed and returns these rows of it. So
         # micro-batches differ, and neither their size nor the number of ranks changes a number.

@@ -266,7 +266,8 @@ import torch.distributed
 def say_what_is_left():
     names = [open(name).read() for name in glob.glob("/proc/self/task/*/comm")]
     threads = sum("gloo" in name for name in names)
-    print("at exit:", torch.distributed.is_initialized(), threads, flush=True)
+    line = f"at exit: {torch.distributed.is_initialized()} {threads}\\n"
+    print(line, end="", flush=True)  # in one piece, beside what another rank says
 
 atexit.register(say_what_is_left)
 """
