@@ -4,7 +4,8 @@
 
 With HOPPER_KERNELS = True attention_jvp.py calls it where `why_not` allows. Otherwise, and without
 this file, it takes its own kernels, which run on every GPU. The maths and its names are at the top
-of attention_jvp.py; results have the same errors.
+of attention_jvp.py. Results have the same errors, except under a key mask where some of the first
+16 keys have little weight and far larger tangents than the others (see mean_kernel).
 
 Why it is faster
 ----------------
@@ -19,9 +20,9 @@ lower level, says when to wait. So tensor cores work on while other warps comput
    G and Gt and sums up dK and dtK. Four sums would not fit into the registers of one group, so
    plain Triton needs two passes over the scores, with 14 products.
 
-Blocks of rows pass from one warp to another by barriers in shared memory, an array of one for each
-stage. `ready` says that a stage is filled, `free` that both groups are done with it. A barrier is
-waited for by the parity of its phase, which changes each time that the stage is used.
+One warp hands blocks of rows to the others through stages of shared memory. Each stage has two
+barriers: `ready` says that it is filled, `free` that both groups are done with it. To wait for a
+barrier one names the parity of its phase, which changes each time that the stage is used.
 """
 
 import torch
@@ -125,7 +126,9 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def mean_kernel(TK, MEAN, st, MASK, SEEN, mask_stride, Sk, D: gl.constexpr):
-    """MEAN[b, h] is the mean of TK over those keys that are seen of 16, from the first seen on."""
+    """MEAN[b, h] is the mean of TK over 16 keys, from the first that is seen on; hidden ones do not
+    count. (Under a key mask row_kernel of attention_jvp.py weights them by P. Here all are alike.)
+    """
     b = gl.program_id(1)
     h = gl.program_id(0)
     start = 0
@@ -368,7 +371,8 @@ def column_copies(tensors, sums, keys, rows, vectors, keys_ready, ready, free, s
 def value_group(buffers, DV, DTV, st, MASK, start, Sq, Sk, scale, BM: gl.constexpr,
                 BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SHIFT: gl.constexpr):
     # fmt: on
-    """The first group: P and N, which it sends to the other, then dV and dtV. P is 2**SHIFT P."""
+    """The first group: P and N, which it sends to the other, then dV and dtV. `P` holds
+    2**SHIFT times P."""
     keys, rows, vectors, sent_P, sent_N, keys_ready, ready, free, sent_ready, sent_free = buffers
     dtype: gl.constexpr = keys.dtype
     SCORES: gl.constexpr = mma_layout(BM)
@@ -489,8 +493,9 @@ def column_kernel(Q, K, V, TQ, TK, TV, DO, DTO, LSE, MU, S1, S2, DK, DV, DTK, DT
     # fmt: on
     """DK, DV, DTK and DTV of BN keys. Rows of zeros, which TMA puts beyond Sq and Sk, add nothing.
 
-    The groups exchange P as 2**SHIFT P. With 14 bits more it fits in float16 without a loss that
-    counts: P is at most 1, and what is under 2**-28 has too little weight.
+    The groups exchange 2**SHIFT P. For bfloat16 SHIFT is 14, and that fits in float16 without a
+    loss that counts: P is at most 1, and what is under 2**-28 has too little weight. For float16
+    SHIFT is 0, and P is exchanged as float32.
 
     A key mask changes nothing in the loop: a row here belongs to one key, so that a hidden key
     spoils its own row alone, which becomes zeros in the end."""
@@ -562,7 +567,7 @@ def vectors_of(x, rows):
 
 def wrong_triton():
     """Why this Triton will not do, or None."""
-    if triton.__version__.rsplit(".", 1)[0] != TRITON:
+    if not triton.__version__.startswith(TRITON + "."):
         return f"Triton is not {TRITON}"
     return None
 

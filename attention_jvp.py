@@ -424,8 +424,8 @@ if triton is not None:
     #     bit      31..28   27..24   23..20   19..16   15..12   11..8    7..4     3..0
     #     column   w + 56   w + 48   w + 40   w + 32   w + 24   w + 16   w + 8    w
     #
-    # Chunks of 32 and 16 columns have 8 words as well, with four columns in an int16 or two in an
-    # int8.
+    # Chunks of 32 and 16 columns have 8 words as well, of four or two columns each. All words of LO
+    # have one dtype, that of the first chunk: int32, int16 where it has 32 columns, int8 where 16.
 
     @triton.jit
     def bits_of(x):
@@ -617,6 +617,9 @@ if triton is not None:
     #   compiler drops all work for it. MASKED is one of the kinds of masks above, CAUSAL hides the
     #   keys after the query, and GROUP queries' heads share one head of keys. EVEN: the rows that
     #   the loop reads fill its blocks. SAME: what the loop reads has the same strides.
+    #   SCORES_MOVE: there is a tQ or a tK, so tS is not zero.
+    #   stX: the first three strides of X (B, H, S, D), in units of W.unit. sto: those of a kernel's
+    #   outputs, and of O and TO where it reads these. stmask: four strides, in elements.
     #
     # Names are those of the formulas at the top, and these:
     #   S, tS   are multiplied by the scale where they are used, not where they are made.
@@ -638,13 +641,14 @@ if triton is not None:
         """O, TO, its low bits LO, the logsumexp LSE (in base 2) and MU of a block of queries; SEEN
         of a key mask. FULL: the queries fill their blocks."""
         SCORES_MOVE: tl.constexpr = TQ is not None or TK is not None
-        # P's own products run while PC is made: 2% faster at a head size of 64, 3% slower at 128.
+        # Where PC is not first, it is made while P's own products run: 2% faster at a head size of
+        # 64, 3% slower at 128.
         PC_FIRST: tl.constexpr = W.first >= 128
         # With small heads a few keys often have most of P. The mean under P is then nearer to mu
         # than the plain mean.
         CENTRE_BY_P: tl.constexpr = W.first < 64
-        # The first keys that count for a query may be in any block.
         ADDS: tl.constexpr = MASKED == KEY_MASK and MASK.dtype.element_ty != tl.uint8
+        # Under these masks the keys that have most of a query's weight may begin in any block.
         RECENTRES: tl.constexpr = MASKED == DENSE_MASK or ADDS
         SKIPS: tl.constexpr = skips(MASKED, CAUSAL, W)
         if SAME:
@@ -778,8 +782,9 @@ if triton is not None:
                    W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
                    TMA: tl.constexpr, SAME: tl.constexpr, FLAT: tl.constexpr, PREC: tl.constexpr):
         # fmt: on
-        """S1 and S2 of a block of queries; DQ and DTQ where they are wanted. K0 and TK0 point to K
-        and TK, which may be descriptors. Without a mask K0 is None."""
+        """S1 and S2 of a block of queries; DQ and DTQ where they are wanted. K0 and TK0 are K and
+        TK once more, always as pointers: a descriptor loads BN rows, and in the end 16 are needed.
+        K0 is None without a mask, where it is not needed."""
         PRIMAL: tl.constexpr = DQ is not None
         TANGENT: tl.constexpr = DTQ is not None
         SCORES_MOVE: tl.constexpr = TQ is not None or TK is not None
@@ -1074,7 +1079,7 @@ class Tile(NamedTuple):
     queries: int  # BM
     keys: int  # BN
     warps: int
-    stages: int  # blocks of the loop that are loaded ahead
+    stages: int  # num_stages: the block of the loop that is in use, and those loaded ahead
     tma: bool = False  # what the loop reads comes by tensor descriptors, on large inputs
     pair: bool = False  # K and TK, V and TV are loaded in pairs (column kernel)
 
@@ -1484,7 +1489,9 @@ def _describe(call):
     words = [call.name, f"head size {call.shape[3]}", str(call.dtype).removeprefix("torch.")]
     words.append("under 512 steps" if call.steps < 512 else "512 steps or more")
     words += ["causal"] if call.causal else []
-    words += [("", "key mask", "dense mask")[call.masked]] if call.masked else []
+    if call.masked:
+        kind = ("", "key mask", "dense mask")[call.masked]
+        words.append(kind if call.mask_dtype == torch.uint8 else f"additive {kind}")
     words += ["grouped"] if call.group > 1 else []
     words.append("tensors " + "".join("x" if x else "-" for x in call.exists))
     return ", ".join(words)
@@ -1565,7 +1572,8 @@ def _launch(kernel, call, tensors, streamed, sizes, pairs=()):
     tile, milliseconds, final = _choose_tile(call, build)
     plan, arguments, constants = planned(tile)
     program = kernel[plan.grid](*arguments, **constants, **plan.options)
-    # Of its arguments' values a compiled program takes only their alignment for granted.
+    # A compiled program takes for granted that addresses are multiples of 16, and what Triton has
+    # built in of sizes and strides, which are part of the call.
     if aligned and final and not INTERPRET:
         run = program[plan.grid]
         fixed = [constants[name] for name in kernel.arg_names if name in constants]
@@ -1700,7 +1708,7 @@ def _strides(q, k, v, tq, tk, tv, *others):
 def _low_bits_layout(D):
     """How many words of low bits a row of tO has, and of which dtype."""
     first, second = chunk_widths(D)
-    # Words of two columns in chunks of 16, of four in chunks of 32, of eight in wider ones.
+    # The dtype that the words of the first chunk fill. Those of a narrower second one leave bits.
     dtype = {16: torch.int8, 32: torch.int16}.get(first, torch.int32)
     return low_words(first) + low_words(second), dtype
 

@@ -57,7 +57,8 @@ from timing import RandomStep, milliseconds
 from vae import SD_VAE
 
 WARM_UP_SECONDS = 10  # before a step is timed: a GPU that has worked for a while is slower
-# Of a step: what RandomStep is given, besides `tuned`, and passes that its products are worth.
+# Of a step, {mode: (options of RandomStep, to how many forward passes its products amount)}. The
+# option `tuned` sets cublas.TUNED instead.
 MODES = {
     "graph": ({}, 11),  # as train.py has it: fused.py's kernels in a CUDA graph
     "one_stream": (dict(two_streams=False), 11),  # gradients of weights on the same stream

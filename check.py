@@ -31,6 +31,8 @@ def check_dataset(path, src=None, vae_files=None, seed=0):
     is wrong, a picture that cannot be drawn included.
     """
     header, data = load_dataset(path)
+    if (src or vae_files) and "vae" not in header:
+        raise DataError(f"{path} holds no latents, for which --src and --vae are")
     stored = data["train_images"]
     if not len(stored):
         raise DataError(f"{path} holds no training images")

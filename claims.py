@@ -1,5 +1,5 @@
 """
-Whose data/NAME is: a dataset is written aside, by one process, and takes its name when it is whole.
+Who may write data/NAME. One process writes a dataset aside, and gives it its name when it is whole.
 
     lock = claim("data/mine")                   # the name is this process's own
     ...                                         # Writer of dataset.py fills data/mine.partial
@@ -173,7 +173,7 @@ def remove_dataset(path):
 
 
 def refuse_replaced(path):
-    """Raise DataError where path.replaced is there and no dataset, which may not be touched."""
+    """Raise DataError where path.replaced is there and is no dataset: it must not be touched."""
     replaced = path + ".replaced"
     if not os.path.lexists(replaced):
         return

@@ -6,9 +6,9 @@ A published TVM snapshot -> a checkpoint, without running anything from it.
 --w is the guidance weight that the model was trained at, which a snapshot does not say. The
 published four:
     ImageNet-256: 2, 1.75        ImageNet-512: 2.5 (the unscaled one), 2.25
-Published scores draw labels as often as the training set has them. A snapshot does not say that
-either. --labels takes it from the header of a folder that prepare.py made; without it each class
-is drawn as often as any other.
+Published scores draw labels as often as the training set has them, and a snapshot does not say how
+often that is. --labels takes it from the header of a folder that prepare.py made; without it each
+class is drawn as often as any other.
 
 A snapshot is a pickle, which is a program: it names functions and calls them; one of those
 executes source text that lies in the file. Here nothing of it is imported or executed. Classes
@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import save_tensors
-from files import CheckpointError, UserError
+from files import CheckpointError, UserError, check_writable
 from header import load_header
 from model import DiT, DiTConfig
 from options import Parser, run
@@ -375,6 +375,7 @@ def parse():
         raise CheckpointError(f"--w must be above 0 and finite, not {args.w:g}")
     if os.path.lexists(args.checkpoint):  # it may be the snapshot
         raise CheckpointError(f"{args.checkpoint} is there already: choose another name")
+    check_writable(args.checkpoint)  # complain now rather than when the snapshot is read
     return args
 
 

@@ -37,7 +37,7 @@ from torch.nn import functional
 import fused
 
 TUNED = True  # False: all products are torch's
-MIN_FLOPS = 1e10  # smaller products are torch's: launching one takes almost as long
+MIN_FLOPS = 1e10  # smaller products are torch's: to launch one takes almost as long as to run it
 ALIGNMENT = 256  # bytes: what cuBLAS assumes of an address, unless it is told otherwise
 
 # Beside torch's product these race: cuBLAS's first suggestions, and its very first one with each of

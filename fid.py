@@ -8,10 +8,11 @@ How good are images? FID, Inception Score, precision and recall, of Inception's 
 
 Images: a folder or .zip of image files, at any depth (images.py says which); an .npz or .npy of
 uint8 (N, H, W, 3 or 1); or a data/NAME of prepare.py, whose training images are taken. Statistics:
-an .npz of mu and sigma, as --save-stats and pytorch-fid write it, or a .pkl of
-{"fid": {"mu", "sigma"}}, read without running the pickle. ADM's reference batches hold images and
-statistics. As REFERENCE, FID uses their statistics, and precision and recall use their images. As
-SAMPLES, only their images count. With --size images are cut as prepare.py imagenet does.
+an .npz of mu and sigma, as --save-stats and pytorch-fid write it (with pytorch-fid's compare by
+--resize=torch), or a .pkl of {"fid": {"mu", "sigma"}}, read without running the pickle. ADM's
+reference batches hold images and statistics. As REFERENCE, FID uses their statistics, and precision
+and recall use their images. As SAMPLES, only their images count. With --size images are cut as
+prepare.py imagenet does.
 
 In this file: the features of many images; the scores; the command. frechet.py has the distance,
 statistics_files.py the files of statistics, imageset.py the images, inception.py the network.
@@ -51,7 +52,7 @@ def features_of(images, net, resize="tf1", batch=128, keep=True, state=None):
 
     images: of imageset.open_images; each rank takes its share. keep=False: without the features,
     (0, 2048). state: files STATE-RANK.npz keep what is done, and the next run continues from them.
-    One that cannot be written is told, and the work goes on.
+    Where one cannot be written, a message says so, and the work goes on.
     """
     rank, ranks = 0, 1
     if dist.is_initialized():
@@ -257,7 +258,7 @@ class Input:
         self.notes = ""  # how --save-stats made the statistics of a file
         self.image_size = ""  # "64x48", where it is known
         self.features = None  # (n, 2048), of the images, after `measure`
-        self.few = ""  # or the remark that the images are too few
+        self.few = ""  # after `measure` of too few images: a remark that they are
         has_images, has_statistics = contents(path)
         # ADM's batches hold both. As samples they are measured; as a reference their published mu
         # and sigma count.
@@ -415,6 +416,8 @@ def main(argv=None):
         # Not Apple's GPUs: the covariance is computed in float64.
         device = find_device("cuda" if torch.cuda.is_available() else "cpu")
         net = load_inception(args.inception, device)
+    elif args.state:
+        raise FidError("--state is for images, and both inputs are statistics")
     notes = common_notes(inputs, net, args.resize)
     for number, one in enumerate(inputs):
         one.measure(net, args, args.state and state_of_input(args, number))

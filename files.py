@@ -121,7 +121,7 @@ def check_writable(path):
 
 
 def refuse_long_name(path):
-    """Raise OSError where a name is too long for what is first written beside `path`."""
+    """Raise OSError where PATH.tvm-partial is too long a name, which lstat says without a file."""
     aside = path + PARTIAL
     with errors_named(path, aside), contextlib.suppress(FileNotFoundError):
         os.lstat(aside)

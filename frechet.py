@@ -101,8 +101,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     mu: (D,), sigma: (D, D), symmetric positive semi-definite, singular ones included.
     The trace of the root is the sum of the singular values of A^T B, with A A^T = sigma1 and
-    B B^T = sigma2. (They are the roots of the eigenvalues of A^T sigma2 A. But those are lost in
-    rounding where they are small, and their roots are not.) In float64.
+    B B^T = sigma2. (Their squares are the eigenvalues of A^T sigma2 A. Small ones of these would be
+    lost in rounding, and the root of what is lost need not be small.) In float64.
     Raises FidError for other shapes, values that are not finite, or a distance below 0, which
     covariances that are not semi-definite can have.
     """

@@ -1,8 +1,8 @@
 """The work of a block between its matrix products, in Triton kernels that touch each tensor once.
 
-This file needs torch and triton only. dual.py calls these kernels where they can run. It has the
-same rules as plain formulas, which are the reference and the path of every other device, and of
-torch.compile. The kernels' backward cannot be differentiated again; for that, set FUSED = False.
+This file needs torch and triton only. dual.py calls these kernels where they can run. It also has
+each rule as a plain formula: the reference, and what runs on other devices and in torch.compile.
+The kernels' backward cannot be differentiated again; for that, set FUSED = False.
 
     x_out, low_out, dx_out, h, dh = add_norm(
         x, dx, y, dy, gate, dgate, shift, dshift, scale, dscale
@@ -718,7 +718,7 @@ class _AddNorm(torch.autograd.Function):
             gx_out = torch.zeros_like(x_out) if gx_out is None else gx_out
             gdx_out = torch.zeros_like(dx_out) if gdx_out is None and dual else gdx_out
         if gh is None:
-            gh = torch.zeros_like(x_out, dtype=x_out.dtype if y is None else y.dtype)
+            gh = torch.zeros_like(x_out)
         if gdh is None and dual:
             gdh = torch.zeros_like(gh)
         gx, gdx, gy, gdy, sums = _add_norm_gradients(

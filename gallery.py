@@ -25,7 +25,7 @@ from batches import conditions
 from dataset import load_dataset
 from device import find_device
 from files import UserError, check_writable, follow_link, written
-from header import same_data
+from header import classes_with_images, same_data
 from loss import EULER
 from model import load_model
 from options import Parser, run
@@ -34,10 +34,8 @@ from pictures import (
     grid,
     output_kind,
     refuse_taken,
-    rgb,
     to_images,
     unlike_pictures,
-    visible,
 )
 from sample import (
     class_names,
@@ -58,7 +56,7 @@ TITLES = {
 }
 MOST_COLUMNS = 10  # where --classes does not name them
 MOST_ROWS = 50  # of each network
-WIDTH = 960  # pixels of all columns, at most
+WIDTH = 960  # pixels of all columns up to which small images are enlarged
 SPACE = 10  # pixels between the blocks of a picture
 FONT_SIZE = 15
 
@@ -74,7 +72,10 @@ def parse(argv=None):
     add("--overwrite", action="store_true", help="replace the .png that is there already")
     add("--nfe", default="1", help="steps: one number, or one for each network: 1,1,50 (default 1)")
     add("--rows", type=int, default=3, help="rows of samples of each network (default 3)")
-    add("--classes", help="names or numbers, separated by commas (default: the first ten)")
+    add(
+        "--classes",
+        help="names or numbers, with commas between (default: the first ten that have images)",
+    )
     add("--seed", type=int, default=0, help="of the noise (default 0)")
     add("--nearest", action="store_true", help="show the nearest training images below samples")
     add("--data", help="where these lie (default: data/NAME, as the checkpoint has the name)")
@@ -127,7 +128,7 @@ def choose_classes(text, header, num_classes):
         return find_classes(text, class_names(header), num_classes)
     if not num_classes:
         return [0] * MOST_COLUMNS
-    return list(range(min(num_classes, MOST_COLUMNS)))
+    return classes_with_images(header)[:MOST_COLUMNS]
 
 
 @torch.no_grad()
@@ -205,7 +206,7 @@ def draw(blocks, names):
     names: what stands above the columns. The title stands on the left of its block.
     """
     columns = len(names)
-    sheets = [grid(rgb(visible(images)), columns, WIDTH) for _, images in blocks]
+    sheets = [grid(images, columns, WIDTH) for _, images in blocks]
     font = ImageFont.load_default(FONT_SIZE)
     column_width = sheets[0].width / columns
     letters = max(1, int(column_width / (0.55 * FONT_SIZE)))  # that fit above a column

@@ -68,10 +68,6 @@ def right_std(header):
     return is_numbers(header["std"], header["shape"][0], least=1e-30)
 
 
-def right_kind(header):
-    return isinstance(header["kind"], str)
-
-
 def right_class_names(header):
     names = header["class_names"]
     if not isinstance(names, list) or len(names) not in (0, header["num_classes"]):
@@ -102,7 +98,7 @@ CHECKS = {
 
 # What it may hold besides, and is checked where it does.
 OPTIONAL_CHECKS = {
-    "kind": right_kind,  # "images" or "latents"; a word for what the data are
+    "kind": right_text("kind"),  # "images" or "latents"; a word for what the data are
     "vae": right_text("vae"),  # of latents: the VAE's name
     "class_names": right_class_names,  # one a class, or none
     "skipped": right_skipped,  # how many images could not be read
@@ -179,11 +175,16 @@ def describe_classes(names, most=8):
     return f"{len(names)} {'class' if len(names) == 1 else 'classes'}: {first_few(names, most)}"
 
 
+def classes_with_images(header):
+    """The classes that have training images. The network has not been trained on the others."""
+    return [label for label, count in enumerate(header["class_counts"]) if count > 0]
+
+
 def describe_gaps(class_counts, most=5):
     """ "2 of the 4 classes have no image: 1, 2", or "" where each class has one.
 
-    Such gaps are no mistake: a dataset.json may leave labels unused. train.py and sample.py draw
-    labels by their frequency, so an empty class is never drawn.
+    Such gaps are no mistake: a dataset.json may leave labels unused. Such a class is sampled only
+    where --classes names it.
     """
     empty = [str(label) for label, count in enumerate(class_counts) if count == 0]
     if not empty:

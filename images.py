@@ -10,7 +10,7 @@ In this order: what counts, finding, reading, cropping, all cores at work. Label
 An image is a file with one of the SUFFIXES, in any case, at any depth. Links to files and folders
 are followed. Hidden entries (a leading dot) and those of operating systems never count. Whatever is
 left out is returned by name, with the reason. The order is that of the paths, compared folder by
-folder, by the numbers of their letters: "Z" comes before "a", and "a/b" before "a.b".
+folder, by code points: "Z" comes before "a", and "a/b" before "a.b".
 """
 
 import contextlib
@@ -21,6 +21,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import unicodedata
 import warnings
 import zipfile
@@ -57,7 +58,7 @@ FAULTS = """
     EIO ESTALE ETIMEDOUT EMFILE ENFILE ENOMEM ENOENT ENODEV ENXIO ENOTCONN ECONNRESET ECONNABORTED
     ENETDOWN ENETUNREACH EHOSTDOWN EHOSTUNREACH EREMOTEIO
 """
-PASSING = {getattr(errno, name) for name in FAULTS.split() if hasattr(errno, name)}
+TRANSIENT = {getattr(errno, name) for name in FAULTS.split() if hasattr(errno, name)}
 
 # What Pillow says about files that it reads all the same: EXIF with a fault, very many pixels.
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
@@ -110,7 +111,7 @@ class Member(NamedTuple):
 class Found(NamedTuple):
     names: list  # paths of the images below the folder, with "/", sorted
     files: list  # what read_whole and read_square take, one for each name
-    left_out: list  # (name, reason), sorted; of a folder that never counts the folder alone
+    left_out: list  # (name, reason), sorted; a folder that never counts is one entry
     folders: list  # the folders directly in it that count, sorted
 
 
@@ -159,7 +160,7 @@ def walk_folder(top):
             with os.scandir(os.path.join(top, *parts)) as entries:
                 entries = list(entries)
         except OSError as error:
-            if is_passing(error):
+            if is_transient(error):
                 raise
             left_out.append((parts, f"a folder that cannot be opened: {error.strerror}"))
             continue
@@ -201,7 +202,7 @@ def why_left_out(entry, above):
     except FileNotFoundError:
         return "a link to nothing"
     except OSError as error:  # a link to itself, a folder that may not be entered
-        if is_passing(error):
+        if is_transient(error):
             raise
         return f"cannot be opened: {error.strerror}"
     return why_no_image(entry.name)
@@ -305,7 +306,7 @@ class Attempt(NamedTuple):
 def read_whole(file):
     """An image as it is: pixels (H, W, 3), upright, and on white where it is transparent.
 
-    file: a path, or one of Found.files. Raises ImageError, or OSError for a passing fault.
+    file: a path, or one of Found.files. Raises ImageError, or OSError for a transient fault.
     """
     with as_image_errors(file):
         image, kind = decode_file(file, upright=True)
@@ -315,8 +316,9 @@ def read_whole(file):
 def read_square(file, size, upright=True, gray=False):
     """The middle of an image, resized: pixels (3, size, size), or (1, size, size) if `gray`.
 
-    upright: turned as its EXIF orientation says. upright=False keeps ADM's crops comparable: their
-    ImageNet ignores EXIF. Raises ImageError, or OSError for a passing fault.
+    upright: turned as its EXIF orientation says. ADM's ImageNet ignores EXIF, and so does
+    upright=False. (Pillow turns a TIFF either way.) Raises ImageError, or OSError for a transient
+    fault.
     """
     with as_image_errors(file):
         image, kind = decode_file(file, upright)
@@ -331,7 +333,7 @@ def read_square(file, size, upright=True, gray=False):
 def try_square(file, size, upright=True, gray=False):
     """read_square as an Attempt, so that one bad image does not end all the work.
 
-    Raises OSError for a passing fault, which should end it: the image may be a good one.
+    Raises OSError for a transient fault, which should end it: the image may be a good one.
     """
     try:
         return Attempt(read_square(file, size, upright, gray))
@@ -384,7 +386,7 @@ def readable(names, attempts, remarks):
 def as_image_errors(file):
     """Whatever Pillow raises about a file becomes an ImageError. It raises many kinds.
 
-    A passing fault becomes an OSError that names the file.
+    A transient fault becomes an OSError that names the file.
     """
     try:
         yield
@@ -398,16 +400,16 @@ def as_image_errors(file):
         most = round(2 * Image.MAX_IMAGE_PIXELS / 1e6)
         raise ImageError(f"it has more than {most} million pixels") from None
     except Exception as error:
-        if is_passing(error):
+        if is_transient(error):
             number = getattr(error, "errno", errno.ENOMEM)
             raise OSError(number, os.strerror(number), printable(str(file))) from None
         first_line = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ImageError(first_line) from None
 
 
-def is_passing(error):
+def is_transient(error):
     """Whether an error says nothing about the image: the same image may be read another time."""
-    return isinstance(error, MemoryError) or getattr(error, "errno", None) in PASSING
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) in TRANSIENT
 
 
 def open_bytes(file):
@@ -443,7 +445,7 @@ def turn_upright(image):
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         return image if orientation == 1 else ImageOps.exif_transpose(image)
     except Exception as error:
-        if is_passing(error):
+        if is_transient(error):
             raise
         return image
 
@@ -509,20 +511,38 @@ def parallel(function, items, what):
     """Yield function(item) for each item, in order, computed on all cores. what: for the bar."""
     workers = min(61, os.cpu_count() or 1)  # Windows takes no more than 61
     chunk = max(1, min(256, len(items) // (4 * workers)))
-    pool = ProcessPoolExecutor(workers, initializer=end_with_parent)
+    pool = ProcessPoolExecutor(workers, initializer=follow_parent)
     try:
-        results = pool.map(function, items, chunksize=chunk)
+        with ctrl_c_later():
+            results = pool.map(function, items, chunksize=chunk)  # starts the workers
         yield from tqdm(results, total=len(items), desc=what, unit="img")
     finally:
         pool.shutdown(cancel_futures=True)  # an error, or Ctrl-C, does not wait for the rest
 
 
-def end_with_parent(worker=None):
-    """Let the system end this worker when its parent ends, however it ends (Linux).
+@contextlib.contextmanager
+def ctrl_c_later():
+    """Ctrl-C within this context takes effect at its end: Python may lose it while it forks."""
+    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+        yield
+        return
+    asked = []
+    before = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        signal.raise_signal(signal.SIGINT)
 
-    Else the workers of a killed process would wait for ever to hand over what they have read.
-    worker: its number, which DataLoader passes; not used.
+
+def follow_parent(worker=None):
+    """Called in a worker: it ignores Ctrl-C, which is its parent's, and ends when its parent ends.
+
+    A killed parent's workers would wait for ever to hand over what they have read. So the system
+    ends them (Linux). worker: its number, which DataLoader passes; not used.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         parent_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)

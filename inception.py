@@ -302,8 +302,8 @@ def gpu_precision():
 def resized(images, resize):
     """uint8 (N, 3, H, W) -> float32 (N, 3, 299, 299) in [-1, 1].
 
-    "tf1" is TensorFlow 1's ResizeBilinear, which the papers' numbers are made with: place i takes
-    pixel i H / 299, rounded as there. "torch" is how pytorch-fid resizes.
+    "tf1" is TensorFlow 1's ResizeBilinear, which the papers' numbers are made with: pixel i
+    lies at i H / 299 of the input, computed in float32 as there. "torch" is pytorch-fid's way.
     """
     x = images.float()
     if resize == "torch":
@@ -315,7 +315,8 @@ def resized(images, resize):
 
 
 def resized_as_tf1(x, dim):
-    """(N, 3, H, W) with 299 pixels along one dimension, between its two nearest ones each."""
+    """(N, 3, H, W) with one dimension resized to 299. A pixel is interpolated linearly between the
+    two input pixels beside its place."""
     size = x.shape[dim]
     scale = float(np.float32(size) / np.float32(SIDE))
     place = torch.arange(SIDE, device=x.device, dtype=torch.float32) * scale

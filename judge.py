@@ -25,9 +25,9 @@ from model import Block, load_model
 from pictures import grid, to_images
 from sample import noise_and_labels, sample
 from scores import (
-    classifier,
     classify,
     moments,
+    new_classifier,
     to_network,
     train_classifier,
     two_sample_accuracies,
@@ -61,7 +61,7 @@ class Judge:
         """The classifier, which is kept in the study's folder."""
         path = os.path.join(self.protocol.folder, "judge.safetensors")
         if os.path.exists(path):
-            net = classifier(self.header["shape"][0], CLASSES).to(self.device).eval()
+            net = new_classifier(self.header["shape"][0], CLASSES).to(self.device).eval()
             try:
                 net.load_state_dict(load_file(path))
             except (SafetensorError, RuntimeError):

@@ -233,7 +233,7 @@ def choose_held_out(labels, share, rng):
     This is the largest remainder method. Each class (labels: (N,)) gives floor(share * its size).
     If the total is then below floor(share * N), the classes with the largest remainders give one
     more image each; ties are drawn at random. A class always keeps one image to train on, so the
-    total may be less. The last images of a class go.
+    total may be less. Of each class its last images are held out.
     """
     total = int(round(len(labels) * share, 6))  # 0.29 * 100 is a little below 29
     classes, sizes = np.unique(labels, return_counts=True)

@@ -2,9 +2,10 @@
 Images -> latents of a VAE, for `prepare.py imagenet`.
 
 The command can be killed and given again, and several ranks of one machine can share the work. The
-result is the same, because the plan is: file i, in sorted order, becomes row i of the arrays in
-NAME.partial, and batches are always the same files. There done.npy says which rows are there (1)
-and which never can be (2), and plan.json says what was begun. The steps:
+result is the same, because the work is fixed beforehand: file i, in sorted order, becomes row i of
+the arrays in NAME.partial, and a batch always holds the same files. Two more files lie there.
+done.npy says of each row whether it is encoded (1), could not be read (2) or is still to do (0).
+plan.json says what was begun. The steps:
 
     make_plan      what is to be done; on every rank
     begin          claim the name; make the arrays, or go on with those that are there; rank 0
@@ -30,7 +31,15 @@ from dataset import Writer, write_left_out
 from device import from_all_ranks, from_rank_0, join_ranks, on_rank_0, ranks_of_torchrun
 from files import written
 from header import DataError
-from images import Remarks, end_with_parent, printable, readable, tell_left_out, try_square
+from images import (
+    Remarks,
+    ctrl_c_later,
+    follow_parent,
+    printable,
+    readable,
+    tell_left_out,
+    try_square,
+)
 from labels import find_labelled, tell_notes
 from vae import PUBLISHED, SD_VAE, encode, latent_moments, load_vae
 
@@ -60,7 +69,7 @@ def encode_images(src, path, name, size, vae_files, vae_name, batch=0, measure=F
 
     size: of the square images. vae_files: a folder, or a name on the hub. vae_name: what the header
     calls it. batch: images that are encoded at a time; 0: as many as fill 64 images of 256 x 256.
-    measure: normalize with the latents' own mean and std, where others are published, too.
+    measure: normalize with the latents' own mean and std, even where others are published.
     Raises UserError and OSError.
     """
     rank, ranks, local_rank = ranks_of_torchrun()
@@ -203,8 +212,10 @@ def encode_rows(path, plan, labelled, vae, rank, ranks):
         batch_sampler=batches,
         collate_fn=partial(read_batch, size=plan["image_size"]),
         num_workers=max(1, (os.cpu_count() or 1) // ranks),
-        worker_init_fn=end_with_parent,
+        worker_init_fn=follow_parent,
     )
+    with ctrl_c_later():
+        read = iter(loader)  # starts the workers
     remarks = Remarks()
     bar = tqdm(
         total=len(done),
@@ -214,7 +225,7 @@ def encode_rows(path, plan, labelled, vae, rank, ranks):
         disable=rank > 0,
     )
     with bar:
-        for rows, attempts in zip(batches, loader):
+        for rows, attempts in zip(batches, read):
             if isinstance(attempts, OSError):  # see read_batch
                 raise attempts
             names = [labelled.names[row] for row in rows]

@@ -91,8 +91,8 @@ def step(optimizer, averages, copy_of=None):
     shrink = 1 - lr * group["weight_decay"]
     step_size = lr / (1 - beta1**n)
     scale = (1 - beta2**n).rsqrt()
-    # Three numbers a weight, and a fourth that makes 16 bytes: Triton expects rows to begin at
-    # multiples of that.
+    # Three numbers a weight, and a fourth that makes 16 bytes. For rows that do not begin at
+    # multiples of that, Triton would compile the kernel once more.
     numbers = torch.stack([shrink.expand_as(n), step_size, scale, scale], 1).float()
     rates = (1 - beta1, 1 - beta2, group["eps"], 1 - first_decay, 1 - second_decay)
     # Triton launches on the current device.

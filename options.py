@@ -159,7 +159,7 @@ def range_of(o):
 
 
 def differences(old, config, options, changed=""):
-    """What keeps a run with the constants `old` from going on with `config`; what is new; and gone.
+    """Compare the constants `old` of an earlier run with `config`, with which it is to go on.
 
     changed: names, with commas between them, of constants that are to change. Returns three lists
     of text: "lr 0.002 -> 0.1" for what differs and must not, "warmup=10" for constants that the old

@@ -85,7 +85,7 @@ def load_arrays(content, encoding="latin1"):
     """What a pickle holds: dicts, lists, tuples, text, bytes, numbers and numpy arrays.
 
     content: bytes or an mmap. encoding: of text that Python 2 has written; "bytes" leaves it as
-    bytes. Arrays are of the DTYPES above and read-only. Everything else raises RefusedPickle.
+    bytes. Arrays are of the DTYPES above; some are read-only. Everything else raises RefusedPickle.
     """
     file = io.BytesIO(content) if isinstance(content, bytes) else content
     try:

@@ -131,9 +131,9 @@ def as_pil(image):
 def grid(images, columns, width=800):
     """Images (N, H, W, C) uint8 -> one PIL image of all of them, row by row.
 
-    They are enlarged by the largest whole number that keeps the picture within `width` pixels.
-    Images that are wider together stay as they are. Of 2 channels the first is shown, of more than
-    3 the first three.
+    They are enlarged by the largest whole number that keeps the picture within `width` pixels. If
+    it is wider than that already, they keep their size. Of 2 channels the first is shown, of
+    more than 3 the first three.
     """
     images = visible(images)
     zoom = max(1, width // (columns * images.shape[2]))
@@ -280,7 +280,7 @@ def write_pngs(folder, batches, labels):
 
 def new_figure(**options):
     """A figure of matplotlib, which is imported only here."""
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's is not known in every environment
+    os.environ["MPLBACKEND"] = "agg"  # a notebook names one that may not be installed here
     from matplotlib.figure import Figure
 
     return Figure(**options)

@@ -231,8 +231,8 @@ class GradientWriter:
         """Wait for the stream.
 
         Raises RuntimeError where autograd has added something to a gradient that was made on the
-        stream. It did so on the current stream, and may have read the gradient too early. After two
-        backwards this is not found.
+        stream. It did so on the current stream, and may have read the gradient too early. It goes
+        unnoticed where loss.backward() was called twice within one backward().
         """
         if not self.uses_stream():
             return

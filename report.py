@@ -27,7 +27,7 @@ import fid
 from batches import conditions
 from device import from_rank_0
 from files import HERE, UserError, written
-from header import is_numbers
+from header import classes_with_images, is_numbers
 from imageset import as_size
 from loss import EULER
 from options import one_line
@@ -318,13 +318,14 @@ class Report:
             return None
 
     def draw_samples(self, network, step):
-        """Rows: 1, 2 and 4 steps. Columns: ten images, of the classes in turn."""
+        """Rows: 1, 2 and 4 steps. Columns: ten images, of the classes in turn that
+        have training images."""
         shape = tuple(self.header["shape"])
         if len(shape) != 3 or are_floats(self.header):
             dtype = self.header["dtype"]
             raise ValueError(f"pictures are of uint8 (C, H, W), and these data are {dtype} {shape}")
-        num_classes = max(1, self.header["num_classes"])
-        classes = [i % num_classes for i in range(10)]
+        shown = classes_with_images(self.header) or [0]
+        classes = [shown[i % len(shown)] for i in range(10)]
         rows = []
         for nfe in (1, 2, 4):
             images, _ = self.images_of(network, range(len(classes)), nfe, classes)

@@ -49,6 +49,7 @@ from device import (
 )
 from dual import column, widest
 from files import HERE, UserError, follow_link, refuse_long_name
+from header import classes_with_images
 from imageset import as_size
 from loss import EULER
 from model import load_model
@@ -145,12 +146,12 @@ def parse(argv=None):
     add = parser.add_argument
     add("checkpoint")
     add("--nfe", type=int, default=1, help="steps, one network call each (default 1)")
-    add("--n", type=int, help="images (default: a grid that shows every class; with --fid 50000)")
+    add("--n", type=int, help="images (default: a grid of all classes; with --fid 50000)")
     add(
         "--classes",
         help="names or numbers of classes, separated by commas, taken in turn; a name that is "
-        "a number, too, is the name (default: every class in a grid; with --n or --fid as often "
-        "as in the training data)",
+        "a number, too, is the name (default: in a grid all that have training images; with --n or "
+        "--fid as often as in the training data)",
     )
     add(
         "--w",
@@ -339,7 +340,8 @@ class Plan:
         return labels.numpy()
 
     def columns(self):
-        """How many columns a grid has. Each shows one class, where there are at most 32."""
+        """How many columns a grid has. Where classes take turns, and there are at most 32, each
+        column shows one class. Where they are drawn at random, there are ten columns."""
         if not self.classes:
             return 10
         turns = max(1, 10 // len(self.classes))  # a grid of one or two classes is not a thin strip
@@ -358,7 +360,7 @@ def make_plan(args, config, about, device):
     if args.classes is not None:
         classes = find_classes(args.classes, class_names(header), config.num_classes)
     elif args.n is None and config.num_classes:
-        classes = list(range(config.num_classes))
+        classes = classes_with_images(header)
     n = args.n
     if n is None and classes:
         n = len(classes) * max(1, 80 // len(classes))
@@ -382,7 +384,7 @@ def make_plan(args, config, about, device):
 
 
 def noise_shape(model_config, header):
-    """(C, H, W) of the noise. The header in a published checkpoint does not say."""
+    """(C, H, W) of the noise. Not every checkpoint has it in its header."""
     return header.get("shape") or [model_config.in_channels, *model_config.height_and_width]
 
 
@@ -405,7 +407,10 @@ def key_of(plan, about, model, device, vae, score):
 
 
 class Score:
-    """The FID of images of a size such as "64x48". Only Inception's features of them are kept."""
+    """The FID of samples against the statistics in a file `reference`.
+
+    image_size: of the samples, such as "64x48". What is kept of a batch are Inception's features.
+    """
 
     def __init__(self, reference, weights, device, image_size):
         self.path = reference

@@ -80,11 +80,10 @@ def moments(features):
 def two_sample_accuracies(a, b, device="cpu"):
     """How well the nearest neighbour tells a (N, ...) from b (N, ...): its accuracy on a, and on b.
 
-    Each image is given the set of its nearest neighbour among all others; of two that are equally
-    near, half to each. Both accuracies are 0.5
-    where both sets come from one distribution, 1 where they lie apart, and 0 where a copies b.
-    Noise is nearer to b than to other noise, so for noise they go to 0 and 1. Raises ValueError for
-    sets of two sizes.
+    The classifier says that an image is of the set of its nearest neighbour among all others. A tie
+    between the sets counts as half right. Both accuracies are 0.5 where both sets come from one
+    distribution, 1 where they lie apart, and 0 where a copies b. Noise is nearer to b than to other
+    noise, so for noise they go to 0 and 1. Raises ValueError for sets of two sizes.
     """
     n = len(a)
     if n != len(b):
@@ -164,7 +163,7 @@ def as_tensor(array):
 # ---- a classifier, where the nearest image says little -------------------------------------------
 
 
-def classifier(channels, num_classes, width=64):
+def new_classifier(channels, num_classes, width=64):
     """A small network: pixels in [-1, 1], (N, C, H, W) -> logits (N, num_classes).
 
     All but its last layer make the features, (N, 4 width).
@@ -198,7 +197,7 @@ def train_classifier(images, labels, num_classes, device, epochs=6, batch=256, s
     steps = epochs * steps_an_epoch
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         torch.default_generator.manual_seed(seed)
-        net = classifier(images.shape[1], num_classes).to(device)
+        net = new_classifier(images.shape[1], num_classes).to(device)
         orders = [torch.randperm(len(images))[: steps_an_epoch * batch] for _ in range(epochs)]
     order = torch.cat(orders).view(steps, batch).to(device)
     images = as_tensor(images).to(device)

@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 
 from files import FidError, reading, written
-from imageset import WANTED, arrays_in, kind_of
+from imageset import WANTED, arrays_in, images_in, kind_of
 from pickles import load_arrays, mapped
 
 LARGEST = 2**30  # bytes of statistics
@@ -30,9 +30,7 @@ def read_statistics(path):
         elif kind == "other":
             raise FidError(f"cannot read {path}: {WANTED}")
         else:
-            raise FidError(
-                f"{path} holds images: python fid.py --save-stats {path} stats.npz makes statistics"
-            )
+            refuse_images(path)
         mu = np.asarray(found["mu"])
         sigma = np.asarray(found["sigma"])
         refuse_unless_real(path, mu.dtype, sigma.dtype)
@@ -40,11 +38,18 @@ def read_statistics(path):
         sigma = sigma.astype(np.float64)
         finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
         symmetric = sigma.shape == (mu.size, mu.size) and np.allclose(sigma, sigma.T)
-        if mu.ndim != 1 or not finite or not symmetric or sigma.diagonal().min() < 0:
+        is_covariance = symmetric and sigma.size > 0 and sigma.diagonal().min() >= 0
+        if mu.ndim != 1 or not finite or not is_covariance:
             raise FidError(
                 f"{path}: mu {mu.shape} and sigma {sigma.shape} are not a mean and a covariance"
             )
     return mu, sigma, str(found.get("notes", ""))
+
+
+def refuse_images(path):
+    raise FidError(
+        f"{path} holds images: python fid.py --save-stats {path} stats.npz makes statistics"
+    )
 
 
 def refuse_unless_real(path, *dtypes):
@@ -67,8 +72,10 @@ def pickled_statistics(path):
 def npz_statistics(path):
     with np.load(path, allow_pickle=False) as archive:
         arrays = arrays_in(archive.zip)  # {name: (shape, by columns, dtype)}
+        if images_in(arrays) and not statistics_in(arrays):
+            refuse_images(path)
         mu, sigma = names_in(path, arrays)
-        # Here, because numpy refuses objects with a word about pickles.
+        # Before they are read: numpy's own message about an array of objects speaks of pickles.
         refuse_unless_real(path, arrays[mu][2], arrays[sigma][2])
         members = {f"{name}.npy" for name in (mu, sigma, "notes")}
         sizes = [part.file_size for part in archive.zip.infolist() if part.filename in members]

@@ -102,7 +102,7 @@ class RandomStep:
             for net in nets:
                 net.to_empty(device=self.device)  # only now is there memory, for this rank's part
                 for p in net.parameters():
-                    torch.nn.init.normal_(p.to_local(), std=0.02)  # these do for a speed
+                    torch.nn.init.normal_(p.to_local(), std=0.02)  # any will do to time a step
         if checkpoint:
             model.checkpoint_blocks = len(model.blocks)
         if flow:

@@ -130,14 +130,15 @@ def draw_latents(stored, seed, indices):
 
 
 def latent_moments(stored):
-    """The mean and standard deviation of all latents that posteriors (N, 2C, h, w) can give.
+    """Mean and standard deviation, one a channel, of latents drawn from posteriors (N, 2C, h, w).
 
-    Returns two lists of C numbers.
+    For z = mu + sigma * noise, E z = E mu and E z^2 = E(mu^2 + sigma^2). Returns two lists of C
+    numbers.
     """
     sums = 0
     for first in range(0, len(stored), 256):
         mean, std = np.split(np.float64(stored[first : first + 256]), 2, axis=1)
-        square = mean**2 + std**2  # of a draw, in the mean
+        square = mean**2 + std**2  # E z^2
         sums = sums + np.stack([a.mean((2, 3)).sum(0) for a in (mean, square)])
     mean, square = sums / len(stored)
     return mean.tolist(), np.sqrt(square - mean**2).tolist()

@@ -312,6 +312,13 @@ def test_labels_of_a_header_alone(folder, snapshot):
     assert m.load_model("c.safetensors")[1]["data"]["class_counts"] == counts
 
 
+def test_convert_complains_before_it_reads(folder):
+    """Of a folder that is a file, also where there is no snapshot."""
+    write("taken", b"")
+    said = run_script("convert.py", "gone.pkl", "taken/c.safetensors", "--w", 2)
+    assert said.startswith("convert.py: ") and "taken" in said
+
+
 def test_convert_replaces_nothing(folder, snapshot):
     """Not another file, and not the snapshot itself, whatever it is called."""
     content = snapshot(random_model(torch.float32, **LATENT), False, "ema")

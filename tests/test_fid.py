@@ -254,6 +254,8 @@ def test_save_stats_wants_images(pixels, moments):
     text = fid_main("--save-stats", "b.stats.npz", "stats.npz")
     assert text == "refused: --save-stats takes images, and b.stats.npz holds statistics already"
     assert not os.path.exists("stats.npz")
+    text = fid_main("b.stats.npz", "b.stats.npz", "--state=x")
+    assert text == "refused: --state is for images, and both inputs are statistics"
 
 
 def test_as_a_process(folder):

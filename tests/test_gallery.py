@@ -129,6 +129,8 @@ def test_the_first_ten_classes():
     assert gallery.choose_classes(None, header, 12) == list(range(10))
     assert gallery.choose_classes("c11,3", header, 12) == [11, 3]
     assert gallery.choose_classes(None, dict(class_counts=[]), 0) == [0] * 10
+    header["class_counts"][:4] = [0, 2, 0, 0]  # classes without an image are left out
+    assert gallery.choose_classes(None, header, 12) == [1, *range(4, 12)]
 
 
 def test_what_is_refused(two_networks):

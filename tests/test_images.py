@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -672,12 +673,12 @@ def test_reasons_are_one_line(folder):
             read("gone.png")
 
 
-def test_faults_of_networks_are_passing_ones():
+def test_faults_of_networks_are_transient():
     """Those of a network's disk that is gone, too. A damaged file can cause EINVAL, by a seek."""
     for number in (errno.ENOTCONN, errno.EHOSTDOWN, errno.ENODEV, errno.EREMOTEIO, errno.ENOENT):
-        assert images.is_passing(OSError(number, ""))
-    assert not images.is_passing(OSError(errno.EINVAL, ""))
-    assert not images.is_passing(OSError("image file is truncated"))
+        assert images.is_transient(OSError(number, ""))
+    assert not images.is_transient(OSError(errno.EINVAL, ""))
+    assert not images.is_transient(OSError("image file is truncated"))
 
 
 @linux
@@ -699,15 +700,15 @@ def test_a_disk_that_fails_while_files_are_listed(folder, monkeypatch, name):
         images.find_images("src")
 
 
-PASSING_FAULTS = [
-    *(OSError(number, os.strerror(number)) for number in sorted(images.PASSING)),
+TRANSIENT_FAULTS = [
+    *(OSError(number, os.strerror(number)) for number in sorted(images.TRANSIENT)),
     MemoryError(),
 ]
 
 
-@pytest.mark.parametrize("fault", PASSING_FAULTS, ids=repr)
+@pytest.mark.parametrize("fault", TRANSIENT_FAULTS, ids=repr)
 @pytest.mark.parametrize("place", ["load", "getexif"])
-def test_passing_faults_are_not_the_images(folder, monkeypatch, fault, place):
+def test_transient_faults_are_not_the_images(folder, monkeypatch, fault, place):
     """They end the work, in one line with the file's name."""
     Image.new("RGB", (9, 9), RED).save("a.png")
 
@@ -764,3 +765,35 @@ def test_read_square_is_the_middle_in_three_channels(folder):
     gray = images.read_square("a.png", 8, gray=True).pixels
     assert gray.shape == (1, 8, 8)
     assert gray[0, 4, 4] == np.asarray(Image.new("RGB", (1, 1), RED).convert("L"))[0, 0]
+
+
+# ---- all cores at work ---------------------------------------------------------------------------
+
+
+def interrupted(i):
+    os.kill(os.getpid(), signal.SIGINT)
+    return i
+
+
+def test_ctrl_c_is_not_the_workers(folder):
+    """A terminal sends it to all processes. What they do then is their parent's to say."""
+    assert list(images.parallel(interrupted, range(4), "")) == [0, 1, 2, 3]
+
+
+def test_ctrl_c_while_workers_start(monkeypatch):
+    """It is neither lost nor left to the workers, which end."""
+    workers = []
+
+    class Pool(images.ProcessPoolExecutor):
+        def map(self, *arguments, **options):
+            signal.raise_signal(signal.SIGINT)
+            results = super().map(*arguments, **options)
+            workers.extend(self._processes.values())
+            return results
+
+    monkeypatch.setattr(images, "ProcessPoolExecutor", Pool)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        next(images.parallel(abs, range(10), ""))
+    assert workers and not any(worker.is_alive() for worker in workers)
+    assert signal.getsignal(signal.SIGINT) == before

@@ -478,6 +478,7 @@ def test_check_of_latents(folder, source, capsys):
 
 def test_check_of_pixels(folder, capsys):
     assert complain("digits") is None and complain("check", "digits") is None
+    assert "for which --src and --vae are" in complain("check", "digits", "--src", "gone")
     os.rename("data/digits", "moved")
     assert complain("check", "moved") is None
     assert "no data in data/digits" in complain("check", "digits")

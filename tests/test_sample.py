@@ -151,6 +151,9 @@ def test_labels_lie_beside_samples(folder):
     make_checkpoint("c.safetensors")
     counts = [1, 0, 0, 3, 0, 0, 0, 0, 0, 1]
     change_data("c.safetensors", class_counts=counts)
+    assert run("c.safetensors", "--out", "grid.npz") is None
+    with np.load("grid.npz", allow_pickle=False) as f:  # of classes that have images
+        assert set(f["arr_1"].tolist()) == {0, 3, 9}
     assert run("c.safetensors", "--n", 9, "--batch", 4, "--out", "a.npz") is None
     drawn = s.noise_and_labels(0, range(9), (1, 8, 8), counts)[1].numpy()
     with np.load("a.npz", allow_pickle=False) as f:

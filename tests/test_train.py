@@ -436,6 +436,7 @@ def test_train_refuses(folder):
     assert "--w_max has no effect" in train("--w_max=2")
     assert "--mu has no effect" in train("--times=two", "--mu=1")
     assert "bfloat16_sums is for GPUs" in train("--bfloat16_sums=True", "--device=cpu")
+    assert "compile is for GPUs" in train("--compile=True", "--device=cpu")
     assert "cannot be printed" in train("--name=caf\udce9")
     write_dataset("video", (1, 4, 8, 8))
     assert "takes images (C, H, W), not (1, 4, 8, 8)" in train(
