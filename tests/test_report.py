@@ -77,16 +77,18 @@ def test_images_that_are_not_square(folder, capsys):
     assert train("--steps=1", "--name=from", source, *flags) is None
 
 
-@pytest.mark.parametrize("classes, columns", [(0, [0] * 10), (3, [0, 1, 2] * 3 + [0])])
-def test_columns_of_a_picture(folder, classes, columns):
-    """Ten, of the classes in turn, also where there are fewer."""
+@pytest.mark.parametrize(
+    "counts, columns", [([], [0] * 10), ([5, 0, 4, 9], [0, 2, 3] * 3 + [0])], ids=len
+)
+def test_columns_of_a_picture(folder, counts, columns):
+    """Ten, of the classes in turn that have images, also where there are fewer."""
     asked = []
 
     def images_of(network, indices, nfe, classes):
         asked.append((network, list(indices), nfe, classes))
         return np.zeros((len(indices), 8, 8, 1), np.uint8), None
 
-    header = dict(num_classes=classes, shape=[1, 8, 8], dtype="uint8")
+    header = dict(class_counts=counts, shape=[1, 8, 8], dtype="uint8")
     self = types.SimpleNamespace(
         header=header, images_of=images_of, picture_path=lambda step: "x.png"
     )
