@@ -7,6 +7,7 @@ run of train.py leaves behind.
 """
 
 import contextlib
+import faulthandler
 import functools
 import gc
 import importlib
@@ -358,6 +359,7 @@ def train_here(folder, arguments, script="train.py", environment=None):
     said = os.open("said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(said, 1)
     os.dup2(said, 2)
+    faulthandler.enable()  # a process that crashes says where
     torch.set_num_threads(1)
     sys.argv = [script, *arguments]
     run_as_main(script)
