@@ -718,7 +718,7 @@ class _AddNorm(torch.autograd.Function):
             gx_out = torch.zeros_like(x_out) if gx_out is None else gx_out
             gdx_out = torch.zeros_like(dx_out) if gdx_out is None and dual else gdx_out
         if gh is None:
-            gh = torch.zeros_like(x_out)
+            gh = torch.zeros_like(x_out, dtype=x_out.dtype if y is None else y.dtype)
         if gdh is None and dual:
             gdh = torch.zeros_like(gh)
         gx, gdx, gy, gdy, sums = _add_norm_gradients(
