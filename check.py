@@ -120,8 +120,7 @@ def draw_examples(path, header, stored, rows, src, vae_files):
 
     Of numbers that are not uint8 the smallest is drawn black, and the largest white.
     """
-    is_latent = "vae" in header
-    if is_latent:
+    if "vae" in header:
         vae = load_vae(vae_files or header["vae"], crc32=header.get("vae_crc32"))
         means = stored[rows, : header["shape"][0]]
         lines = [decode(vae, torch.from_numpy(means))]  # of the picture: (8, H, W, C) each
@@ -129,7 +128,7 @@ def draw_examples(path, header, stored, rows, src, vae_files):
     else:
         lines = [as_levels(stored[rows]).transpose(0, 2, 3, 1)]
         shown = "examples"
-    if is_latent and src:
+    if src:
         originals = read_originals(path, header, src, rows, len(stored))
         lines.insert(0, originals)
         difference = np.abs(np.float32(originals) - lines[1]).mean()

@@ -871,7 +871,7 @@ def hidden_keys_hold_anything():
     """Hidden keys before, between and after those that are seen, by each kind of mask."""
     S = 24
     places = dict(begin=torch.arange(S) < 9, middle=(torch.arange(S) - 6).abs() < 5)
-    for D in (16, 72):
+    for D in (16, 64, 72):
         d = six(1, 1, S, S, D, seed=1)[::3]
         for name, hidden in places.items():
             x = six(1, 1, S, S, D)
@@ -1547,6 +1547,14 @@ def tuning(tmp_path, monkeypatch):
 def forget():
     """As a new process would begin."""
     A._tuned.clear()
+
+
+def test_additive_masks_have_tiles_of_their_own():
+    """They are another program than boolean ones of the same kind."""
+    for kind in (1, 2):  # key masks, dense masks
+        calls = [a_call("forward", masked=kind, mask_dtype=t) for t in (torch.uint8, torch.float32)]
+        boolean, additive = map(A._describe, calls)
+        assert boolean != additive
 
 
 def test_tuning_is_kept(tuning, tmp_path, capsys):

@@ -244,6 +244,16 @@ def test_it_is_said_why_they_are_not_used(capsys):
     assert all(line.startswith("attention_jvp: HOPPER_KERNELS are not used: ") for line in said)
 
 
+def test_versions_of_triton(monkeypatch):
+    triton = pytest.importorskip("triton")
+    import attention_hopper
+
+    right, wrong = ("3.6.0", "3.6.0.post1"), ("3.60.0", "3.9.0")
+    for version in (*right, *wrong):
+        monkeypatch.setattr(triton, "__version__", version)
+        assert (attention_hopper.wrong_triton() is None) == (version in right), version
+
+
 def test_both_files_in_a_package(tmp_path):
     pytest.importorskip("triton")
     package = tmp_path / "mine"

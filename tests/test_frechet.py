@@ -254,6 +254,11 @@ BAD = {
     "askew.npz": ({"mu": MU, "sigma": SIGMA + np.triu(SIGMA)}, "askew.npz"),
     "minus.npz": ({"mu": MU, "sigma": -np.eye(5)}, "minus.npz"),
     "small.npz": ({"mu": MU, "sigma": SIGMA[:4]}, "small.npz"),
+    "of nothing.npz": ({"mu": MU[:0], "sigma": SIGMA[:0, :0]}, "are not a mean and a covariance"),
+    "images.npz": (
+        {"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "arr_1": np.zeros(2, int)},
+        "images.npz holds images: python fid.py --save-stats images.npz",
+    ),
     "object.npz": ({"mu": np.array([None]), "sigma": SIGMA}, "real numbers, not object"),
     "letters.npz": ({"mu": MU, "sigma": SIGMA.astype(str)}, "real numbers, not <U"),
     "complex.npz": (

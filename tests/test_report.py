@@ -78,7 +78,13 @@ def test_images_that_are_not_square(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    "counts, columns", [([], [0] * 10), ([5, 0, 4, 9], [0, 2, 3] * 3 + [0])], ids=len
+    "counts, columns",
+    [
+        ([], [0] * 10),
+        ([5, 4, 9], [0, 1, 2] * 3 + [0]),
+        ([5, 0, 4, 9], [0, 2, 3] * 3 + [0]),
+    ],
+    ids=len,
 )
 def test_columns_of_a_picture(folder, counts, columns):
     """Ten, of the classes in turn that have images, also where there are fewer."""
